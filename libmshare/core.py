@@ -1,0 +1,128 @@
+"""The C core, called as it is.
+
+There is one client implementation, libmshare.so.  This module declares its
+functions; ctypes releases the interpreter lock around each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Final, NamedTuple
+
+PACKAGE: Final = Path(__file__).resolve().parent
+LIBRARY: Final = "libmshare.so.0"
+
+
+def library_directory() -> Path | None:
+    """Where the wheel has its libraries; None if the system has them."""
+    directory = PACKAGE / "lib"
+    return directory if (directory / LIBRARY).exists() else None
+
+
+def _load() -> ctypes.CDLL:
+    directory = library_directory()
+    path = LIBRARY if directory is None else str(directory / LIBRARY)
+    return ctypes.CDLL(path, use_errno=True)
+
+
+class _Info(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_ulong), ("size", ctypes.c_ulong))
+
+
+_library = _load()
+_library.mshare.argtypes = [
+    ctypes.c_char_p,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_uint,
+]
+_library.mshare_unlink.argtypes = [ctypes.c_char_p]
+_library.mshare_detach.argtypes = [ctypes.c_char_p]
+_library.mshare_stat.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Info)]
+_library.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_library.mmap.restype = ctypes.c_void_p
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+# mmap(2) on the machines that the core knows.
+_PROT_READ_WRITE: Final = 0x3
+_MAP_PRIVATE: Final = 0x02
+_MAP_ANONYMOUS: Final = 0x20
+_MAP_NORESERVE: Final = 0x4000
+_MAP_FIXED_NOREPLACE: Final = 0x100000
+
+
+class RegionInfo(NamedTuple):
+    """Where a region lies, in bytes."""
+
+    start: int
+    size: int
+
+
+def _encode(name: str) -> bytes:
+    data = os.fsencode(name)
+    if b"\0" in data:
+        raise ValueError("embedded null byte in a region's name")
+    return data
+
+
+def _check(result: int, name: str) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), name)
+
+
+def mshare(name: str, addr: int, length: int, oflags: int, mode: int = 0o600) -> None:
+    """Create or attach the region `name` at [addr, addr + length), in bytes.
+
+    `oflags` is os.O_RDONLY or os.O_RDWR, with os.O_CREAT and os.O_EXCL.  Raises
+    OSError with the errno that mshare(3) lists.
+    """
+    _check(_library.mshare(_encode(name), addr, length, oflags, mode), name)
+
+
+def mshare_unlink(name: str) -> None:
+    """End this process's use of a region; by the last sharer, remove its name too.
+
+    In a process that has not attached it: remove the name, as os.unlink() does.
+    Raises OSError (ENOENT, EACCES, EPERM).
+    """
+    _check(_library.mshare_unlink(_encode(name)), name)
+
+
+def mshare_detach(name: str) -> None:
+    """End this process's use of a region and leave its name.  Raises OSError (ENOENT)."""
+    _check(_library.mshare_detach(_encode(name)), name)
+
+
+def mshare_stat(name: str) -> RegionInfo:
+    """Where the region lies.  Raises OSError: ENOENT, EACCES."""
+    info = _Info()
+    _check(_library.mshare_stat(_encode(name), ctypes.byref(info)), name)
+    return RegionInfo(info.start, info.size)
+
+
+def map_anonymous(addr: int, length: int) -> None:
+    """Map memory for mshare(O_CREAT) to donate: private, without reservation.
+
+    Raises OSError: EEXIST if something is mapped there.
+    """
+    flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
+    if _library.mmap(addr, length, _PROT_READ_WRITE, flags, -1, 0) == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), f"{length} bytes at {addr:#x}")
+
+
+def unmap(addr: int, length: int) -> None:
+    """munmap(2) of what `map_anonymous` mapped."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.munmap(ctypes.c_void_p(addr), ctypes.c_size_t(length))

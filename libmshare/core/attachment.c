@@ -1,0 +1,380 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The regions that this process has attached, and the calls of mshare.h.
+ *
+ * Synchronization: one lock is held through every call.  fork() takes it, so the
+ * child finds the list whole; the child's handler attaches each region again, as
+ * a sharer of its own, with system calls only.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct attachment *attachments;
+static pthread_once_t handlers_once = PTHREAD_ONCE_INIT;
+
+static void close_keeping_errno(int fd)
+{
+	int saved = errno;
+
+	if (fd >= 0)
+		close(fd);
+	errno = saved;
+}
+
+static void drop_descriptors(struct attachment *attachment)
+{
+	close_keeping_errno(attachment->connection);
+	close_keeping_errno(attachment->uffd);
+	close_keeping_errno(attachment->backing);
+	attachment->connection = attachment->uffd = attachment->backing = -1;
+}
+
+/* ---- fork ---- */
+
+static void before_fork(void)
+{
+	pthread_mutex_lock(&lock);
+}
+
+static void after_fork_in_parent(void)
+{
+	pthread_mutex_unlock(&lock);
+}
+
+/*
+ * Async-signal-safe.  The parent's connection and userfaultfd are copies here:
+ * closed, they end nothing.  What cannot be attached stays reserved, so that
+ * neither stale pointers nor other mappings meet there: a touch is SIGSEGV.
+ */
+static void attach_again(struct attachment *attachment)
+{
+	struct mshare_wire_request request = {
+		.op = MSHARE_WIRE_ATTACH,
+		.start = (uintptr_t)attachment->start,
+		.size = attachment->size,
+		.oflags = attachment->writable ? O_RDWR : O_RDONLY,
+	};
+	struct mshare_wire_reply reply;
+	int fds[2], backing;
+
+	close(attachment->connection);
+	close(attachment->uffd);
+	attachment->connection = attachment->uffd = -1;
+	if (window_reserve(attachment->start, attachment->size) != 0)
+		return;
+	attachment->connection = connection_open(attachment->root);
+	if (attachment->connection < 0)
+		return;
+	attachment->uffd = uffd_open(attachment->connection);
+	if (attachment->uffd < 0)
+		return;
+	fds[0] = attachment->backing;
+	fds[1] = attachment->uffd;
+	if (connection_call(attachment->connection, &request, NULL, fds, 2, &reply, &backing) < 0)
+		return;
+	close_keeping_errno(backing); /* the same as ours */
+	window_map(attachment->start, attachment->size, attachment->backing, attachment->uffd,
+		   attachment->writable);
+}
+
+static void after_fork_in_child(void)
+{
+	int saved = errno;
+
+	for (struct attachment *each = attachments; each; each = each->next)
+		attach_again(each);
+	pthread_mutex_unlock(&lock);
+	errno = saved;
+}
+
+static void install_handlers(void)
+{
+	pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
+/* ---- names ---- */
+
+static int check_name(const char *name)
+{
+	if (!name) {
+		errno = EFAULT;
+		return -1;
+	}
+	if (*name == '\0')
+		errno = ENOENT;
+	else if (strchr(name, '/'))
+		errno = EINVAL;
+	else if (strlen(name) > NAME_MAX)
+		errno = ENAMETOOLONG;
+	else if (*name == '.' || strcmp(name, "mshare_info") == 0)
+		errno = EPERM;
+	else
+		return 0;
+	return -1;
+}
+
+/*
+ * O_CREAT without O_EXCL is never passed on: in a sticky directory the kernel
+ * refuses it for another user's file (fs.protected_regular, proc_sys_fs(5)), but
+ * an existing region is to be attached.
+ */
+static int open_region(const char *path, int oflags, mode_t mode, bool *made)
+{
+	int access = (oflags & O_ACCMODE) | O_CLOEXEC;
+	int fd;
+
+	*made = false;
+	for (int tries = 0; tries < 100; tries++) {
+		if (!(oflags & O_EXCL)) {
+			fd = open(path, access);
+			if (fd >= 0 || errno != ENOENT || !(oflags & O_CREAT))
+				return fd;
+		}
+		fd = open(path, access | O_CREAT | O_EXCL, mode);
+		*made = fd >= 0;
+		if (fd >= 0 || errno != EEXIST || (oflags & O_EXCL))
+			return fd;
+	}
+	errno = EAGAIN; /* somebody creates and removes it all the time */
+	return -1;
+}
+
+/* ---- attach ---- */
+
+/*
+ * Everything that can fail without a trace comes before the file is created; from
+ * ATTACH on the daemon undoes what it did when this connection ends.
+ */
+static int attach(struct attachment *attachment, const struct root *root, int oflags, mode_t mode)
+{
+	struct mshare_wire_request request = {
+		.op = MSHARE_WIRE_ATTACH,
+		.start = (uintptr_t)attachment->start,
+		.size = attachment->size,
+		.oflags = (uint32_t)oflags,
+	};
+	struct mshare_wire_reply reply;
+	char path[PATH_MAX];
+	int region = -1, backing = -1, window = -1, mapped, result, fds[2];
+	bool made, replaced = false;
+
+	if (root_join(root, attachment->name, path) < 0)
+		return -1;
+	mapped = window_reserve(attachment->start, attachment->size);
+	if (mapped < 0)
+		return -1;
+	attachment->connection = connection_open(root->path);
+	if (attachment->connection < 0)
+		goto fail;
+	attachment->uffd = uffd_open(attachment->connection);
+	if (attachment->uffd < 0)
+		goto fail;
+	region = open_region(path, oflags, mode, &made);
+	if (region < 0)
+		goto fail;
+	request.flags = (mapped ? MSHARE_WIRE_HAS_MAPPINGS : 0) | (made ? MSHARE_WIRE_MADE_FILE : 0);
+	fds[0] = region;
+	fds[1] = attachment->uffd;
+	result = connection_call(attachment->connection, &request, NULL, fds, 2, &reply, &backing);
+	close_keeping_errno(region);
+	if (result < 0)
+		goto fail;
+	if (backing < 0) {
+		errno = EPROTO;
+		goto fail;
+	}
+	if (reply.flags & MSHARE_WIRE_DONATE) {
+		if (donate(attachment->connection, attachment->uffd, backing, attachment->start,
+			   attachment->size, attachment->writable, &window) < 0)
+			goto fail;
+		replaced = true;
+	}
+	if (window >= 0) {
+		close_keeping_errno(backing);
+		backing = window;
+	}
+	attachment->backing = backing;
+	if (!replaced && window_map(attachment->start, attachment->size, backing, attachment->uffd,
+				    attachment->writable) < 0)
+		goto fail;
+	return 0;
+fail:
+	if (attachment->backing < 0)
+		close_keeping_errno(backing);
+	drop_descriptors(attachment);
+	if (!mapped) {
+		int saved = errno;
+
+		raw_munmap(attachment->start, attachment->size);
+		errno = saved;
+	}
+	return -1;
+}
+
+static struct attachment **find(const char *name)
+{
+	struct attachment **link = &attachments;
+
+	while (*link && strcmp((*link)->name, name) != 0)
+		link = &(*link)->next;
+	return link;
+}
+
+static int mshare_locked(const char *name, char *start, size_t length, int oflags, mode_t mode)
+{
+	struct attachment *attachment;
+	struct root root;
+
+	if (root_find(&root) < 0)
+		return -1;
+	if (length == 0 || ((uintptr_t)start & (root.alignment - 1)) ||
+	    (length & (root.alignment - 1)) || (uintptr_t)start + length < (uintptr_t)start) {
+		errno = EINVAL;
+		return -1;
+	}
+	attachment = calloc(1, sizeof *attachment);
+	if (!attachment)
+		return -1;
+	strcpy(attachment->name, name);
+	strcpy(attachment->root, root.path);
+	attachment->start = start;
+	attachment->size = length;
+	attachment->writable = (oflags & O_ACCMODE) == O_RDWR;
+	attachment->connection = attachment->uffd = attachment->backing = -1;
+	if (attach(attachment, &root, oflags, mode) < 0) {
+		free(attachment);
+		return -1;
+	}
+	pthread_once(&handlers_once, install_handlers);
+	attachment->next = attachments;
+	attachments = attachment;
+	return 0;
+}
+
+MSHARE_EXPORT int mshare(const char *name, void *addr, size_t length, int oflags, mode_t mode)
+{
+	int access = oflags & O_ACCMODE;
+	int result;
+
+	if (check_name(name) < 0)
+		return -1;
+	if ((access != O_RDONLY && access != O_RDWR) ||
+	    (oflags & ~(O_ACCMODE | O_CREAT | O_EXCL | O_CLOEXEC)) ||
+	    ((oflags & O_EXCL) && !(oflags & O_CREAT))) {
+		errno = EINVAL;
+		return -1;
+	}
+	pthread_mutex_lock(&lock);
+	result = mshare_locked(name, addr, length, oflags, mode);
+	pthread_mutex_unlock(&lock);
+	return result;
+}
+
+/* ---- detach ---- */
+
+/*
+ * The window goes first: from then on no thread of this process can wait for a
+ * page, and the daemon may forget us.
+ */
+static int detach(struct attachment **link, uint16_t op)
+{
+	struct attachment *attachment = *link;
+	struct mshare_wire_request request = { .op = op };
+	struct mshare_wire_reply reply;
+	int result = 0, ignored;
+
+	if (raw_munmap(attachment->start, attachment->size) < 0)
+		return -1;
+	if (attachment->connection >= 0) {
+		result = connection_call(attachment->connection, &request, NULL, NULL, 0, &reply,
+					 &ignored);
+	} else if (op == MSHARE_WIRE_UNLINK) {
+		errno = ENOTCONN; /* a child that could not attach after fork */
+		result = -1;
+	}
+	*link = attachment->next;
+	drop_descriptors(attachment);
+	free(attachment);
+	return result;
+}
+
+MSHARE_EXPORT int mshare_detach(const char *name)
+{
+	struct attachment **link;
+	int result;
+
+	if (check_name(name) < 0)
+		return -1;
+	pthread_mutex_lock(&lock);
+	link = find(name);
+	if (*link) {
+		result = detach(link, MSHARE_WIRE_DETACH);
+	} else {
+		errno = ENOENT;
+		result = -1;
+	}
+	pthread_mutex_unlock(&lock);
+	return result;
+}
+
+static int unlink_name(const char *name)
+{
+	struct root root;
+	char path[PATH_MAX];
+
+	if (root_find(&root) < 0 || root_join(&root, name, path) < 0)
+		return -1;
+	return unlink(path);
+}
+
+MSHARE_EXPORT int mshare_unlink(const char *name)
+{
+	struct attachment **link;
+	int result;
+
+	if (check_name(name) < 0)
+		return -1;
+	pthread_mutex_lock(&lock);
+	link = find(name);
+	result = *link ? detach(link, MSHARE_WIRE_UNLINK) : unlink_name(name);
+	pthread_mutex_unlock(&lock);
+	return result;
+}
+
+/* ---- stat ---- */
+
+MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
+{
+	struct root root;
+	char path[PATH_MAX];
+	ssize_t got;
+	int fd;
+
+	if (check_name(name) < 0)
+		return -1;
+	if (!info) {
+		errno = EFAULT;
+		return -1;
+	}
+	if (root_find(&root) < 0 || root_join(&root, name, path) < 0)
+		return -1;
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	got = read(fd, info, sizeof *info);
+	close_keeping_errno(fd);
+	if (got < 0)
+		return -1;
+	if (got != sizeof *info || info->size == 0) {
+		errno = got == sizeof *info ? ENOENT : EPROTO;
+		return -1;
+	}
+	return 0;
+}

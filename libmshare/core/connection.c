@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: MIT */
+/* Calls to the daemon over .control.  Async-signal-safe: system calls only. */
+#include "internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define CONTROL "/.control"
+#define MOST_FDS 2
+
+static char *append(char *end, const char *text)
+{
+	size_t length = strlen(text);
+
+	memcpy(end, text, length + 1);
+	return end + length;
+}
+
+/* snprintf() is not async-signal-safe. */
+static char *append_number(char *end, unsigned number)
+{
+	if (number >= 10)
+		end = append_number(end, number / 10);
+	*end++ = (char)('0' + number % 10);
+	*end = '\0';
+	return end;
+}
+
+/*
+ * connect(2) takes 107 bytes of path.  A longer mount path is reached through a
+ * descriptor of the directory.
+ */
+static int set_address(struct sockaddr_un *address, const char *root_path, int *directory)
+{
+	size_t length = strlen(root_path);
+	char *end;
+
+	memset(address, 0, sizeof *address);
+	address->sun_family = AF_UNIX;
+	*directory = -1;
+	if (length + sizeof CONTROL <= sizeof address->sun_path) {
+		memcpy(address->sun_path, root_path, length);
+		memcpy(address->sun_path + length, CONTROL, sizeof CONTROL);
+		return 0;
+	}
+	*directory = open(root_path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (*directory < 0)
+		return -1;
+	end = append(address->sun_path, "/proc/self/fd/");
+	end = append_number(end, (unsigned)*directory);
+	append(end, CONTROL);
+	return 0;
+}
+
+int connection_open(const char *root_path)
+{
+	struct sockaddr_un address;
+	int directory, connection, result, saved;
+
+	if (set_address(&address, root_path, &directory) < 0)
+		return -1;
+	connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	if (connection >= 0) {
+		do
+			result = connect(connection, (struct sockaddr *)&address, sizeof address);
+		while (result < 0 && errno == EINTR);
+		if (result < 0) {
+			saved = errno;
+			close(connection);
+			errno = saved;
+			connection = -1;
+		}
+	}
+	if (directory >= 0) {
+		saved = errno;
+		close(directory);
+		errno = saved;
+	}
+	return connection;
+}
+
+static int send_request(int connection, const struct mshare_wire_request *request,
+			const struct mshare_wire_object *objects, const int *fds, size_t fd_count)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(MOST_FDS * sizeof(int))];
+	} control;
+	struct iovec parts[2] = {
+		{ (void *)request, sizeof *request },
+		{ (void *)objects, request->object_count * sizeof *objects },
+	};
+	struct msghdr message = { .msg_iov = parts, .msg_iovlen = 2 };
+	ssize_t sent;
+
+	if (fd_count > 0) {
+		memset(&control, 0, sizeof control);
+		message.msg_control = &control;
+		message.msg_controllen = CMSG_SPACE(fd_count * sizeof(int));
+		control.header.cmsg_level = SOL_SOCKET;
+		control.header.cmsg_type = SCM_RIGHTS;
+		control.header.cmsg_len = CMSG_LEN(fd_count * sizeof(int));
+		memcpy(CMSG_DATA(&control.header), fds, fd_count * sizeof(int));
+	}
+	do
+		sent = sendmsg(connection, &message, MSG_NOSIGNAL);
+	while (sent < 0 && errno == EINTR);
+	return sent < 0 ? -1 : 0;
+}
+
+/* The daemon is not trusted with our memory either: take one descriptor, check sizes. */
+static int receive_reply(int connection, struct mshare_wire_reply *reply, int *fd)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof(int))];
+	} control;
+	struct iovec part = { reply, sizeof *reply };
+	struct msghdr message = {
+		.msg_iov = &part,
+		.msg_iovlen = 1,
+		.msg_control = &control,
+		.msg_controllen = sizeof control,
+	};
+	struct cmsghdr *header;
+	ssize_t got;
+
+	*fd = -1;
+	do
+		got = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+	while (got < 0 && errno == EINTR);
+	if (got < 0)
+		return -1;
+	if (got == 0) {
+		errno = ENOTCONN;
+		return -1;
+	}
+	for (header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
+		if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
+		    header->cmsg_len == CMSG_LEN(sizeof(int)))
+			memcpy(fd, CMSG_DATA(header), sizeof *fd);
+	}
+	if ((size_t)got != sizeof *reply || reply->magic != MSHARE_WIRE_MAGIC ||
+	    reply->version != MSHARE_WIRE_VERSION) {
+		if (*fd >= 0)
+			close(*fd);
+		*fd = -1;
+		errno = EPROTO;
+		return -1;
+	}
+	return 0;
+}
+
+int connection_call(int connection, const struct mshare_wire_request *request,
+		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
+		    struct mshare_wire_reply *reply, int *reply_fd)
+{
+	struct mshare_wire_request whole = *request;
+
+	*reply_fd = -1;
+	whole.magic = MSHARE_WIRE_MAGIC;
+	whole.version = MSHARE_WIRE_VERSION;
+	/*
+	 * A daemon that refuses at once has replied before we sent: the reply is
+	 * what tells why, so it is read even if the send failed.
+	 */
+	if (send_request(connection, &whole, objects, fds, fd_count) < 0 && errno != EPIPE)
+		return -1;
+	if (receive_reply(connection, reply, reply_fd) < 0)
+		return -1;
+	if (reply->error != 0) {
+		if (*reply_fd >= 0)
+			close(*reply_fd);
+		*reply_fd = -1;
+		errno = reply->error;
+		return -1;
+	}
+	return 0;
+}

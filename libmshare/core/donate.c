@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A donor's memory becomes the region's.
+ *
+ * The kernel patches copied page table entries; there is no way to hand anonymous
+ * pages to a named file from user space, so their contents are copied into the
+ * backing (the memory is needed twice for a moment) and the window replaces the
+ * donor's mappings.  Three things must hold meanwhile:
+ *
+ * Nothing is lost.  Everything is copied before anything is replaced; on any error
+ * the donor keeps what it has.
+ *
+ * No write of another thread is lost.  The mappings are registered with a
+ * userfaultfd of their own that nobody serves: MISSING stops who touches an absent
+ * page, write protection who writes a present one.  They sleep until that
+ * descriptor is closed and then find the window.  Readers go on.  (A kernel
+ * before 5.19 cannot write-protect shared memory: there other threads must not
+ * write while mshare() runs.)
+ *
+ * Only pages that exist are copied, and all of them.  The region may be 512 GiB of
+ * which a few pages were touched.  For private memory /proc/self/pagemap tells
+ * exactly which pages exist.  For shared anonymous memory it does not: a page
+ * populated by a relative, or swapped out, has no entry in our page table.  The
+ * memory is a file of the kernel's own, and the daemon opens it for us by
+ * /proc/PID/map_files (that takes CAP_CHECKPOINT_RESTORE); SEEK_DATA then tells.
+ * A daemon without that right leaves us to try each page: with
+ * UFFD_FEATURE_SIGBUS a system call on an absent page fails instead of sleeping.
+ * mincore(2) would be quicker but reports swapped pages as absent.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <linux/userfaultfd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define COPY_AT_ONCE ((size_t)16 << 20)
+#define PAGEMAP_PRESENT_OR_SWAPPED ((uint64_t)3 << 62)
+
+struct vma {
+	char *vma_start, *vma_end; /* as /proc/self/maps has it */
+	char *start, *end;         /* its part in the region */
+	int prot;
+	bool shared;
+	off_t offset; /* of vma_start in the memory's file */
+	int file;     /* shared: the memory's file, or -1 */
+};
+
+struct donation {
+	struct vma *vmas;
+	size_t count, capacity;
+	char *start;
+	int backing;
+	size_t page;
+};
+
+/* One line of /proc/self/maps into *vma; 0 if it is not in the range, -1 with errno. */
+static int parse_line(const char *line, char *start, char *end, struct vma *vma)
+{
+	unsigned long from, to, offset, inode;
+	unsigned major;
+	char prot[5];
+	int name_at = 0;
+	const char *name;
+
+	if (sscanf(line, "%lx-%lx %4s %lx %x:%*x %lu %n", &from, &to, prot, &offset, &major, &inode,
+		   &name_at) < 6)
+		return 0;
+	if ((char *)to <= start || (char *)from >= end)
+		return 0;
+	name = line + name_at;
+	*vma = (struct vma){
+		.vma_start = (char *)from,
+		.vma_end = (char *)to,
+		.start = (char *)from > start ? (char *)from : start,
+		.end = (char *)to < end ? (char *)to : end,
+		.prot = (prot[0] == 'r' ? PROT_READ : 0) | (prot[1] == 'w' ? PROT_WRITE : 0) |
+			(prot[2] == 'x' ? PROT_EXEC : 0),
+		.shared = prot[3] == 's',
+		.offset = (off_t)offset,
+		.file = -1,
+	};
+	if (vma->prot != (PROT_READ | PROT_WRITE)) {
+		errno = EOPNOTSUPP;
+		return -1;
+	}
+	if (vma->shared) {
+		/* The kernel's own name of shared anonymous memory, or one given to it. */
+		if (major != 0 || (strncmp(name, "/dev/zero (deleted)", 19) != 0 &&
+				   strncmp(name, "[anon_shmem:", 12) != 0)) {
+			errno = EOPNOTSUPP;
+			return -1;
+		}
+	} else if (inode != 0 || (name[0] == '[' && strncmp(name, "[anon:", 6) != 0)) {
+		errno = EOPNOTSUPP;
+		return -1;
+	}
+	return 1;
+}
+
+static int find_vmas(struct donation *donation, char *end)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char *line = NULL;
+	size_t capacity = 0;
+	int result = 0;
+
+	if (!maps)
+		return -1;
+	while (result == 0 && getline(&line, &capacity, maps) > 0) {
+		struct vma vma;
+		int kind = parse_line(line, donation->start, end, &vma);
+
+		if (kind < 0)
+			result = -1;
+		if (kind <= 0)
+			continue;
+		if (donation->count == donation->capacity) {
+			size_t more = donation->capacity ? 2 * donation->capacity : 16;
+			struct vma *grown = realloc(donation->vmas, more * sizeof *grown);
+
+			if (!grown) {
+				result = -1;
+				continue;
+			}
+			donation->vmas = grown;
+			donation->capacity = more;
+		}
+		donation->vmas[donation->count++] = vma;
+	}
+	free(line);
+	fclose(maps);
+	return result;
+}
+
+/* The files behind shared VMAs.  Must come before registering splits the VMAs. */
+static int open_files(struct donation *donation, int connection, bool *try_each_page)
+{
+	for (size_t i = 0; i < donation->count; i++) {
+		struct vma *vma = &donation->vmas[i];
+		struct mshare_wire_request request = {
+			.op = MSHARE_WIRE_VMA_FILE,
+			.start = (uintptr_t)vma->vma_start,
+			.size = (uint64_t)(vma->vma_end - vma->vma_start),
+		};
+		struct mshare_wire_reply reply;
+
+		if (!vma->shared)
+			continue;
+		if (connection_call(connection, &request, NULL, NULL, 0, &reply, &vma->file) < 0) {
+			if (errno != EPERM)
+				return -1;
+			*try_each_page = true;
+		}
+	}
+	return 0;
+}
+
+static int copy(const struct donation *donation, const char *from, const char *to)
+{
+	while (from < to) {
+		size_t left = (size_t)(to - from);
+		ssize_t done = pwrite(donation->backing, from, left < COPY_AT_ONCE ? left : COPY_AT_ONCE,
+				      from - donation->start);
+
+		if (done < 0 && errno == EINTR)
+			continue;
+		if (done < 0)
+			return -1;
+		if (done == 0) {
+			errno = ENOSPC;
+			return -1;
+		}
+		from += done;
+	}
+	return 0;
+}
+
+/* Stop writers, then copy.  A kernel that cannot write-protect copies anyway. */
+static int freeze_and_copy(const struct donation *donation, int freezer, char *from, char *to)
+{
+	if (uffd_write_protect(freezer, from, (size_t)(to - from)) < 0 && errno != EINVAL &&
+	    errno != ENOENT)
+		return -1;
+	return copy(donation, from, to);
+}
+
+static int copy_by_seek(const struct donation *donation, int freezer, const struct vma *vma)
+{
+	off_t at = vma->offset + (vma->start - vma->vma_start);
+	off_t end = vma->offset + (vma->end - vma->vma_start);
+
+	for (;;) {
+		off_t data = lseek(vma->file, at, SEEK_DATA);
+
+		if (data < 0)
+			return errno == ENXIO ? 0 : -1;
+		if (data >= end)
+			return 0;
+		at = lseek(vma->file, data, SEEK_HOLE);
+		if (at < 0)
+			return -1;
+		if (at > end)
+			at = end;
+		if (freeze_and_copy(donation, freezer, vma->vma_start + (data - vma->offset),
+				    vma->vma_start + (at - vma->offset)) < 0)
+			return -1;
+	}
+}
+
+static int copy_by_trying(const struct donation *donation, int freezer, const struct vma *vma)
+{
+	for (char *page = vma->start; page < vma->end; page += donation->page) {
+		if (freeze_and_copy(donation, freezer, page, page + donation->page) < 0 &&
+		    errno != EFAULT)
+			return -1;
+	}
+	return 0;
+}
+
+static int copy_by_pagemap(const struct donation *donation, int freezer, const struct vma *vma)
+{
+	enum { ENTRIES = 8192 };
+	uint64_t *entries = malloc(ENTRIES * sizeof *entries);
+	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	char *page = vma->start, *run = NULL;
+	int result = -1;
+
+	if (!entries || pagemap < 0)
+		goto out;
+	while (page < vma->end) {
+		size_t left = (size_t)(vma->end - page) / donation->page;
+		size_t wanted = left < ENTRIES ? left : ENTRIES;
+		ssize_t got = pread(pagemap, entries, wanted * sizeof *entries,
+				    (off_t)((uintptr_t)page / donation->page * sizeof *entries));
+
+		if (got < (ssize_t)sizeof *entries)
+			goto out;
+		for (size_t i = 0; i < (size_t)got / sizeof *entries; i++, page += donation->page) {
+			bool exists = entries[i] & PAGEMAP_PRESENT_OR_SWAPPED;
+
+			if (exists && !run)
+				run = page;
+			if (!exists && run) {
+				if (freeze_and_copy(donation, freezer, run, page) < 0)
+					goto out;
+				run = NULL;
+			}
+		}
+	}
+	result = run ? freeze_and_copy(donation, freezer, run, page) : 0;
+out:
+	free(entries);
+	if (pagemap >= 0) {
+		int saved = errno;
+
+		close(pagemap);
+		errno = saved;
+	}
+	return result;
+}
+
+static int copy_contents(const struct donation *donation, int freezer)
+{
+	for (size_t i = 0; i < donation->count; i++) {
+		const struct vma *vma = &donation->vmas[i];
+		size_t length = (size_t)(vma->end - vma->start);
+		int result;
+
+		if (uffd_register(freezer, vma->start, length, UFFD_MISSING | UFFD_WRITE_PROTECT) < 0 &&
+		    uffd_register(freezer, vma->start, length, UFFD_MISSING) < 0)
+			return -1;
+		if (!vma->shared)
+			result = copy_by_pagemap(donation, freezer, vma);
+		else if (vma->file >= 0)
+			result = copy_by_seek(donation, freezer, vma);
+		else
+			result = copy_by_trying(donation, freezer, vma);
+		if (result < 0)
+			return -1;
+	}
+	return 0;
+}
+
+static int commit(const struct donation *donation, int connection, int *window_fd)
+{
+	struct mshare_wire_object *objects = calloc(donation->count, sizeof *objects);
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_COMMIT };
+	struct mshare_wire_reply reply;
+	size_t count = 0;
+	int result;
+
+	if (!objects)
+		return -1;
+	for (size_t i = 0; i < donation->count; i++) {
+		const struct vma *vma = &donation->vmas[i];
+		struct mshare_wire_object object = {
+			.offset = (uint64_t)(vma->start - donation->start),
+			.length = (uint64_t)(vma->end - vma->start),
+			.prot = (uint32_t)vma->prot,
+			.flags = vma->shared ? MAP_SHARED : MAP_PRIVATE,
+		};
+		struct mshare_wire_object *last = count ? &objects[count - 1] : NULL;
+
+		if (last && last->offset + last->length == object.offset &&
+		    last->prot == object.prot && last->flags == object.flags)
+			last->length += object.length;
+		else
+			objects[count++] = object;
+	}
+	if (count > MSHARE_WIRE_MAX_OBJECTS) {
+		free(objects);
+		errno = E2BIG;
+		return -1;
+	}
+	request.object_count = (uint32_t)count;
+	result = connection_call(connection, &request, objects, NULL, 0, &reply, window_fd);
+	free(objects);
+	return result;
+}
+
+int donate(int connection, int uffd, int backing, char *start, size_t size, bool writable,
+	   int *window_fd)
+{
+	struct donation donation = {
+		.start = start,
+		.backing = backing,
+		.page = (size_t)sysconf(_SC_PAGESIZE),
+	};
+	bool try_each_page = false;
+	int freezer = -1, result = -1, saved;
+
+	*window_fd = -1;
+	if (find_vmas(&donation, start + size) < 0)
+		goto out;
+	if (open_files(&donation, connection, &try_each_page) < 0)
+		goto out;
+	freezer = uffd_open(connection);
+	if (freezer < 0)
+		goto out;
+	if (uffd_handshake(freezer, try_each_page ? UFFD_FEATURE_SIGBUS : 0) < 0)
+		goto out;
+	if (copy_contents(&donation, freezer) < 0)
+		goto out;
+	if (commit(&donation, connection, window_fd) < 0)
+		goto out;
+	result = window_replace(start, size, *window_fd >= 0 ? *window_fd : backing, uffd, writable);
+out:
+	saved = errno;
+	/* Unregisters what is still registered, lifts the protection, wakes who waits. */
+	if (freezer >= 0)
+		close(freezer);
+	for (size_t i = 0; i < donation.count; i++) {
+		if (donation.vmas[i].file >= 0)
+			close(donation.vmas[i].file);
+	}
+	free(donation.vmas);
+	errno = saved;
+	return result;
+}

@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * internal.h - what the parts of the client core share.
+ *
+ * Everything that runs in a child after fork must be async-signal-safe, because
+ * another thread may have held any lock in the parent (fork(2)): such functions
+ * make system calls only, and say so.
+ */
+#ifndef MSHARE_INTERNAL_H
+#define MSHARE_INTERNAL_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../include/mshare.h"
+#include "wire.h"
+
+#define MSHARE_EXPORT __attribute__((visibility("default")))
+
+/* syscall.c: system calls that no interposed function sees.  Result or -errno. */
+long raw_syscall(long number, long a, long b, long c, long d, long e, long f);
+void *raw_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset);
+int raw_munmap(void *addr, size_t length);
+int raw_mprotect(void *addr, size_t length, int prot);
+int raw_madvise(void *addr, size_t length, int advice);
+
+/* root.c */
+struct root {
+	char path[PATH_MAX];
+	size_t alignment; /* bytes */
+};
+/* Where msharefs is mounted; -1 with ENOENT if it is nowhere. */
+int root_find(struct root *root);
+/* PATH/NAME into out; -1 with ENAMETOOLONG. */
+int root_join(const struct root *root, const char *name, char out[PATH_MAX]);
+
+/* connection.c: all async-signal-safe. */
+int connection_open(const char *root_path);
+/*
+ * Send one request and wait for its reply.  *reply_fd gets the descriptor that
+ * came with it, or -1.  Returns 0, or -1 with the daemon's errno.
+ */
+int connection_call(int connection, const struct mshare_wire_request *request,
+		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
+		    struct mshare_wire_reply *reply, int *reply_fd);
+
+/* uffd.c: all async-signal-safe. */
+/* A new userfaultfd of this process; asks the daemon for the device if it must. */
+int uffd_open(int connection);
+int uffd_handshake(int uffd, uint64_t features);
+int uffd_register(int uffd, void *addr, size_t length, uint64_t mode);
+int uffd_unregister(int uffd, void *addr, size_t length);
+int uffd_write_protect(int uffd, void *addr, size_t length);
+#define UFFD_MISSING 1u
+#define UFFD_WRITE_PROTECT 2u
+
+/* attachment.c */
+struct attachment {
+	struct attachment *next;
+	char name[NAME_MAX + 1];
+	char root[PATH_MAX];
+	char *start;
+	size_t size;
+	bool writable;
+	int connection; /* its end tells the daemon that this sharer is gone */
+	int uffd;       /* kept for life: if the daemon dies, faults wait */
+	int backing;    /* a child's proof after fork */
+};
+
+/* donate.c: make what is mapped in [start, start + size) the region's memory. */
+int donate(int connection, int uffd, int backing, char *start, size_t size, bool writable,
+	   int *window_fd);
+
+/* window.c: async-signal-safe. */
+/* Keep the range free of other mappings; 1 if it has some, -1 with errno. */
+int window_reserve(char *start, size_t size);
+/* Map the backing over a reserved range, guarded before anything can touch it. */
+int window_map(char *start, size_t size, int backing, int uffd, bool writable);
+/* The same over mappings that other threads may be using; see donate.c. */
+int window_replace(char *start, size_t size, int backing, int uffd, bool writable);
+
+#endif

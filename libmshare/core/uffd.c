@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: MIT */
+/* userfaultfd(2) for the client core.  Async-signal-safe: system calls only. */
+#include "internal.h"
+
+#include <errno.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef USERFAULTFD_IOC_NEW /* headers before 6.1 */
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
+/*
+ * A descriptor of /dev/userfaultfd, once this process was handed one.  Kept for
+ * the life of the process: a child after fork makes its own userfaultfd with it
+ * and has no need to ask.
+ */
+static int device = -1;
+
+static int by_system_call(int flags)
+{
+	long fd = raw_syscall(SYS_userfaultfd, flags, 0, 0, 0, 0, 0);
+
+	if (fd < 0) {
+		errno = (int)-fd;
+		return -1;
+	}
+	return (int)fd;
+}
+
+static int by_device(int from)
+{
+	return ioctl(from, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+}
+
+/*
+ * In the order of privilege: the system call (root, or
+ * vm.unprivileged_userfaultfd=1), the device (its mode), the daemon's device.
+ * UFFD_USER_MODE_ONLY would need none of that, but then a read(2) into an absent
+ * page fails with EFAULT, so it is the last resort and the daemon must allow it
+ * (a daemon of an ordinary user has nothing better to give).
+ */
+int uffd_open(int connection)
+{
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_USERFAULTFD };
+	struct mshare_wire_reply reply;
+	int fd, opened;
+
+	if (device >= 0)
+		return by_device(device);
+	fd = by_system_call(O_CLOEXEC | O_NONBLOCK);
+	if (fd >= 0 || (errno != EPERM && errno != ENOSYS))
+		return fd;
+	opened = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	if (opened < 0) {
+		if (connection_call(connection, &request, NULL, NULL, 0, &reply, &opened) < 0)
+			return -1;
+		if (reply.flags & MSHARE_WIRE_USER_MODE_ONLY)
+			return by_system_call(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+		if (opened < 0) {
+			errno = EPROTO;
+			return -1;
+		}
+	}
+	device = opened;
+	return by_device(device);
+}
+
+int uffd_handshake(int uffd, uint64_t features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+
+	return ioctl(uffd, UFFDIO_API, &api);
+}
+
+int uffd_register(int uffd, void *addr, size_t length, uint64_t mode)
+{
+	struct uffdio_register request = {
+		.range = { (uintptr_t)addr, length },
+		.mode = mode,
+	};
+
+	return ioctl(uffd, UFFDIO_REGISTER, &request);
+}
+
+int uffd_unregister(int uffd, void *addr, size_t length)
+{
+	struct uffdio_range range = { (uintptr_t)addr, length };
+
+	return ioctl(uffd, UFFDIO_UNREGISTER, &range);
+}
+
+int uffd_write_protect(int uffd, void *addr, size_t length)
+{
+	struct uffdio_writeprotect request = {
+		.range = { (uintptr_t)addr, length },
+		.mode = UFFDIO_WRITEPROTECT_MODE_WP,
+	};
+
+	return ioctl(uffd, UFFDIO_WRITEPROTECT, &request);
+}

@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The window: a region's VMA in this process.  Async-signal-safe.
+ *
+ * A window that is mapped but not registered with its userfaultfd is the one
+ * dangerous state: a touch of an absent page there would be filled with zeros by
+ * the kernel, in the backing, for every sharer.  So a window is mapped PROT_NONE,
+ * registered, and only then opened.  (UFFDIO_REGISTER asks for VM_MAYWRITE, not
+ * VM_WRITE, so PROT_NONE does not hinder it: fs/userfaultfd.c.)
+ *
+ * A reader's window is MAP_PRIVATE and PROT_READ: the kernel refuses to register
+ * a shared mapping of a read-only descriptor (EPERM), and private it shows the
+ * same pages.  A reader that makes it writable gets copies of its own.
+ *
+ * MADV_DONTFORK: a child that inherited the window would not inherit the
+ * registration (that needs UFFD_FEATURE_EVENT_FORK and a server that answers in
+ * the middle of fork), which is the dangerous state again.  The child attaches for
+ * itself; one made by a raw clone() has nothing mapped there and faults.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
+
+static int flags_of(bool writable)
+{
+	return (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE | MAP_FIXED;
+}
+
+static int prot_of(bool writable)
+{
+	return writable ? PROT_READ | PROT_WRITE : PROT_READ;
+}
+
+int window_reserve(char *start, size_t size)
+{
+	char *got = raw_mmap(start, size, PROT_NONE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1,
+			     0);
+
+	if (got == MAP_FAILED)
+		return errno == EEXIST ? 1 : -1;
+	if (got != start) { /* a kernel before 4.17 took the address for a hint */
+		raw_munmap(got, size);
+		return 1;
+	}
+	return 0;
+}
+
+int window_map(char *start, size_t size, int backing, int uffd, bool writable)
+{
+	if (raw_mmap(start, size, PROT_NONE, flags_of(writable), backing, 0) == MAP_FAILED)
+		return -1;
+	if (raw_madvise(start, size, MADV_DONTFORK) < 0)
+		return -1;
+	if (uffd_register(uffd, start, size, UFFD_MISSING) < 0)
+		return -1;
+	return raw_mprotect(start, size, prot_of(writable));
+}
+
+/*
+ * Other threads may be reading here, so the window cannot be PROT_NONE at first.
+ * In the instant before it is registered the kernel may fill a page that was never
+ * touched with zeros: that is what the page server fills it with, too.
+ */
+int window_replace(char *start, size_t size, int backing, int uffd, bool writable)
+{
+	int saved;
+
+	if (raw_mmap(start, size, prot_of(writable), flags_of(writable), backing, 0) == MAP_FAILED)
+		return -1;
+	if (uffd_register(uffd, start, size, UFFD_MISSING) == 0 &&
+	    raw_madvise(start, size, MADV_DONTFORK) == 0)
+		return 0;
+	/* Never leave it unguarded.  The region has the contents; only we are out. */
+	saved = errno;
+	raw_munmap(start, size);
+	errno = saved;
+	return -1;
+}

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * wire.h - what goes over .control, the one place where it is written down.
+ *
+ * SOCK_SEQPACKET: one message is one call, one message its reply, and
+ * descriptors travel with their message (SCM_RIGHTS).  A connection attaches one
+ * region; its end is the end of the sharer.  Both ends are on one machine, so
+ * integers have its byte order.  msharefsd/wire.py mirrors this file, and
+ * tests/test_wire.py compares the two.
+ */
+#ifndef MSHARE_WIRE_H
+#define MSHARE_WIRE_H
+
+#include <stdint.h>
+
+#define MSHARE_WIRE_MAGIC 0x4d534852u /* "MSHR", the patches' super block magic */
+#define MSHARE_WIRE_VERSION 1
+#define MSHARE_WIRE_MAX_OBJECTS 1024
+
+enum mshare_wire_op {
+	/*
+	 * fds: proof of the right to attach, then the sharer's new userfaultfd.
+	 * The proof is a descriptor of the region's file, as the kernel opened it,
+	 * or of its backing, which only sharers have (a child after fork).
+	 * Reply fd: the backing.
+	 */
+	MSHARE_WIRE_ATTACH = 1,
+	/*
+	 * The donor has copied its memory: these are the region's objects.
+	 * Reply fd: the backing, read-only, if the region is.
+	 */
+	MSHARE_WIRE_COMMIT = 2,
+	/* The window is unmapped. */
+	MSHARE_WIRE_DETACH = 3,
+	/* The same, and the name goes with the last sharer. */
+	MSHARE_WIRE_UNLINK = 4,
+	/* Reply fd: /dev/userfaultfd, for who may not open it. */
+	MSHARE_WIRE_USERFAULTFD = 5,
+	/*
+	 * start, size: a shared anonymous VMA of the caller.  Reply fd: its memory,
+	 * read-only, so that SEEK_DATA tells which pages exist.
+	 */
+	MSHARE_WIRE_VMA_FILE = 6,
+};
+
+/* Request flags */
+#define MSHARE_WIRE_HAS_MAPPINGS 1u /* ATTACH: the caller has mappings in the range */
+#define MSHARE_WIRE_MADE_FILE 2u    /* ATTACH: the caller has just created the file */
+
+/* Reply flags */
+#define MSHARE_WIRE_CREATED 1u        /* ATTACH: this call gave the region its range */
+#define MSHARE_WIRE_DONATE 2u         /* ATTACH: copy your memory, then COMMIT */
+#define MSHARE_WIRE_USER_MODE_ONLY 4u /* USERFAULTFD: none to be had; user-mode faults only */
+
+struct mshare_wire_request {
+	uint32_t magic;
+	uint16_t version;
+	uint16_t op;
+	uint64_t start;
+	uint64_t size;
+	uint32_t oflags;
+	uint32_t flags;
+	uint32_t object_count; /* that many objects follow */
+	uint32_t reserved;     /* zero */
+};
+
+struct mshare_wire_object {
+	uint64_t offset; /* from the region's start */
+	uint64_t length;
+	uint32_t prot;  /* PROT_* */
+	uint32_t flags; /* MAP_SHARED or MAP_PRIVATE */
+};
+
+struct mshare_wire_reply {
+	uint32_t magic;
+	uint16_t version;
+	uint16_t op;
+	int32_t error; /* 0 or an errno */
+	uint32_t flags;
+	uint64_t start;
+	uint64_t size;
+	char message[96]; /* what is wrong and what to do, for people */
+};
+
+#endif

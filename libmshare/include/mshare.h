@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * mshare.h - regions of memory that many processes map at one address.
+ *
+ * The interface is that of the mshare() patches for Linux (v1, April 2022); see
+ * mshare(3).  A daemon, msharefsd(8), must have msharefs mounted.
+ *
+ * Every function returns 0, or -1 with errno set, and may be called from any
+ * thread.  Sizes and addresses are in bytes.
+ */
+#ifndef MSHARE_H
+#define MSHARE_H
+
+#include <fcntl.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/*
+ * The numbers with which syscall(2) reaches mshare() and mshare_unlink() in a
+ * program that is linked with libmshare or runs with its preload library.  The
+ * numbers of the patches (451, 452) belong to other system calls today; no
+ * kernel has these.
+ */
+#define MSHARE_SYSCALL 0x2d730001L
+#define MSHARE_UNLINK_SYSCALL 0x2d730002L
+
+/* What a read of a region's file gives. */
+struct mshare_info {
+	unsigned long start; /* the region's first address */
+	unsigned long size;  /* bytes */
+};
+
+/*
+ * Create (O_CREAT, O_EXCL) or attach the region NAME at [addr, addr + length).
+ *
+ * oflags is O_RDONLY or O_RDWR, with O_CREAT and O_EXCL; mode is the mode of a
+ * new region's file.  Anonymous memory that a creating process has mapped in the
+ * range becomes the region's, contents kept.
+ *
+ * ENOENT  msharefs is not mounted, or no such region and no O_CREAT
+ * EINVAL  addr or length not a multiple of the alignment, or not the region's
+ *         own; the process has something mapped there; bad oflags or name
+ * EEXIST  O_CREAT | O_EXCL, and the region exists
+ * EACCES  the file's mode denies it
+ * EPERM   the region was created O_RDONLY and O_RDWR is asked; the name is
+ *         reserved; or this process may not have a userfaultfd
+ * ENAMETOOLONG, ENOMEM, ENOSPC, EMFILE, ENFILE as usual
+ * EOPNOTSUPP  a mapping in the range cannot become the region's
+ * ENOTCONN, ECONNREFUSED  the daemon has died
+ * EPROTO  library and daemon are of different versions
+ */
+int mshare(const char *name, void *addr, size_t length, int oflags, mode_t mode);
+
+/*
+ * End this process's use of a region: its window is unmapped.  By the last
+ * sharer, or by a process that is not attached, also remove the name, as
+ * unlink(2) does; the memory is freed when the last sharer is gone.
+ *
+ * ENOENT  no such region
+ * EACCES, EPERM  a process that is not attached may not remove the name
+ */
+int mshare_unlink(const char *name);
+
+/*
+ * End this process's use of a region and leave the name: what the end of a
+ * process does.  ENOENT if this process has not attached the region.
+ */
+int mshare_detach(const char *name);
+
+/*
+ * Where a region lies.  ENOENT also if it has no range yet.
+ */
+int mshare_stat(const char *name, struct mshare_info *info);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,1 @@
+"""msharefsd: the file system and page server of msharefs."""

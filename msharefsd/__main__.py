@@ -1,0 +1,78 @@
+"""The command `msharefsd`."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import trio
+
+from msharefsd import config, daemon
+from msharefsd.capabilities import UnsupportedError
+from msharefsd.mounting import MountError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="msharefsd",
+        description="Mount msharefs and serve its regions, in the foreground.",
+        epilog="Sizes take K, M, G and T.  SIGTERM unmounts.  See msharefsd(8).",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--mountpoint",
+        help="where to mount (/sys/fs/mshare; a user's own: $XDG_RUNTIME_DIR/mshare)",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
+    parser.add_argument(
+        "--alignment",
+        metavar="SIZE",
+        help="what addresses and sizes of regions are multiples of (512G)",
+    )
+    parser.add_argument("--backing", choices=["shm"], help="what holds the pages (shm)")
+    parser.add_argument("--region-memory", metavar="SIZE", help="the most memory of a region")
+    parser.add_argument(
+        "--run-directory", metavar="DIR", help="for the lock and the like (in /run/msharefs)"
+    )
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    parser.add_argument(
+        "--without",
+        action="append",
+        metavar="FEATURE",
+        help="do without a kernel feature, to test that",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('msharefs')}")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the daemon; the exit code is 0 after SIGTERM, 1 if it failed, 2 for bad settings."""
+    overrides = vars(_parser().parse_args(arguments))
+    try:
+        settings = config.load(overrides.pop("config", None), overrides)
+    except config.ConfigError as error:
+        print(f"msharefsd: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="msharefsd: %(levelname)s: %(message)s"
+    )
+    faulthandler.enable()
+    os.chdir("/")  # never keep a file system busy, least of all our own
+    code = 0
+    try:
+        trio.run(daemon.run, settings, strict_exception_groups=True)
+    except* (UnsupportedError, MountError, daemon.StartError) as group:
+        for failure in group.exceptions:
+            logging.getLogger("msharefsd").error("%s", failure)
+        code = 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What this kernel and these rights allow: probed once at start, decides everything.
+
+Each feature is tried, never derived from a version number: distributions
+backport, containers filter.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Final
+
+from msharefsd import uffd
+from msharefsd.uffd import Feature
+
+WANTED: Final = Feature.MISSING_SHMEM | Feature.THREAD_ID | Feature.POISON | Feature.MINOR_SHMEM
+"""What is asked for on every sharer's userfaultfd, as far as the kernel has it."""
+
+
+class UnsupportedError(Exception):
+    """The daemon cannot work here; the text says what is missing and what helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What was found."""
+
+    device: bool
+    """/dev/userfaultfd can be handed to sharers that may not open it."""
+    kernel_faults: bool
+    """This process may have a userfaultfd that takes faults in system calls."""
+    poison: bool
+    """A hole can be EFAULT in system calls (UFFDIO_POISON, Linux 6.6)."""
+    map_present: bool
+    """A page poisoned for want of memory can be mended (UFFD_FEATURE_MINOR_SHMEM)."""
+    map_files: bool
+    """A donor's shared anonymous memory can be looked into (/proc/PID/map_files)."""
+
+    @property
+    def features(self) -> Feature:
+        """The features of UFFDIO_API for a sharer's userfaultfd."""
+        features = WANTED
+        if not self.poison:
+            features &= ~Feature.POISON
+        if not self.map_present:
+            features &= ~Feature.MINOR_SHMEM
+        return features
+
+    def missing(self) -> list[str]:
+        """A sentence for each feature that is not there."""
+        return [_LACKING[item.name] for item in fields(self) if not getattr(self, item.name)]
+
+
+_LACKING: Final = {
+    "device": "/dev/userfaultfd cannot be opened (Linux 6.1, or its mode): sharers need "
+    "vm.unprivileged_userfaultfd=1 or access to the device of their own",
+    "kernel_faults": "no right to a full userfaultfd: a system call on a page that was never "
+    "touched fails with EFAULT; set vm.unprivileged_userfaultfd=1 or give access to "
+    "/dev/userfaultfd",
+    "poison": "no UFFDIO_POISON (Linux 6.6): a system call on a hole raises SIGBUS instead of "
+    "failing with EFAULT",
+    "map_present": "no UFFD_FEATURE_MINOR_SHMEM (Linux 5.14): a page that had SIGBUS for want of "
+    "memory keeps it in that process",
+    "map_files": "no right to /proc/PID/map_files (CAP_CHECKPOINT_RESTORE): a donor's shared "
+    "anonymous memory is searched page by page, slowly",
+}
+
+
+def _userfaultfd() -> tuple[int, bool]:
+    """A throw-away userfaultfd and whether it takes kernel-mode faults."""
+    try:
+        return uffd.open_new(), True
+    except OSError:
+        pass
+    for flags, full in ((0, True), (uffd.USER_MODE_ONLY, False)):
+        try:
+            return uffd.open_by_system_call(flags), full
+        except OSError as error:
+            last = error
+    raise UnsupportedError(
+        f"no userfaultfd to be had ({last.strerror}): the kernel needs CONFIG_USERFAULTFD, and a "
+        "container's seccomp filter must allow userfaultfd(2)"
+    )
+
+
+def probe(without: frozenset[str] = frozenset()) -> Capabilities:
+    """Try everything.  `without` names features to do without, to test that.
+
+    Raises UnsupportedError if msharefs cannot work here at all.
+    """
+    fd, full = _userfaultfd()
+    try:
+        # Asking for no features is always right and tells what there is.
+        features = uffd.handshake(fd, Feature(0))
+    finally:
+        os.close(fd)
+    required = Feature.MISSING_SHMEM | Feature.THREAD_ID
+    if features & required != required:
+        raise UnsupportedError("userfaultfd does not know shared memory here: Linux 4.14 is needed")
+    found = {
+        "device": os.access(uffd.DEVICE, os.R_OK | os.W_OK),
+        "kernel_faults": full,
+        "poison": bool(features & Feature.POISON),
+        "map_present": bool(features & Feature.MINOR_SHMEM),
+        "map_files": _can_read_map_files(),
+    }
+    unknown = without - found.keys()
+    if unknown:
+        raise UnsupportedError(f"no such feature: {', '.join(sorted(unknown))}")
+    return Capabilities(**{name: has and name not in without for name, has in found.items()})
+
+
+def _can_read_map_files() -> bool:
+    # Opening an entry takes the right, listing them does not.
+    directory = "/proc/self/map_files"
+    try:
+        for name in os.listdir(directory):
+            os.close(os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC))
+            return True
+    except OSError:
+        pass
+    return False

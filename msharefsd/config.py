@@ -1,0 +1,86 @@
+"""What can be set, from the command line and from a TOML file."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SMALLEST_ALIGNMENT: Final = 2 << 20
+LARGEST_ALIGNMENT: Final = 1 << 46
+
+
+class ConfigError(Exception):
+    """A setting that cannot be; the text says which and why."""
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Settings, by their names in the file.  Sizes are text: "512G", "64M", "4096"."""
+
+    mountpoint: str = ""
+    alignment: str = "512G"
+    backing: Literal["shm"] = "shm"
+    region_memory: str | None = None
+    run_directory: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    without: Annotated[frozenset[str], msgspec.Meta(description="features not to use")] = (
+        frozenset()
+    )
+
+    @property
+    def alignment_bytes(self) -> int:
+        """The alignment of addresses and sizes of regions."""
+        value = parse_size(self.alignment)
+        if value & (value - 1) or not SMALLEST_ALIGNMENT <= value <= LARGEST_ALIGNMENT:
+            raise ConfigError("alignment must be a power of two from 2M to 64T")
+        return value
+
+    @property
+    def region_memory_bytes(self) -> int | None:
+        """The most memory that a region may hold."""
+        return None if self.region_memory is None else parse_size(self.region_memory)
+
+    def resolved(self) -> Config:
+        """With the defaults that depend on who runs the daemon; and checked."""
+        root = os.geteuid() == 0
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        mountpoint, run = self.mountpoint, self.run_directory
+        if not mountpoint:
+            if not root and not runtime:
+                raise ConfigError("no --mountpoint, and XDG_RUNTIME_DIR is not set")
+            mountpoint = "/sys/fs/mshare" if root else f"{runtime}/mshare"
+        mountpoint = os.path.abspath(mountpoint)
+        if not run:
+            if not root and not runtime:
+                raise ConfigError("no --run-directory, and XDG_RUNTIME_DIR is not set")
+            # One directory a mountpoint, so that daemons do not meet.
+            name = mountpoint.strip("/").replace("-", "--").replace("/", "-")
+            run = f"{'/run' if root else runtime}/msharefs/{name}"
+        config = msgspec.structs.replace(self, mountpoint=mountpoint, run_directory=run)
+        _ = config.alignment_bytes, config.region_memory_bytes
+        return config
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "512G"; units are powers of 1024.  Raises ConfigError."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text.strip())
+    if match is None:
+        raise ConfigError(f"not a size: {text!r}; write 4096, 64M, 512G")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def load(path: Path | None, overrides: dict[str, object]) -> Config:
+    """The file's settings, those of the command line over them.  Raises ConfigError."""
+    settings: dict[str, object] = {}
+    try:
+        if path is not None:
+            settings = msgspec.toml.decode(path.read_bytes(), type=dict[str, object])
+        return msgspec.convert({**settings, **overrides}, Config).resolved()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path or 'settings'}: {error}") from error

@@ -1,0 +1,436 @@
+"""The control socket: clients attach, donate and detach.
+
+One connection attaches one region, and its end is the sharer's end.  So a client
+that is killed at any point leaves nothing: the connection's task undoes what its
+calls did, in one place (`_Connection.close`).
+
+Every descriptor that arrives is hostile until `kernel.identify` has said what it
+is.  Even closing one can hang: the last close of a file on a FUSE mount waits for
+that mount's daemon, so what is not ours is closed in a thread.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import queue
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from msharefsd import kernel, liveness, uffd, wire
+from msharefsd.capabilities import Capabilities
+from msharefsd.errors import Refused
+from msharefsd.liveness import Deaths
+from msharefsd.metrics import Metrics
+from msharefsd.objects import Object
+from msharefsd.pageserver import PageServer
+from msharefsd.regions import Region, Regions, Sharer, State, writes
+from msharefsd.wire import Op, Reply, ReplyFlag, Request, RequestFlag
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 4096
+_SO_PEERPIDFD: Final = 77
+_UCRED: Final = struct.Struct("=iII")
+_READ_WRITE: Final = kernel.PROT_READ | kernel.PROT_WRITE
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who made the connection."""
+
+    pid: int
+    uid: int
+    gid: int
+    pidfd: int | None
+    """None for a process that this pid namespace does not see."""
+
+
+def _peer_of(sock: trio.socket.SocketType) -> Peer:
+    pid, uid, gid = _UCRED.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    )
+    try:
+        # Linux 6.5: the process that connected, whatever has its number by now.
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            pidfd = None
+    return Peer(pid, uid, gid, pidfd)
+
+
+class Control:
+    """Accepts connections and serves their calls."""
+
+    def __init__(
+        self,
+        regions: Regions,
+        pages: PageServer,
+        capabilities: Capabilities,
+        deaths: Deaths,
+        metrics: Metrics,
+        region_of_inode: Callable[[int], Region | None],
+        mount_device: tuple[int, int],
+    ) -> None:
+        """`region_of_inode` finds a region by its file's inode number on the mount
+        whose device numbers are `mount_device`.
+        """
+        self.regions = regions
+        self.pages = pages
+        self.capabilities = capabilities
+        self.deaths = deaths
+        self.metrics = metrics
+        self.region_of_inode = region_of_inode
+        self.mount_device = mount_device
+        self._device: int | None = None
+        self._disposals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        threading.Thread(target=_close_each, args=[self._disposals], daemon=True).start()
+        # Anonymous shared memory and memfds lie on the same kernel-internal mount.
+        probe = os.memfd_create("msharefsd", os.MFD_CLOEXEC)
+        identity = kernel.identify(probe)
+        self.anonymous_device = (identity.major, identity.minor)
+        os.close(probe)
+
+    async def run(self, listener: trio.socket.SocketType) -> None:
+        """Serve until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    sock, _ = await listener.accept()
+                except OSError as error:
+                    # Out of descriptors or memory: those that are served go on.
+                    log.error("cannot accept a connection: %s", error)
+                    await trio.sleep(0.1)
+                    continue
+                nursery.start_soon(self._serve, sock)
+
+    async def _serve(self, sock: trio.socket.SocketType) -> None:
+        try:
+            with sock:
+                connection = _Connection(self, sock)
+                try:
+                    await connection.run()
+                finally:
+                    connection.close()
+        except* OSError as group:
+            # Reset by the peer, or the like: its own affair.
+            log.debug("connection ended: %s", group.exceptions)
+        except* Exception:
+            log.exception("a connection failed")
+
+    def is_ours(self, identity: kernel.FileIdentity) -> bool:
+        """Whether a file is on our mount, or the backing of a region."""
+        device = (identity.major, identity.minor)
+        return (
+            device == self.mount_device
+            or self.regions.of_backing(*device, identity.inode) is not None
+        )
+
+    def dispose(self, fd: int) -> None:
+        """Close a descriptor that may hang in close(2), in a thread."""
+        self._disposals.put(fd)
+
+    def device(self) -> int:
+        """/dev/userfaultfd, open."""
+        if self._device is None:
+            self._device = os.open(uffd.DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        return self._device
+
+    def close(self) -> None:
+        """Release what is not a connection's."""
+        self._disposals.put(None)
+        if self._device is not None:
+            os.close(self._device)
+
+
+def _close_each(fds: queue.SimpleQueue[int | None]) -> None:
+    while (fd := fds.get()) is not None:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+class _Connection:
+    def __init__(self, control: Control, sock: trio.socket.SocketType) -> None:
+        self._control = control
+        self._sock = sock
+        self._peer = _peer_of(sock)
+        self._sharer: Sharer | None = None
+        self._serving = trio.CancelScope()
+        self._building: Region | None = None
+        self._made_file = False
+
+    async def run(self) -> None:
+        """Serve calls until the peer hangs up or its process ends."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            if self._peer.pidfd is not None:
+                self._control.deaths.watch(self._peer.pidfd, nursery.cancel_scope.cancel)
+            while await self._one_call():
+                pass
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Undo what the calls of this connection did and did not undo themselves."""
+        if self._building is not None:
+            self._control.regions.abandon(self._building, drop_name=self._made_file)
+            self._building = None
+        self._detach(self._control.regions.detach)
+        if self._peer.pidfd is not None:
+            self._control.deaths.forget(self._peer.pidfd)
+            os.close(self._peer.pidfd)
+
+    def _detach(self, how: Callable[[Sharer], None]) -> None:
+        sharer = self._sharer
+        if sharer is None:
+            return
+        self._sharer = None
+        self._serving.cancel()
+        self._control.pages.forget(sharer)
+        trio.lowlevel.notify_closing(sharer.uffd)
+        os.close(sharer.uffd)
+        how(sharer)
+
+    async def _one_call(self) -> bool:
+        data, ancillary, flags, _ = await self._sock.recvmsg(
+            wire.MAX_REQUEST_BYTES + 1,
+            socket.CMSG_SPACE(wire.MAX_FDS * 4),
+            socket.MSG_CMSG_CLOEXEC,
+        )
+        fds = [
+            fd
+            for level, kind, payload in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
+        ]
+        if not data:
+            self._close_all(fds)
+            return False
+        op = 0
+        out: int | None = None
+        try:
+            if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+                raise Refused(errno.EINVAL, "message or its descriptors too large")
+            request = wire.parse_request(data)
+            op = request.op
+            reply, out = await self._handle(request, fds)
+        except Refused as refused:
+            code = errno.errorcode.get(refused.code, str(refused.code))
+            self._control.metrics.refused.labels(code).inc()
+            log.info("process %d: %s: %s", self._peer.pid, code, refused.message)
+            reply = Reply(op, error=refused.code, message=refused.message)
+        except Exception:
+            log.exception("a call of process %d failed", self._peer.pid)
+            reply = Reply(op, error=errno.EIO, message="internal error: see the daemon's log")
+        try:
+            await self._send(reply, out)
+        finally:
+            self._close_all(fds)
+        return True
+
+    def _close_all(self, fds: list[int]) -> None:
+        for fd in fds:
+            # Closing a file of our own mount asks us nothing: flush() answered
+            # ENOSYS to the daemon's self-check, and the kernel never sends it again.
+            # A file of another FUSE mount waits for whoever serves that.
+            if self._control.is_ours(kernel.identify(fd)):
+                os.close(fd)
+            else:
+                self._control.dispose(fd)
+
+    async def _send(self, reply: Reply, fd: int | None) -> None:
+        ancillary = (
+            [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        )
+        await self._sock.sendmsg([reply.pack()], ancillary)
+
+    async def _handle(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
+        """One call; takes from `fds` what it keeps."""
+        match request.op:
+            case Op.ATTACH:
+                return await self._attach(request, fds)
+            case Op.COMMIT:
+                return self._commit(request)
+            case Op.DETACH:
+                self._need_sharer()
+                self._detach(self._control.regions.detach)
+                return Reply(request.op), None
+            case Op.UNLINK:
+                self._need_sharer()
+                self._detach(self._control.regions.detach_and_unlink)
+                return Reply(request.op), None
+            case Op.USERFAULTFD:
+                return self._userfaultfd(request)
+            case Op.VMA_FILE:
+                return self._vma_file(request, fds)
+
+    def _need_sharer(self) -> Sharer:
+        if self._sharer is None:
+            raise Refused(errno.ENOTCONN, "this connection has attached no region")
+        if self._building is not None:
+            raise Refused(errno.EINVAL, "COMMIT or hang up first")
+        return self._sharer
+
+    async def _attach(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
+        regions = self._control.regions
+        if self._sharer is not None:
+            raise Refused(errno.EINVAL, "this connection has attached a region already")
+        if len(fds) != 2:
+            raise Refused(errno.EINVAL, "ATTACH takes a region's file and a userfaultfd")
+        region, may_write = self._region_of(fds[0])
+        writable = writes(request.oflags)
+        if writable and not may_write:
+            raise Refused(errno.EACCES, "the descriptor is not open for writing")
+        while region.state is State.BUILDING:
+            await region.settled.wait()
+
+        creates = region.state is State.FILE
+        if creates:
+            if not region.linked or not request.oflags & os.O_CREAT:
+                raise Refused(errno.ENOENT, "the name has no range yet: create it with O_CREAT")
+        elif region.state is State.GONE:
+            raise Refused(errno.ENOENT, "the region is gone")
+        elif request.oflags & os.O_EXCL:
+            raise Refused(errno.EEXIST, "somebody else created it first")
+        elif (request.start, request.size) != (region.start, region.size):
+            raise Refused(
+                errno.EINVAL, f"the region is {region.size} bytes at {region.start:#x}: attach that"
+            )
+        elif request.flags & RequestFlag.HAS_MAPPINGS:
+            raise Refused(errno.EINVAL, "the process has mappings in the region's range")
+        elif writable and region.read_only:
+            raise Refused(errno.EPERM, "the region was created read-only for everyone")
+
+        made_file = creates and bool(request.flags & RequestFlag.MADE_FILE)
+        try:
+            self._adopt(fds[1])
+            if creates:
+                regions.establish(region, request.start, request.size, read_only=not writable)
+        except Refused:
+            if made_file and region.state is State.FILE and region.linked:
+                regions.unlink(region)
+            raise
+        donates = creates and bool(request.flags & RequestFlag.HAS_MAPPINGS)
+        if donates:
+            self._building, self._made_file = region, made_file
+        elif creates:
+            regions.commit(region)
+        self._sharer = regions.attach(
+            region, self._peer.pid, self._peer.uid, fds.pop(1), writable=writable
+        )
+        self._control.metrics.attaches.inc()
+        self._serving = trio.CancelScope()
+        self._nursery.start_soon(self._serve_faults, self._sharer, self._serving)
+        assert region.backing is not None
+        reply = Reply(
+            request.op,
+            flags=(ReplyFlag.CREATED if creates else ReplyFlag(0))
+            | (ReplyFlag.DONATE if donates else ReplyFlag(0)),
+            start=region.start,
+            size=region.size,
+        )
+        # A donor of a read-only region writes its memory into it and hands the
+        # descriptor back for a read-only one at COMMIT.
+        return reply, region.backing.descriptor(writable=writable or donates)
+
+    async def _serve_faults(self, sharer: Sharer, scope: trio.CancelScope) -> None:
+        with scope:
+            await self._control.pages.serve(sharer)
+
+    def _region_of(self, proof: int) -> tuple[Region, bool]:
+        """The region that a descriptor gives a right to, and whether to write it."""
+        flags = fcntl.fcntl(proof, fcntl.F_GETFL)
+        identity = kernel.identify(proof)
+        if flags & os.O_PATH or not stat.S_ISREG(identity.mode):
+            # O_PATH takes no permission to open and so proves none.
+            raise Refused(errno.EPERM, "open the region's file, and pass that descriptor")
+        if (identity.major, identity.minor) == self._control.mount_device:
+            region = self._control.region_of_inode(identity.inode)
+        else:
+            region = self._control.regions.of_backing(
+                identity.major, identity.minor, identity.inode
+            )
+        if region is None:
+            raise Refused(errno.EPERM, "the descriptor is of no region on this mount")
+        return region, writes(flags)
+
+    def _adopt(self, fd: int) -> None:
+        try:
+            self._control.pages.adopt(fd)
+        except OSError as error:
+            raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
+
+    def _commit(self, request: Request) -> tuple[Reply, int | None]:
+        region, sharer = self._building, self._sharer
+        if region is None or sharer is None:
+            raise Refused(errno.EINVAL, "nothing to commit")
+        for item in request.objects:
+            if (
+                item.length == 0
+                or item.offset % kernel.PAGE
+                or item.length % kernel.PAGE
+                or item.offset + item.length > region.size
+            ):
+                raise Refused(errno.EINVAL, "an object does not lie in the region, in whole pages")
+            if item.prot != _READ_WRITE or item.flags not in (
+                kernel.MAP_SHARED,
+                kernel.MAP_PRIVATE,
+            ):
+                raise Refused(errno.EOPNOTSUPP, "only readable and writable anonymous memory")
+        for item in request.objects:
+            private = item.flags == kernel.MAP_PRIVATE
+            region.objects.insert(Object(item.offset, item.length, item.prot, private))
+        self._control.regions.commit(region)
+        self._building = None
+        assert region.backing is not None
+        fd = None if sharer.writable else region.backing.descriptor(writable=False)
+        return Reply(request.op, start=region.start, size=region.size), fd
+
+    def _userfaultfd(self, request: Request) -> tuple[Reply, int | None]:
+        if not self._control.capabilities.device:
+            return Reply(request.op, flags=ReplyFlag.USER_MODE_ONLY), None
+        return Reply(request.op), self._control.device()
+
+    def _vma_file(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
+        """The memory behind a shared anonymous VMA of the caller, for SEEK_DATA.
+
+        The caller has it mapped, so it learns nothing new.  But the connection may
+        be in other hands than the process that made it: if that has executed a
+        set-user-ID program since, its memory is not this peer's to see.  /proc/PID
+        belongs to the process's effective user, and to root when it is not
+        dumpable (proc(5)), as for ptrace(2).
+        """
+        peer = self._peer
+        if peer.pidfd is None or not self._control.capabilities.map_files:
+            raise Refused(errno.EPERM, "the daemon may not look into /proc/PID/map_files")
+        entry = f"/proc/{peer.pid}/map_files/{request.start:x}-{request.start + request.size:x}"
+        try:
+            owner = os.stat(f"/proc/{peer.pid}").st_uid
+            # O_PATH opens nothing yet: the mapping may be of any file, a hung one too.
+            path = os.open(entry, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise Refused(errno.EPERM, f"no such mapping: {error.strerror}") from error
+        try:
+            identity = kernel.identify(path)
+            # The number may have been used again unless the process still lives.
+            if owner != peer.uid or liveness.has_ended(peer.pidfd):
+                raise Refused(errno.EPERM, "the process is not the one that connected")
+            if (identity.major, identity.minor) != self._control.anonymous_device:
+                raise Refused(errno.EPERM, "the mapping is not shared anonymous memory")
+            memory = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(path)
+        fds.append(memory)  # closed when the reply is sent
+        return Reply(request.op), memory

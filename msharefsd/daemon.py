@@ -1,0 +1,228 @@
+"""The daemon's life: what is set up in which order, and taken down again.
+
+Everything hangs on one exit stack, so whatever fails, all that was set up before it
+is undone: no mount, no shared memory, no graft stays behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pyfuse3
+import trio
+
+from msharefsd import backing, capabilities, control, mounting, notify
+from msharefsd.backing import ShmBacking
+from msharefsd.capabilities import Capabilities
+from msharefsd.config import Config
+from msharefsd.control import Control
+from msharefsd.filesystem import CONTROL_NAME, INFO_FILE, FileSystem
+from msharefsd.liveness import Deaths
+from msharefsd.metrics import Metrics
+from msharefsd.pageserver import PageServer
+from msharefsd.regions import Regions
+
+log = logging.getLogger(__name__)
+
+SELF_CHECK_SECONDS: Final = 30
+_SCM_LIMIT: Final = 1 << 20
+
+
+class StartError(Exception):
+    """The daemon cannot start; the text says why and what to do."""
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The run directory, ours alone while we live."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(
+            directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+    except OSError as error:
+        raise StartError(f"cannot use the run directory {directory}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"another msharefsd holds {directory}: stop that one first") from None
+        yield
+        # Nothing of ours is in there any more; anything else is not ours to remove.
+        with contextlib.suppress(OSError):
+            os.unlink(directory / "lock")
+            directory.rmdir()
+    finally:
+        os.close(fd)
+
+
+def _raise_descriptor_limit() -> None:
+    # Two descriptors a sharer and a connection: thousands of sharers need thousands.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError, ValueError):
+            most = int(Path("/proc/sys/fs/nr_open").read_text())
+            wanted = max(hard, min(most, _SCM_LIMIT))
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+        log.debug("descriptors: %d, were %d", wanted, soft)
+
+
+@contextlib.contextmanager
+def _mounted(config: Config, workspace: Path, operations: FileSystem) -> Iterator[None]:
+    workspace.mkdir(exist_ok=True)
+    try:
+        grafted = mounting.prepare(config.mountpoint, workspace)
+    finally:
+        workspace.rmdir()
+    try:
+        try:
+            pyfuse3.init(operations, config.mountpoint, mounting.mount_options())
+        except RuntimeError as error:
+            raise StartError(
+                f"cannot mount on {config.mountpoint} (see the message of fuse above): /dev/fuse "
+                "and, for an ordinary user, fusermount3 are needed"
+            ) from error
+        try:
+            yield
+        finally:
+            mounting.unmount(config.mountpoint)
+            pyfuse3.close(unmount=False)
+    finally:
+        if grafted:
+            mounting.ungraft()
+
+
+def _self_check(mountpoint: str) -> None:
+    """Use the mount as a client would, once.
+
+    It shows that the kernel's and our side have met.  And it closes a file: flush()
+    answers ENOSYS, and from then on the kernel closes files of this mount without
+    asking.  The daemon relies on that when it closes descriptors of its own mount.
+    """
+    with open(os.path.join(mountpoint, os.fsdecode(INFO_FILE)), "rb") as file:
+        file.read()
+
+
+def _bind_control(mountpoint: str) -> socket.socket:
+    path = os.path.join(mountpoint, os.fsdecode(CONTROL_NAME))
+    listener = socket.socket(
+        socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    )
+    try:
+        if len(os.fsencode(path)) < 108:
+            listener.bind(path)
+        else:
+            directory = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                listener.bind(f"/proc/self/fd/{directory}/{os.fsdecode(CONTROL_NAME)}")
+            finally:
+                os.close(directory)
+        listener.listen(control.BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+async def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises StartError, MountError or Unsupported when it cannot start.
+    """
+    found = capabilities.probe(config.without)
+    for sentence in found.missing():
+        log.warning("%s", sentence)
+    _raise_descriptor_limit()
+    directory = Path(config.run_directory)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_locked(directory))
+        prefix = _backing_prefix(directory)
+        for name in backing.remove_leftovers(prefix):
+            log.warning("removed shared memory %s of a daemon that died", name)
+        regions = Regions(
+            config.alignment_bytes,
+            lambda number, size: ShmBacking(f"{prefix}{number}", size),
+            _forget_name,
+        )
+        stack.callback(regions.close)
+        metrics = Metrics(regions.alive)
+        operations = FileSystem(regions, metrics)
+        stack.enter_context(_mounted(config, directory / "graft", operations))
+        await _serve(config, found, regions, metrics, operations)
+
+
+def _backing_prefix(directory: Path) -> str:
+    # By run directory: daemons of several mounts share /dev/shm.
+    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:8]
+    return f"/msharefs-{digest}-"
+
+
+def _forget_name(name: bytes) -> None:
+    # Names have no lifetime in the kernel's cache, but a dentry that is in use stays
+    # until it is looked up again; drop it now.
+    pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(name), ignore_enoent=True)
+
+
+async def _serve(
+    config: Config,
+    found: Capabilities,
+    regions: Regions,
+    metrics: Metrics,
+    operations: FileSystem,
+) -> None:
+    mount = mounting.top_mount(config.mountpoint)
+    assert mount is not None, "pyfuse3.init() returned without a mount"
+    pages = PageServer(found, metrics, config.region_memory_bytes)
+    with contextlib.closing(Deaths()) as deaths, contextlib.ExitStack() as stack:
+        server = Control(
+            regions, pages, found, deaths, metrics, operations.region_of_inode, mount.device
+        )
+        stack.callback(server.close)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_stop_on_signal, nursery.cancel_scope)
+            nursery.start_soon(_serve_fuse, nursery.cancel_scope)
+            with trio.fail_after(SELF_CHECK_SECONDS):
+                await trio.to_thread.run_sync(
+                    _self_check, config.mountpoint, abandon_on_cancel=True
+                )
+                bound = await trio.to_thread.run_sync(
+                    _bind_control, config.mountpoint, abandon_on_cancel=True
+                )
+            listener = stack.enter_context(trio.socket.from_stdlib_socket(bound))
+            nursery.start_soon(deaths.run)
+            nursery.start_soon(pages.mend)
+            nursery.start_soon(server.run, listener)
+            log.info("ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes)
+            notify.notify("READY=1", f"STATUS=serving {config.mountpoint}")
+        notify.notify("STOPPING=1")
+    log.info("stopped")
+
+
+async def _serve_fuse(scope: trio.CancelScope) -> None:
+    try:
+        await pyfuse3.main()
+    finally:
+        # Unmounted by somebody else, or a defect: nothing is left to serve.
+        scope.cancel()
+
+
+async def _stop_on_signal(
+    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            scope.cancel()

@@ -1,0 +1,16 @@
+"""The one exception for what a client may not or cannot have."""
+
+from __future__ import annotations
+
+
+class Refused(OSError):
+    """A request is turned down: the errno for the caller, a sentence for people.
+
+    File-system handlers answer with the errno, the control socket with both.
+    Anything else that leaves a handler is a defect of the daemon.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message

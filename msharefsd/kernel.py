@@ -1,0 +1,179 @@
+"""System calls that the standard library does not have, through libc.
+
+Every function raises OSError with the kernel's errno.  Addresses and lengths
+are bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from dataclasses import dataclass
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+PROT_NONE: Final = 0
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+PROT_EXEC: Final = 4
+
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_NORESERVE: Final = 0x4000
+MAP_FIXED_NOREPLACE: Final = 0x100000
+
+MADV_DONTFORK: Final = 10
+MADV_POPULATE_WRITE: Final = 23
+
+MS_NOSUID: Final = 1 << 1
+MS_NODEV: Final = 1 << 2
+MS_NOEXEC: Final = 1 << 3
+MS_BIND: Final = 1 << 12
+MS_REC: Final = 1 << 14
+MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
+
+MNT_DETACH: Final = 2
+
+AT_EMPTY_PATH: Final = 0x1000
+AT_STATX_DONT_SYNC: Final = 0x4000
+STATX_TYPE: Final = 0x1
+STATX_INO: Final = 0x100
+
+PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mount.argtypes = [
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.statx.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+]
+
+_libc.syscall.restype = ctypes.c_long
+_SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def _check(result: int, what: str | None = None) -> None:
+    if result == -1:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), what)
+
+
+def userfaultfd(flags: int) -> int:
+    """userfaultfd(2); returns the descriptor."""
+    number = _SYS_USERFAULTFD.get(platform.machine())
+    if number is None:
+        raise OSError(errno.ENOSYS, f"userfaultfd on {platform.machine()} is not known here")
+    fd = int(_libc.syscall(number, flags))
+    _check(fd)
+    return fd
+
+
+def tgkill(pid: int, thread: int, number: int) -> None:
+    """tgkill(2)."""
+    _check(_libc.tgkill(pid, thread, number))
+
+
+def mmap(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
+    """mmap(2); returns the address."""
+    got = _libc.mmap(address, length, prot, flags, fd, offset)
+    if got == _MAP_FAILED:
+        _check(-1)
+    return int(got)
+
+
+def munmap(address: int, length: int) -> None:
+    """munmap(2)."""
+    _check(_libc.munmap(address, length))
+
+
+def madvise(address: int, length: int, advice: int) -> None:
+    """madvise(2)."""
+    _check(_libc.madvise(address, length, advice))
+
+
+def mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:
+    """mount(2)."""
+    kind = None if fstype is None else fstype.encode()
+    _check(
+        _libc.mount(os.fsencode(source), os.fsencode(target), kind, flags, data.encode()), target
+    )
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Which file a descriptor is open on."""
+
+    major: int
+    minor: int
+    inode: int
+    mode: int
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        ("blksize", ctypes.c_uint32),
+        ("attributes", ctypes.c_uint64),
+        ("nlink", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
+        ("mode", ctypes.c_uint16),
+        ("spare0", ctypes.c_uint16),
+        ("ino", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
+        ("attributes_mask", ctypes.c_uint64),
+        ("times", ctypes.c_uint64 * 8),
+        ("rdev_major", ctypes.c_uint32),
+        ("rdev_minor", ctypes.c_uint32),
+        ("dev_major", ctypes.c_uint32),
+        ("dev_minor", ctypes.c_uint32),
+        ("spare", ctypes.c_uint64 * 14),
+    )
+
+
+def identify(fd: int) -> FileIdentity:
+    """Which file `fd` is open on, without asking its file system.
+
+    AT_STATX_DONT_SYNC makes FUSE and network file systems answer from what the
+    kernel has (statx(2)).  fstat(2) would send a request: to our own mount, from
+    the thread that has to answer it, that is a deadlock, and to a client's hung
+    one a stall.
+    """
+    out = _Statx()
+    flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC
+    _check(_libc.statx(fd, b"", flags, STATX_TYPE | STATX_INO, ctypes.byref(out)))
+    return FileIdentity(out.dev_major, out.dev_minor, out.ino, out.mode)

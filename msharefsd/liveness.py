@@ -1,0 +1,69 @@
+"""Tells when processes end.
+
+The end of a connection is not enough: a sharer may have leaked the descriptor to a
+child (a raw clone() copies it) that lives on.  A pidfd becomes readable when its
+process ends, once and for good.
+
+All pidfds hang in one epoll set, which is itself one readable descriptor for trio:
+one task for all sharers instead of one for each.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+
+import trio
+
+
+class Deaths:
+    """Calls back when a watched process has ended."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+
+    def watch(self, pidfd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` once, from the trio thread, when the process ends."""
+        self._epoll.register(pidfd, select.EPOLLIN)
+        self._callbacks[pidfd] = callback
+
+    def forget(self, pidfd: int) -> None:
+        """Stop watching; must come before the pidfd is closed."""
+        if self._callbacks.pop(pidfd, None) is not None:
+            self._epoll.unregister(pidfd)
+
+    async def run(self) -> None:
+        """Deliver, forever."""
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll)
+            for pidfd, _ in self._epoll.poll(0):
+                callback = self._callbacks[pidfd]
+                self.forget(pidfd)
+                callback()
+
+    def close(self) -> None:
+        """Release the epoll set; the pidfds stay their owners'."""
+        self._epoll.close()
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process behind a pidfd is gone."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def read_proc(pid: int, name: str) -> str:
+    """A short text of /proc/PID, empty if the process is gone."""
+    try:
+        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return os.read(fd, 4096).decode("utf-8", "backslashreplace")
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)

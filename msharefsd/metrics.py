@@ -1,0 +1,49 @@
+"""What is counted; `.metrics` shows it as OpenMetrics text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.openmetrics.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from msharefsd.regions import Region
+
+
+class Metrics:
+    """The counters of one daemon."""
+
+    def __init__(self, regions: Callable[[], Iterable[Region]]) -> None:
+        """`regions()` gives the regions that have memory, at the time of a read."""
+        self._registry = CollectorRegistry()
+        self.faults = self._counter("faults", "page faults served", "kind")
+        self.populated = self._counter("populated_bytes", "memory populated for faults, bytes")
+        self.sigbus = self._counter("sigbus", "faults answered with SIGBUS or EFAULT", "reason")
+        self.attaches = self._counter("attaches", "sharers attached")
+        self.refused = self._counter("refused", "calls turned down", "errno")
+        self._registry.register(_Current(regions))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"msharefs_{name}", text, labels, registry=self._registry)
+
+    def render(self) -> bytes:
+        """OpenMetrics text."""
+        return generate_latest(self._registry)
+
+
+class _Current(Collector):
+    def __init__(self, regions: Callable[[], Iterable[Region]]) -> None:
+        self._regions = regions
+
+    def collect(self) -> Iterator[Metric]:
+        living = list(self._regions())
+        for name, text, value in (
+            ("msharefs_regions", "regions that have memory", len(living)),
+            ("msharefs_sharers", "sharers", sum(len(region.sharers) for region in living)),
+            ("msharefs_memory_bytes", "memory held", sum(r.allocated() for r in living)),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)

@@ -1,0 +1,204 @@
+"""Getting a mountpoint, and giving it back.
+
+sysfs refuses mkdir, so /sys/fs/mshare cannot simply be made.  As root the daemon
+grafts: a small tmpfs goes over /sys/fs that shows every old entry, and mshare
+beside them.
+
+How it is put together matters on systems where mounts propagate (systemd makes /
+shared).  Mounting the empty tmpfs first would show other mount namespaces an empty
+/sys/fs, without cgroups, for good.  So the whole tree is built on a private mount
+aside and then bound over /sys/fs in one step; propagation copies it whole.  And the
+entries are slaves of what they show: unmounting a peer would unmount the original,
+the machine's cgroups, with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from msharefsd import kernel
+
+log = logging.getLogger(__name__)
+
+SYS_FS: Final = "/sys/fs"
+FSTYPE: Final = "fuse.msharefs"
+GRAFT_SOURCE: Final = "msharefs-graft"
+PROBE_SECONDS: Final = 5.0
+
+
+class MountError(Exception):
+    """The mountpoint cannot be had; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo."""
+
+    device: tuple[int, int]
+    target: str
+    fstype: str
+    source: str
+
+
+def mounts() -> Iterator[Mount]:
+    """Every mount of this namespace, in the order they were made."""
+    text = Path("/proc/self/mountinfo").read_bytes()
+    for line in text.split(b"\n"):
+        fields = line.split(b" ")
+        if b"-" not in fields:
+            continue
+        after = fields.index(b"-") + 1
+        major, _, minor = fields[2].partition(b":")
+        yield Mount(
+            (int(major), int(minor)),
+            _unescape(fields[4]),
+            _unescape(fields[after]),
+            _unescape(fields[after + 1]),
+        )
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), field))
+
+
+def top_mount(target: str) -> Mount | None:
+    """The mount that is seen at `target`, if one is mounted right there."""
+    found = None
+    for mount in mounts():
+        if mount.target == target:
+            found = mount
+    return found
+
+
+def clear_stale(mountpoint: str) -> None:
+    """Take down mounts of dead daemons at `mountpoint`.
+
+    Such a mount answers ENOTCONN, to mount(2) as well, so it must go first; lazily,
+    because files in it may be open.  Raises MountError if a daemon is alive there.
+    """
+    while (mount := top_mount(mountpoint)) is not None and mount.fstype == FSTYPE:
+        if not _is_dead(mountpoint):
+            raise MountError(
+                f"msharefs is mounted on {mountpoint} and its daemon lives: stop that one first, "
+                "or choose another --mountpoint"
+            )
+        log.warning("taking down the mount that a dead daemon left on %s", mountpoint)
+        unmount(mountpoint)
+
+
+def _is_dead(mountpoint: str) -> bool:
+    # In a process of its own: a stat() of a mount whose daemon is stuck may never
+    # return, and a thread could not be left behind.
+    probe = subprocess.Popen(
+        ["stat", "--file-system", "--", mountpoint],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={"LC_ALL": "C", "PATH": os.defpath},
+        text=True,
+    )
+    try:
+        _, complaint = probe.communicate(timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        probe.kill()
+        raise MountError(
+            f"the mount on {mountpoint} does not answer: find its daemon, or "
+            f"umount --lazy {mountpoint}"
+        ) from None
+    return probe.returncode != 0 and os.strerror(errno.ENOTCONN) in complaint
+
+
+def unmount(mountpoint: str) -> None:
+    """Detach a mount; an ordinary user's through fusermount3.  Never raises."""
+    try:
+        if os.geteuid() == 0:
+            kernel.umount(mountpoint, kernel.MNT_DETACH)
+        else:
+            subprocess.run(
+                ["fusermount3", "-u", "-z", "--", mountpoint], check=True, capture_output=True
+            )
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.error("cannot unmount %s: %s", mountpoint, error)
+
+
+def prepare(mountpoint: str, workspace: Path) -> bool:
+    """Make `mountpoint` a directory that can be mounted on.
+
+    Grafts /sys/fs if it must, with `workspace` (an empty directory) to build in.
+    Returns whether /sys/fs is grafted, now or by a daemon before.  Raises
+    MountError.
+    """
+    clear_stale(mountpoint)
+    parent = os.path.dirname(mountpoint)
+    if not os.path.isdir(mountpoint):
+        if parent == SYS_FS and os.geteuid() == 0:
+            _graft(os.path.basename(mountpoint), workspace)
+        else:
+            try:
+                os.makedirs(mountpoint, mode=0o755, exist_ok=True)
+            except OSError as error:
+                raise MountError(
+                    f"cannot make {mountpoint}: {error.strerror}; an ordinary user's daemon "
+                    "needs --mountpoint in a directory of theirs"
+                ) from error
+    return parent == SYS_FS and is_grafted()
+
+
+def is_grafted() -> bool:
+    """Whether what is seen at /sys/fs is our graft."""
+    mount = top_mount(SYS_FS)
+    return mount is not None and mount.source == GRAFT_SOURCE
+
+
+def ungraft() -> None:
+    """Show the kernel's /sys/fs again."""
+    if is_grafted():
+        kernel.umount(SYS_FS, kernel.MNT_DETACH)
+
+
+def _graft(name: str, workspace: Path) -> None:
+    aside = str(workspace)
+    log.info("grafting %s/%s: sysfs has no mkdir", SYS_FS, name)
+    try:
+        kernel.mount(
+            GRAFT_SOURCE,
+            aside,
+            "tmpfs",
+            kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC,
+            "mode=755,size=1m",
+        )
+    except OSError as error:
+        raise MountError(
+            f"cannot mount a tmpfs over {SYS_FS} ({error.strerror}): CAP_SYS_ADMIN is needed; "
+            "choose another --mountpoint, /run/mshare for instance"
+        ) from error
+    try:
+        kernel.mount("", aside, None, kernel.MS_PRIVATE)
+        for entry in sorted(os.listdir(SYS_FS)):
+            old, new = os.path.join(SYS_FS, entry), os.path.join(aside, entry)
+            if stat.S_ISDIR(os.lstat(old).st_mode):
+                os.mkdir(new)
+                kernel.mount(old, new, None, kernel.MS_BIND | kernel.MS_REC)
+                kernel.mount("", new, None, kernel.MS_SLAVE | kernel.MS_REC)
+        os.mkdir(os.path.join(aside, name))
+        kernel.mount(aside, SYS_FS, None, kernel.MS_BIND | kernel.MS_REC)
+    except OSError as error:
+        raise MountError(f"cannot graft {SYS_FS}/{name}: {error}") from error
+    finally:
+        kernel.umount(aside, kernel.MNT_DETACH)
+
+
+def mount_options() -> set[str]:
+    """Options for pyfuse3.init(): root serves everybody, a user only themselves."""
+    options = {"fsname=msharefs", "subtype=msharefs", "default_permissions"}
+    if os.geteuid() == 0:
+        options.add("allow_other")
+    return options

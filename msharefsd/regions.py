@@ -1,0 +1,265 @@
+"""Regions, their sharers, and how long each lives.
+
+A region's life:
+
+    FILE --establish--> BUILDING --commit--> LIVE --(name and sharers gone)--> GONE
+     ^                      |
+     +-------abandon--------+
+
+FILE: open(O_CREAT) has made the name, nobody has given it a range.  BUILDING: the
+donor copies its memory; nobody else may attach yet, mshare() is atomic.  LIVE: it
+has a backing and may be attached.  A region lives as long as it has a name or a
+sharer: the end of a process does not take the name away (the patches' customers
+demanded that), and rm does not take the memory from who uses it.
+
+Nothing here awaits: each method runs to its end before anything else does, so no
+task ever sees a region half changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+import trio
+
+from msharefsd.backing import ShmBacking
+from msharefsd.errors import Refused
+from msharefsd.objects import ObjectMap
+
+NAME_MAX: Final = 255
+INFO_FILE: Final = b"mshare_info"
+TASK_SIZE: Final = 1 << 47
+"""The first address that user space cannot have with 4-level page tables."""
+
+
+class State(Enum):
+    """Where in its life a region is."""
+
+    FILE = "no range"
+    BUILDING = "being created"
+    LIVE = "live"
+    GONE = "gone"
+
+
+def check_name(name: bytes) -> None:
+    """Raises Refused for a name that no region can have (design: EPERM, ENAMETOOLONG)."""
+    if len(name) > NAME_MAX:
+        raise Refused(errno.ENAMETOOLONG, f"a region's name has at most {NAME_MAX} bytes")
+    if name.startswith(b".") or name == INFO_FILE:
+        raise Refused(errno.EPERM, "this name is reserved by msharefs: choose another")
+
+
+@dataclass(eq=False, slots=True)
+class Sharer:
+    """A process that has attached a region.  The page server owns `starved`."""
+
+    number: int
+    region: Region
+    pid: int
+    uid: int
+    writable: bool
+    uffd: int
+    since: float = field(default_factory=time.time)
+    starved: set[int] = field(default_factory=set)
+    """Offsets that were poisoned for want of memory, to be mended."""
+
+
+@dataclass(eq=False, slots=True)
+class Region:
+    """One region: its file, its range, its memory, its sharers."""
+
+    id: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    linked: bool = True
+    state: State = State.FILE
+    start: int = 0
+    size: int = 0
+    read_only: bool = False
+    """Created O_RDONLY: "read only access by everyone"."""
+    objects: ObjectMap = field(default_factory=ObjectMap)
+    backing: ShmBacking | None = None
+    sharers: dict[int, Sharer] = field(default_factory=dict)
+    settled: trio.Event = field(default_factory=trio.Event)
+    """Set when BUILDING ends, one way or the other."""
+
+    def allocated(self) -> int:
+        """Bytes of memory that the region holds."""
+        return self.backing.allocated() if self.backing else 0
+
+    def label(self) -> str:
+        """The name for logs and texts: printable, on one line."""
+        return self.name.decode("utf-8", "backslashreplace").translate(_UNPRINTABLE)
+
+
+_UNPRINTABLE: Final = {code: f"\\{code:03o}" for code in [*range(0x21), 0x5C, 0x7F]}
+
+
+class Regions:
+    """All regions of one mount."""
+
+    def __init__(
+        self,
+        alignment: int,
+        make_backing: Callable[[int, int], ShmBacking],
+        on_name_gone: Callable[[bytes], None],
+    ) -> None:
+        """`make_backing(region id, size in bytes)`; `on_name_gone(name)` is told when
+        the daemon itself, not unlink(2), took a name away.
+        """
+        self.alignment = alignment
+        self._make_backing = make_backing
+        self._on_name_gone = on_name_gone
+        self._ids = itertools.count(1)
+        self._sharer_numbers = itertools.count(1)
+        self._by_name: dict[bytes, Region] = {}
+        self._by_id: dict[int, Region] = {}
+        self._by_backing: dict[tuple[int, int, int], Region] = {}
+
+    def __iter__(self) -> Iterator[Region]:
+        """Regions that have a name, oldest first."""
+        return iter(sorted(self._by_name.values(), key=lambda region: region.id))
+
+    def alive(self) -> Iterator[Region]:
+        """Every region with memory, its name gone or not."""
+        return iter([r for r in self._by_id.values() if r.backing is not None])
+
+    def find(self, name: bytes) -> Region | None:
+        """The region of that name."""
+        return self._by_name.get(name)
+
+    def with_id(self, number: int) -> Region | None:
+        """The region with that id, for as long as it lives or has a name."""
+        return self._by_id.get(number)
+
+    def of_backing(self, major: int, minor: int, inode: int) -> Region | None:
+        """The region whose backing is that file."""
+        return self._by_backing.get((major, minor, inode))
+
+    def create(self, name: bytes, mode: int, uid: int, gid: int) -> Region:
+        """A new name without a range.  Raises Refused (EEXIST, EPERM, ENAMETOOLONG)."""
+        check_name(name)
+        if name in self._by_name:
+            raise Refused(errno.EEXIST, "a region of that name exists")
+        now = time.time_ns()
+        region = Region(next(self._ids), name, mode & 0o7777, uid, gid, now, now, now)
+        self._by_name[name] = region
+        self._by_id[region.id] = region
+        return region
+
+    def check_range(self, start: int, size: int) -> None:
+        """Raises Refused(EINVAL) for a range that no region can have."""
+        if size == 0 or start % self.alignment or size % self.alignment:
+            raise Refused(
+                errno.EINVAL, f"address and length must be multiples of {self.alignment} bytes"
+            )
+        if start == 0 or start + size > TASK_SIZE:
+            raise Refused(errno.EINVAL, "the range is not in user space")
+
+    def establish(self, region: Region, start: int, size: int, *, read_only: bool) -> None:
+        """Give a region its range and an empty backing (FILE to BUILDING)."""
+        assert region.state is State.FILE
+        self.check_range(start, size)
+        backing = self._make_backing(region.id, size)
+        region.start, region.size, region.read_only = start, size, read_only
+        region.backing = backing
+        region.settled = trio.Event()
+        region.state = State.BUILDING
+        self._by_backing[_key(backing)] = region
+
+    def commit(self, region: Region) -> None:
+        """The objects are in place: let others in (BUILDING to LIVE)."""
+        assert region.state is State.BUILDING
+        region.state = State.LIVE
+        region.mtime_ns = region.ctime_ns = time.time_ns()
+        region.settled.set()
+
+    def abandon(self, region: Region, *, drop_name: bool) -> None:
+        """The donor did not finish (BUILDING to FILE, or GONE with the name)."""
+        assert region.state is State.BUILDING
+        self._free(region)
+        region.start = region.size = 0
+        region.objects = ObjectMap()
+        region.state = State.FILE
+        region.settled.set()
+        if drop_name and region.linked:
+            self.unlink(region)
+            self._on_name_gone(region.name)
+        else:
+            self._reap(region)
+
+    def attach(self, region: Region, pid: int, uid: int, uffd: int, *, writable: bool) -> Sharer:
+        """A new sharer.  `uffd` stays the caller's to close."""
+        sharer = Sharer(next(self._sharer_numbers), region, pid, uid, writable, uffd)
+        region.sharers[sharer.number] = sharer
+        return sharer
+
+    def detach(self, sharer: Sharer) -> None:
+        """A sharer is gone; a region without name and sharers goes with it."""
+        region = sharer.region
+        del region.sharers[sharer.number]
+        self._reap(region)
+
+    def detach_and_unlink(self, sharer: Sharer) -> None:
+        """mshare_unlink() by a sharer: the last one takes the name with it.
+
+        Unless it may not: the root directory is sticky, so only the owner and root
+        remove a name (the check of the kernel's unlink(2), made here because no
+        system call does it for us).
+        """
+        region = sharer.region
+        last = len(region.sharers) == 1
+        if last and region.linked and sharer.uid in (0, region.uid):
+            self.unlink(region)
+            self._on_name_gone(region.name)
+        self.detach(sharer)
+
+    def unlink(self, region: Region) -> None:
+        """The name goes now, the memory when the last sharer has gone."""
+        assert region.linked
+        del self._by_name[region.name]
+        region.linked = False
+        region.ctime_ns = time.time_ns()
+        self._reap(region)
+
+    def close(self) -> None:
+        """Free everything: the file system is being unmounted."""
+        for region in list(self._by_id.values()):
+            self._free(region)
+            region.state = State.GONE
+
+    def _reap(self, region: Region) -> None:
+        # A region that is being built has a donor: abandon() or commit() comes.
+        if region.linked or region.sharers or region.state is State.BUILDING:
+            return
+        self._free(region)
+        region.state = State.GONE
+        self._by_id.pop(region.id, None)
+
+    def _free(self, region: Region) -> None:
+        if region.backing is not None:
+            del self._by_backing[_key(region.backing)]
+            region.backing.close()
+            region.backing = None
+
+
+def _key(backing: ShmBacking) -> tuple[int, int, int]:
+    identity = backing.identity
+    return identity.major, identity.minor, identity.inode
+
+
+def writes(oflags: int) -> bool:
+    """Whether open flags ask for write access."""
+    return oflags & os.O_ACCMODE != os.O_RDONLY

@@ -1,0 +1,58 @@
+"""The text files under .regions/NAME: the same region, for people."""
+
+from __future__ import annotations
+
+import time
+
+from msharefsd import kernel, liveness
+from msharefsd.regions import Region
+
+
+def info(region: Region) -> str:
+    """`info`: one `key: value` a line; sizes and addresses in bytes."""
+    rows: list[tuple[str, object]] = [
+        ("name", region.label()),
+        ("state", region.state.value),
+        ("start", f"{region.start:#x}"),
+        ("size", region.size),
+        ("access", "read-only" if region.read_only else "read-write"),
+        ("mode", f"{region.mode:04o}"),
+        ("owner", f"{region.uid}:{region.gid}"),
+        ("memory", region.allocated()),
+        ("objects", len(region.objects)),
+        ("sharers", len(region.sharers)),
+    ]
+    if region.backing is not None:
+        rows.insert(7, ("backing", f"{region.backing.kind} {region.backing.name}"))
+    return "".join(f"{key + ':':<9} {value}\n" for key, value in rows)
+
+
+def maps(region: Region) -> str:
+    """`maps`: the objects in the format of /proc/PID/maps (proc_pid_maps(5))."""
+    lines = []
+    for item in region.objects:
+        start = region.start + item.offset
+        prot = "".join(
+            letter if item.prot & bit else "-"
+            for letter, bit in (
+                ("r", kernel.PROT_READ),
+                ("w", kernel.PROT_WRITE),
+                ("x", kernel.PROT_EXEC),
+            )
+        )
+        kind = "anon" if item.private else "anon_shmem"
+        fixed = f"{start:x}-{start + item.length:x} {prot}{'p' if item.private else 's'}"
+        # The kernel pads to column 73 before the name.
+        lines.append(f"{fixed + ' 00000000 00:00 0':<72} [{kind}:{region.label()}]\n")
+    return "".join(lines)
+
+
+def sharers(region: Region) -> str:
+    """`sharers`: one process a line."""
+    lines = ["PID      UID      ACCESS     SINCE                COMMAND\n"]
+    for sharer in region.sharers.values():
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sharer.since))
+        access = "read-write" if sharer.writable else "read-only"
+        command = liveness.read_proc(sharer.pid, "comm").rstrip("\n")
+        lines.append(f"{sharer.pid:<8} {sharer.uid:<8} {access:<10} {since} {command}\n")
+    return "".join(lines)

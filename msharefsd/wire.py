@@ -1,0 +1,122 @@
+"""The messages of .control as Python sees them.
+
+`libmshare/core/wire.h` is where they are defined; this mirrors it, and
+tests/test_wire.py has the C compiler confirm every size, offset and constant.
+Whatever comes in is hostile: `parse_request` accepts exactly what it names.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Final
+
+from msharefsd.errors import Refused
+
+MAGIC: Final = 0x4D534852
+VERSION: Final = 1
+MAX_OBJECTS: Final = 1024
+
+REQUEST: Final = struct.Struct("=IHHQQIIII")
+OBJECT: Final = struct.Struct("=QQII")
+REPLY: Final = struct.Struct("=IHHiIQQ96s")
+MESSAGE_FIELD: Final = 96
+
+MAX_REQUEST_BYTES: Final = REQUEST.size + MAX_OBJECTS * OBJECT.size
+MAX_FDS: Final = 2
+
+
+class Op(IntEnum):
+    """What a request asks for."""
+
+    ATTACH = 1
+    COMMIT = 2
+    DETACH = 3
+    UNLINK = 4
+    USERFAULTFD = 5
+    VMA_FILE = 6
+
+
+class RequestFlag(IntFlag):
+    """Flags of a request."""
+
+    HAS_MAPPINGS = 1
+    MADE_FILE = 2
+
+
+class ReplyFlag(IntFlag):
+    """Flags of a reply."""
+
+    CREATED = 1
+    DONATE = 2
+    USER_MODE_ONLY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WireObject:
+    """One object of a COMMIT; offsets and lengths in bytes."""
+
+    offset: int
+    length: int
+    prot: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of a client."""
+
+    op: Op
+    start: int
+    size: int
+    oflags: int
+    flags: RequestFlag
+    objects: tuple[WireObject, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to one call."""
+
+    op: int
+    error: int = 0
+    flags: ReplyFlag = ReplyFlag(0)
+    start: int = 0
+    size: int = 0
+    message: str = ""
+
+    def pack(self) -> bytes:
+        """The bytes that go over the socket."""
+        text = self.message.encode(errors="replace")[: MESSAGE_FIELD - 1]
+        return REPLY.pack(
+            MAGIC, VERSION, self.op, self.error, int(self.flags), self.start, self.size, text
+        )
+
+
+def parse_request(data: bytes) -> Request:
+    """Check and decode one message.
+
+    Raises Refused: EPROTO for another version or what is no message of ours,
+    EINVAL for a field that makes no sense.
+    """
+    if len(data) < REQUEST.size:
+        raise Refused(errno.EPROTO, "message too short: is this libmshare?")
+    magic, version, op, start, size, oflags, flags, count, reserved = REQUEST.unpack_from(data)
+    if magic != MAGIC:
+        raise Refused(errno.EPROTO, "not a message of libmshare")
+    if version != VERSION:
+        raise Refused(errno.EPROTO, f"protocol {version}, daemon speaks {VERSION}: upgrade both")
+    try:
+        operation = Op(op)
+    except ValueError:
+        raise Refused(errno.EINVAL, f"no operation has the number {op}") from None
+    if reserved or flags & ~0x3:
+        raise Refused(errno.EINVAL, "unknown request flags")
+    if count > MAX_OBJECTS or len(data) != REQUEST.size + count * OBJECT.size:
+        raise Refused(errno.EINVAL, "object count and message length differ")
+    if count and operation is not Op.COMMIT:
+        raise Refused(errno.EINVAL, "objects go with COMMIT only")
+    objects = tuple(WireObject(*item) for item in OBJECT.iter_unpack(data[REQUEST.size :]))
+    return Request(operation, start, size, oflags, RequestFlag(flags), objects)
