@@ -85,7 +85,9 @@ class Control:
         region_of_inode: Callable[[int], Region | None],
         mount_device: tuple[int, int],
     ) -> None:
-        """`region_of_inode` finds a region by its file's inode number on the mount
+        """Serve `regions`.
+
+        `region_of_inode` finds a region by its file's inode number on the mount
         whose device numbers are `mount_device`.
         """
         self.regions = regions
@@ -160,6 +162,22 @@ def _close_each(fds: queue.SimpleQueue[int | None]) -> None:
     while (fd := fds.get()) is not None:
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def _check_attach(region: Region, request: Request) -> None:
+    """Raise Refused unless the request fits a region that exists already."""
+    if region.state is State.GONE:
+        raise Refused(errno.ENOENT, "the region is gone")
+    if request.oflags & os.O_EXCL:
+        raise Refused(errno.EEXIST, "somebody else created it first")
+    if (request.start, request.size) != (region.start, region.size):
+        raise Refused(
+            errno.EINVAL, f"the region is {region.size} bytes at {region.start:#x}: attach that"
+        )
+    if request.flags & RequestFlag.HAS_MAPPINGS:
+        raise Refused(errno.EINVAL, "the process has mappings in the region's range")
+    if writes(request.oflags) and region.read_only:
+        raise Refused(errno.EPERM, "the region was created read-only for everyone")
 
 
 class _Connection:
@@ -296,37 +314,13 @@ class _Connection:
         while region.state is State.BUILDING:
             await region.settled.wait()
 
-        creates = region.state is State.FILE
-        if creates:
-            if not region.linked or not request.oflags & os.O_CREAT:
-                raise Refused(errno.ENOENT, "the name has no range yet: create it with O_CREAT")
-        elif region.state is State.GONE:
-            raise Refused(errno.ENOENT, "the region is gone")
-        elif request.oflags & os.O_EXCL:
-            raise Refused(errno.EEXIST, "somebody else created it first")
-        elif (request.start, request.size) != (region.start, region.size):
-            raise Refused(
-                errno.EINVAL, f"the region is {region.size} bytes at {region.start:#x}: attach that"
-            )
-        elif request.flags & RequestFlag.HAS_MAPPINGS:
-            raise Refused(errno.EINVAL, "the process has mappings in the region's range")
-        elif writable and region.read_only:
-            raise Refused(errno.EPERM, "the region was created read-only for everyone")
-
-        made_file = creates and bool(request.flags & RequestFlag.MADE_FILE)
-        try:
+        flags = wire.NO_FLAGS
+        if region.state is State.FILE:
+            self._check_create(region, request, may_write=may_write)
+            flags = self._create(region, request, fds[1])
+        else:
+            _check_attach(region, request)
             self._adopt(fds[1])
-            if creates:
-                regions.establish(region, request.start, request.size, read_only=not writable)
-        except Refused:
-            if made_file and region.state is State.FILE and region.linked:
-                regions.unlink(region)
-            raise
-        donates = creates and bool(request.flags & RequestFlag.HAS_MAPPINGS)
-        if donates:
-            self._building, self._made_file = region, made_file
-        elif creates:
-            regions.commit(region)
         self._sharer = regions.attach(
             region, self._peer.pid, self._peer.uid, fds.pop(1), writable=writable
         )
@@ -334,16 +328,37 @@ class _Connection:
         self._serving = trio.CancelScope()
         self._nursery.start_soon(self._serve_faults, self._sharer, self._serving)
         assert region.backing is not None
-        reply = Reply(
-            request.op,
-            flags=(ReplyFlag.CREATED if creates else ReplyFlag(0))
-            | (ReplyFlag.DONATE if donates else ReplyFlag(0)),
-            start=region.start,
-            size=region.size,
-        )
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
-        return reply, region.backing.descriptor(writable=writable or donates)
+        fd = region.backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
+        return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
+
+    def _check_create(self, region: Region, request: Request, *, may_write: bool) -> None:
+        """Raise Refused unless the peer may give a name that has no range its range."""
+        if not region.linked or not request.oflags & os.O_CREAT:
+            raise Refused(errno.ENOENT, "the name has no range yet: create it with O_CREAT")
+        if not may_write and self._peer.uid not in (0, region.uid):
+            # Whoever may only read somebody's empty file does not decide what it is.
+            raise Refused(errno.EACCES, "only who may write the file gives it a range")
+
+    def _create(self, region: Region, request: Request, uffd_fd: int) -> ReplyFlag:
+        """Give the region its range; what the reply has to say about that."""
+        regions = self._control.regions
+        made_file = RequestFlag.MADE_FILE in request.flags
+        try:
+            self._adopt(uffd_fd)
+            regions.establish(
+                region, request.start, request.size, read_only=not writes(request.oflags)
+            )
+        except Refused:
+            if made_file:
+                regions.unlink(region)
+            raise
+        if RequestFlag.HAS_MAPPINGS in request.flags:
+            self._building, self._made_file = region, made_file
+            return ReplyFlag.CREATED | ReplyFlag.DONATE
+        regions.commit(region)
+        return ReplyFlag.CREATED
 
     async def _serve_faults(self, sharer: Sharer, scope: trio.CancelScope) -> None:
         with scope:

@@ -26,11 +26,11 @@ from msharefsd.backing import ShmBacking
 from msharefsd.capabilities import Capabilities
 from msharefsd.config import Config
 from msharefsd.control import Control
-from msharefsd.filesystem import CONTROL_NAME, INFO_FILE, FileSystem
+from msharefsd.filesystem import CONTROL_NAME, FileSystem
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.pageserver import PageServer
-from msharefsd.regions import Regions
+from msharefsd.regions import INFO_FILE, Regions
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _bind_control(mountpoint: str) -> socket.socket:
 async def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises StartError, MountError or Unsupported when it cannot start.
+    Raises StartError, MountError or UnsupportedError when it cannot start.
     """
     found = capabilities.probe(config.without)
     for sentence in found.missing():

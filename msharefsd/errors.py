@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Refused(OSError):
+class Refused(OSError):  # noqa: N818 - an answer, not a defect
     """A request is turned down: the errno for the caller, a sentence for people.
 
     File-system handlers answer with the errno, the control socket with both.

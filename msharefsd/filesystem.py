@@ -24,7 +24,7 @@ import stat
 import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, ParamSpec, TypeVar, cast
+from typing import Final, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import (
@@ -79,7 +79,7 @@ _TEXTS: Final[dict[bytes, tuple[int, Callable[[Region], str]]]] = {
     b"maps": (3, texts.maps),
     b"sharers": (4, texts.sharers),
 }
-_RENDER: Final = {kind: render for kind, render in _TEXTS.values()}
+_RENDER: Final = dict(_TEXTS.values())
 
 
 def region_inode(region: Region, kind: int = _FILE) -> int:
@@ -441,7 +441,7 @@ class FileSystem(_GuardedOperations):
 
     def _list(self, inode: int) -> list[tuple[int, bytes, int]]:
         if inode == ROOT:
-            names = [(name, number) for name, number in FIXED.items()]
+            names = list(FIXED.items())
             names += [(region.name, region_inode(region)) for region in self._regions]
         elif inode == REGIONS_INODE:
             names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._regions]
@@ -456,7 +456,7 @@ class FileSystem(_GuardedOperations):
                 attributes = self._entry(inode)
             except FUSEError:
                 continue  # gone since the directory was opened
-            if not pyfuse3.readdir_reply(token, cast("FileNameT", name), attributes, place):
+            if not pyfuse3.readdir_reply(token, name, attributes, place):
                 await self.forget([(InodeT(inode), 1)])
                 return
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import Collector
+from trio.lowlevel import current_statistics
 
 if TYPE_CHECKING:
     from msharefsd.regions import Region
@@ -32,7 +33,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """OpenMetrics text."""
-        return generate_latest(self._registry)
+        return bytes(generate_latest(self._registry))  # type: ignore[no-untyped-call] # theirs
 
 
 class _Current(Collector):
@@ -45,5 +46,6 @@ class _Current(Collector):
             ("msharefs_regions", "regions that have memory", len(living)),
             ("msharefs_sharers", "sharers", sum(len(region.sharers) for region in living)),
             ("msharefs_memory_bytes", "memory held", sum(r.allocated() for r in living)),
+            ("msharefs_tasks", "tasks of the daemon", current_statistics().tasks_living),
         ):
             yield GaugeMetricFamily(name, text, value=value)

@@ -30,7 +30,8 @@ class Object:
         """The first byte after the object."""
         return self.offset + self.length
 
-    def _like(self, other: Object) -> bool:
+    def merges_with(self, other: Object) -> bool:
+        """Whether the two are one object when they are neighbours."""
         return self.prot == other.prot and self.private == other.private
 
 
@@ -61,11 +62,11 @@ class ObjectMap:
         """
         self.remove(new.offset, new.length)
         before = self.find(new.offset - 1) if new.offset else None
-        if before is not None and before._like(new):
+        if before is not None and before.merges_with(new):
             del self._by_offset[before.offset]
             new = replace(new, offset=before.offset, length=new.end - before.offset)
         after = self._by_offset.get(new.end)
-        if after is not None and after._like(new):
+        if after is not None and after.merges_with(new):
             del self._by_offset[after.offset]
             new = replace(new, length=after.end - new.offset)
         self._by_offset[new.offset] = new

@@ -116,8 +116,10 @@ class Regions:
         make_backing: Callable[[int, int], ShmBacking],
         on_name_gone: Callable[[bytes], None],
     ) -> None:
-        """`make_backing(region id, size in bytes)`; `on_name_gone(name)` is told when
-        the daemon itself, not unlink(2), took a name away.
+        """Start without regions.
+
+        `make_backing(region id, size in bytes)` makes memory; `on_name_gone(name)` is
+        told when the daemon itself, not unlink(2), took a name away.
         """
         self.alignment = alignment
         self._make_backing = make_backing

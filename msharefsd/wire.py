@@ -54,6 +54,9 @@ class ReplyFlag(IntFlag):
     USER_MODE_ONLY = 4
 
 
+NO_FLAGS: Final = ReplyFlag(0)
+
+
 @dataclass(frozen=True, slots=True)
 class WireObject:
     """One object of a COMMIT; offsets and lengths in bytes."""
@@ -82,7 +85,7 @@ class Reply:
 
     op: int
     error: int = 0
-    flags: ReplyFlag = ReplyFlag(0)
+    flags: ReplyFlag = NO_FLAGS
     start: int = 0
     size: int = 0
     message: str = ""

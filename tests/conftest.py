@@ -1,0 +1,336 @@
+"""What the tests share: daemons that are taken down whatever happens, and clients.
+
+Everything runs in a mount namespace of its own, so a mount that a test leaves behind
+cannot outlive the test run.  A watchdog aborts the FUSE connections of a test that
+hangs: a process in an unanswered FUSE request ignores SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from msharefsd import kernel, mounting
+
+BIN = Path(sys.executable).parent
+TESTS = Path(__file__).parent
+CLIENT_SOURCE = TESTS / "client.c"
+WATCHDOG_SECONDS = 60.0
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+SUSPICIOUS = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|exception|never awaited", re.IGNORECASE)
+MiB = 1 << 20
+ALIGNMENT = 2 * MiB
+BASE = 0x2000_0000_0000
+"""Where the tests put their regions."""
+
+
+def pytest_configure() -> None:
+    """Enter a mount namespace of our own, for us and every process we start."""
+    if os.geteuid() != 0:
+        return
+    clone_newns = 0x20000
+    if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) != 0:
+        raise pytest.UsageError("cannot unshare the mount namespace: CAP_SYS_ADMIN is needed")
+    kernel.mount("", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    if mounting.top_mount(str(CONNECTIONS)) is None:
+        kernel.mount("none", str(CONNECTIONS), "fusectl", 0)
+
+
+@pytest.fixture(autouse=True)
+def _collect() -> Iterator[None]:
+    """Have a resource that is not closed complain in the test that forgot it."""
+    yield
+    gc.collect()
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Wait until something holds; the time limit is for defects only."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"did not come: {what}"
+        time.sleep(0.005)
+
+
+class Daemon:
+    """A msharefsd of a test's own."""
+
+    def __init__(self, directory: Path, *arguments: str, mountpoint: Path | None = None) -> None:
+        self.directory = directory
+        self.mount = mountpoint or directory / "mshare"
+        self.run = directory / "run"
+        self.log_file = directory / "log"
+        self.arguments = arguments
+        self.expected: list[str] = []
+        """Patterns of warnings that the test provokes."""
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, **popen: object) -> Daemon:
+        """Start and wait until it is ready."""
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
+                [
+                    BIN / "msharefsd",
+                    f"--mountpoint={self.mount}",
+                    f"--run-directory={self.run}",
+                    "--log-level=info",
+                    *self.arguments,
+                ],
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                **popen,
+            )
+        offset = self.log().count("ready:")
+        eventually(
+            lambda: self.process.poll() is not None or self.log().count("ready:") > offset
+            if self.process
+            else False,
+            "ready",
+        )
+        assert self.process is not None and self.process.poll() is None, self.log()
+        return self
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def connection(self) -> Path | None:
+        mount = mounting.top_mount(str(self.mount))
+        return None if mount is None else CONNECTIONS / str(mount.device[1])
+
+    def abort(self) -> None:
+        """Fail every request that is under way: frees processes stuck in them."""
+        connection = self.connection()
+        if connection is not None and connection.exists():
+            (connection / "abort").write_text("1")
+
+    def stop(self) -> None:
+        """SIGTERM, and see that nothing stays behind."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(20) == 0, self.log()
+        self.process = None
+        assert mounting.top_mount(str(self.mount)) is None
+        assert not self.run.exists()
+        assert self.shm_objects() == []
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
+    def shm_objects(self) -> list[str]:
+        from msharefsd.daemon import _backing_prefix
+
+        prefix = _backing_prefix(self.run).lstrip("/")
+        return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, 0 if it has none yet."""
+        for line in (self.mount / ".metrics").read_text().splitlines():
+            key, _, value = line.rpartition(" ")
+            if key == f"msharefs_{name}":
+                return float(value)
+        return 0.0
+
+    def info(self, region: str, file: str = "info") -> str:
+        return (self.mount / ".regions" / region / file).read_text()
+
+    def field(self, region: str, key: str) -> str:
+        """One line of a region's info."""
+        for line in self.info(region).splitlines():
+            name, _, value = line.partition(":")
+            if name == key:
+                return value.strip()
+        raise KeyError(key)
+
+    def sharers(self, region: str) -> int:
+        return int(self.field(region, "sharers"))
+
+    def check_log(self) -> None:
+        """No line of the log is suspicious but those that the test provoked."""
+        for line in self.log().splitlines():
+            if SUSPICIOUS.search(line) and not any(re.search(p, line) for p in self.expected):
+                pytest.fail(f"suspicious line in the daemon's log: {line}\n\n{self.log()}")
+
+    def clean_up(self) -> None:
+        """Whatever happened."""
+        self.abort()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        while (mount := mounting.top_mount(str(self.mount))) and mount.fstype == mounting.FSTYPE:
+            mounting.unmount(str(self.mount))
+        for name in self.shm_objects():
+            os.unlink(f"/dev/shm/{name}")
+        mounting.ungraft()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A temporary directory that ordinary users can enter."""
+    path = Path(tempfile.mkdtemp(prefix="mshare-test-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def make_daemon(directory: Path) -> Iterator[Callable[..., Daemon]]:
+    """Make daemons that are taken down at the end, under a watchdog."""
+    daemons: list[Daemon] = []
+
+    def make(*arguments: str, mountpoint: Path | None = None) -> Daemon:
+        own = directory / f"daemon{len(daemons)}"
+        own.mkdir()
+        own.chmod(0o755)
+        made = Daemon(own, *arguments, mountpoint=mountpoint)
+        daemons.append(made)
+        return made
+
+    def bark() -> None:
+        for each in daemons:
+            with contextlib.suppress(OSError):
+                each.abort()
+            if each.process is not None:
+                each.process.kill()
+
+    watchdog = threading.Timer(WATCHDOG_SECONDS, bark)
+    watchdog.start()
+    try:
+        yield make
+        for each in daemons:
+            if each.process is not None:
+                assert each.process.poll() is None, f"the daemon died:\n{each.log()}"
+                each.stop()
+        for each in daemons:
+            each.check_log()
+    finally:
+        watchdog.cancel()
+        for each in daemons:
+            each.clean_up()
+
+
+@pytest.fixture
+def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
+    """A running daemon with regions of 2 MiB."""
+    return make_daemon(f"--alignment={ALIGNMENT}").start()
+
+
+def compile_c(source: Path, output: Path, *flags: str) -> Path:
+    """Compile a program as a user of the installed wheel does."""
+    words = subprocess.run(
+        [sys.executable, "-m", "libmshare", "--cflags", "--libs"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    subprocess.run(
+        ["cc", "-std=gnu11", "-g", *flags, "-o", str(output), str(source), "-pthread", *words],
+        check=True,
+    )
+    return output
+
+
+@pytest.fixture(scope="session")
+def client_program() -> Iterator[Path]:
+    """tests/client.c, compiled."""
+    with tempfile.TemporaryDirectory(prefix="mshare-test-") as name:
+        Path(name).chmod(0o755)
+        yield compile_c(CLIENT_SOURCE, Path(name) / "client", "-Wall", "-Wextra", "-Werror")
+
+
+class Client:
+    """A C program that is told call by call what to do; see client.c."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send(self, *words: object) -> None:
+        """Give a command and do not wait for its result."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(str(word) for word in words) + "\n")
+        self.process.stdin.flush()
+
+    def result(self) -> str:
+        """The result of the oldest command that has not been asked for."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the client ended: {self.process.wait()}"
+        return line.rstrip("\n")
+
+    def do(self, *words: object) -> str:
+        self.send(*words)
+        return self.result()
+
+    def ok(self, *words: object) -> None:
+        """A command that must succeed."""
+        assert self.do(*words) == "0", words
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def spawn(client_program: Path, daemon: Daemon) -> Iterator[Callable[..., Client]]:
+    """Start clients of `daemon`; keyword arguments are Popen's (user, group, ...)."""
+    with clients(client_program, daemon) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def clients(program: Path, of: Daemon) -> Iterator[Callable[..., Client]]:
+    """Clients of one daemon, all gone at the end."""
+    started: list[Client] = []
+
+    def start(*, before: Sequence[str] = (), **popen: object) -> Client:
+        environment = {"MSHARE_ROOT": str(of.mount), "PATH": os.defpath}
+        process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
+            [*before, str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd="/",
+            **popen,
+        )
+        started.append(Client(process))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for client in started:
+            client.process.kill()
+            client.process.wait()
+            for pipe in (client.process.stdin, client.process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
