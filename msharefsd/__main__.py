@@ -10,12 +10,16 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import trio
 
 from msharefsd import config, daemon
 from msharefsd.capabilities import UnsupportedError
 from msharefsd.mounting import MountError
+
+
+VERSION: Final = version("msharefs")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FEATURE",
         help="do without a kernel feature, to test that",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('msharefs')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     return parser
 
 

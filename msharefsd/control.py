@@ -56,6 +56,10 @@ class Peer:
     pidfd: int | None
     """None for a process that this pid namespace does not see."""
 
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.pidfd is not None and liveness.has_ended(self.pidfd)
+
 
 def _peer_of(sock: trio.socket.SocketType) -> Peer:
     pid, uid, gid = _UCRED.unpack(
@@ -322,7 +326,12 @@ class _Connection:
             _check_attach(region, request)
             self._adopt(fds[1])
         self._sharer = regions.attach(
-            region, self._peer.pid, self._peer.uid, fds.pop(1), writable=writable
+            region,
+            self._peer.pid,
+            self._peer.uid,
+            fds.pop(1),
+            writable=writable,
+            ended=self._peer.has_ended,
         )
         self._control.metrics.attaches.inc()
         self._serving = trio.CancelScope()

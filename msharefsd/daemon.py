@@ -97,7 +97,8 @@ def _mounted(config: Config, workspace: Path, operations: FileSystem) -> Iterato
         try:
             yield
         finally:
-            mounting.unmount(config.mountpoint)
+            if mounting.is_mounted(config.mountpoint):
+                mounting.unmount(config.mountpoint)
             pyfuse3.close(unmount=False)
     finally:
         if grafted:
@@ -193,6 +194,7 @@ async def _serve(
         async with trio.open_nursery() as nursery:
             await nursery.start(_stop_on_signal, nursery.cancel_scope)
             nursery.start_soon(_serve_fuse, nursery.cancel_scope)
+            nursery.start_soon(_stop_when_unmounted, mount, nursery.cancel_scope)
             with trio.fail_after(SELF_CHECK_SECONDS):
                 await trio.to_thread.run_sync(
                     _self_check, config.mountpoint, abandon_on_cancel=True
@@ -214,8 +216,13 @@ async def _serve_fuse(scope: trio.CancelScope) -> None:
     try:
         await pyfuse3.main()
     finally:
-        # Unmounted by somebody else, or a defect: nothing is left to serve.
-        scope.cancel()
+        scope.cancel()  # the connection was aborted: nothing is left to serve
+
+
+async def _stop_when_unmounted(mount: mounting.Mount, scope: trio.CancelScope) -> None:
+    await mounting.until_unmounted(mount)
+    log.info("unmounted by somebody else: stopping")
+    scope.cancel()
 
 
 async def _stop_on_signal(

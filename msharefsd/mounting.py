@@ -18,12 +18,15 @@ import errno
 import logging
 import os
 import re
+import select
 import stat
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import trio
 
 from msharefsd import kernel
 
@@ -79,13 +82,19 @@ def top_mount(target: str) -> Mount | None:
     return found
 
 
+def is_mounted(mountpoint: str) -> bool:
+    """Whether what is seen at `mountpoint` is a msharefs, of a living daemon or not."""
+    mount = top_mount(mountpoint)
+    return mount is not None and mount.fstype == FSTYPE
+
+
 def clear_stale(mountpoint: str) -> None:
     """Take down mounts of dead daemons at `mountpoint`.
 
     Such a mount answers ENOTCONN, to mount(2) as well, so it must go first; lazily,
     because files in it may be open.  Raises MountError if a daemon is alive there.
     """
-    while (mount := top_mount(mountpoint)) is not None and mount.fstype == FSTYPE:
+    while is_mounted(mountpoint):
         if not _is_dead(mountpoint):
             raise MountError(
                 f"msharefs is mounted on {mountpoint} and its daemon lives: stop that one first, "
@@ -194,6 +203,25 @@ def _graft(name: str, workspace: Path) -> None:
         raise MountError(f"cannot graft {SYS_FS}/{name}: {error}") from error
     finally:
         kernel.umount(aside, kernel.MNT_DETACH)
+
+
+async def until_unmounted(mount: Mount) -> None:
+    """Return when `mount` is no longer in this namespace.
+
+    The kernel does not tell us: .control is a socket bound in the mount and keeps
+    the file system in use after a lazy unmount, so reads of /dev/fuse go on.  But
+    /proc/self/mountinfo polls as exceptional when mounts change
+    (proc_pid_mountinfo(5)), and through an epoll set that is readable for trio.
+    """
+    table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with select.epoll() as changes:
+            changes.register(table, select.EPOLLPRI | select.EPOLLERR)
+            while mount in mounts():
+                await trio.lowlevel.wait_readable(changes)
+                changes.poll(0)
+    finally:
+        os.close(table)
 
 
 def mount_options() -> set[str]:

@@ -66,6 +66,8 @@ class Sharer:
     uid: int
     writable: bool
     uffd: int
+    ended: Callable[[], bool] = lambda: False
+    """Whether the process is gone, although nobody has detached it yet."""
     since: float = field(default_factory=time.time)
     starved: set[int] = field(default_factory=set)
     """Offsets that were poisoned for want of memory, to be mended."""
@@ -202,9 +204,18 @@ class Regions:
         else:
             self._reap(region)
 
-    def attach(self, region: Region, pid: int, uid: int, uffd: int, *, writable: bool) -> Sharer:
+    def attach(
+        self,
+        region: Region,
+        pid: int,
+        uid: int,
+        uffd: int,
+        *,
+        writable: bool,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> Sharer:
         """A new sharer.  `uffd` stays the caller's to close."""
-        sharer = Sharer(next(self._sharer_numbers), region, pid, uid, writable, uffd)
+        sharer = Sharer(next(self._sharer_numbers), region, pid, uid, writable, uffd, ended)
         region.sharers[sharer.number] = sharer
         return sharer
 
@@ -220,9 +231,12 @@ class Regions:
         Unless it may not: the root directory is sticky, so only the owner and root
         remove a name (the check of the kernel's unlink(2), made here because no
         system call does it for us).
+
+        A parent that has waited for its children is the last, even if the news of
+        their end is still on its way to us.
         """
         region = sharer.region
-        last = len(region.sharers) == 1
+        last = all(other is sharer or other.ended() for other in region.sharers.values())
         if last and region.linked and sharer.uid in (0, region.uid):
             self.unlink(region)
             self._on_name_gone(region.name)

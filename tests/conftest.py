@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from libmshare import core
 from msharefsd import kernel, mounting
 
 BIN = Path(sys.executable).parent
@@ -77,12 +78,12 @@ class Daemon:
         """Patterns of warnings that the test provokes."""
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, **popen: object) -> Daemon:
-        """Start and wait until it is ready."""
+    def start(self, command: Sequence[str] = (), **popen: object) -> Daemon:
+        """Start and wait until it is ready.  `command` stands in for msharefsd."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
                 [
-                    BIN / "msharefsd",
+                    *(command or [BIN / "msharefsd"]),
                     f"--mountpoint={self.mount}",
                     f"--run-directory={self.run}",
                     "--log-level=info",
@@ -95,9 +96,11 @@ class Daemon:
             )
         offset = self.log().count("ready:")
         eventually(
-            lambda: self.process.poll() is not None or self.log().count("ready:") > offset
-            if self.process
-            else False,
+            lambda: (
+                self.process.poll() is not None or self.log().count("ready:") > offset
+                if self.process
+                else False
+            ),
             "ready",
         )
         assert self.process is not None and self.process.poll() is None, self.log()
@@ -124,7 +127,8 @@ class Daemon:
     def stop(self) -> None:
         """SIGTERM, and see that nothing stays behind."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(20) == 0, self.log()
         self.process = None
         assert mounting.top_mount(str(self.mount)) is None
@@ -166,6 +170,19 @@ class Daemon:
                 return value.strip()
         raise KeyError(key)
 
+    def field_as(self, region: str, key: str, user: int) -> str:
+        """As `field`, by another user: an ordinary user's mount is closed even to root."""
+        text = subprocess.run(
+            ["cat", str(self.mount / ".regions" / region / "info")],
+            check=True,
+            capture_output=True,
+            text=True,
+            user=user,
+            group=user,
+            extra_groups=[],
+        ).stdout
+        return dict(line.split(":", 1) for line in text.splitlines())[key].strip()
+
     def sharers(self, region: str) -> int:
         return int(self.field(region, "sharers"))
 
@@ -181,7 +198,7 @@ class Daemon:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-        while (mount := mounting.top_mount(str(self.mount))) and mount.fstype == mounting.FSTYPE:
+        while mounting.is_mounted(str(self.mount)):
             mounting.unmount(str(self.mount))
         for name in self.shm_objects():
             os.unlink(f"/dev/shm/{name}")
@@ -259,7 +276,13 @@ def client_program() -> Iterator[Path]:
     """tests/client.c, compiled."""
     with tempfile.TemporaryDirectory(prefix="mshare-test-") as name:
         Path(name).chmod(0o755)
-        yield compile_c(CLIENT_SOURCE, Path(name) / "client", "-Wall", "-Wextra", "-Werror")
+        # With the library beside it: ordinary users may not be able to enter where
+        # the project lies.
+        directory = core.library_directory()
+        if directory is not None:
+            shutil.copy(directory / core.LIBRARY, name)
+        flags = ["-Wall", "-Wextra", "-Werror", "-Wl,-rpath,$ORIGIN"]
+        yield compile_c(CLIENT_SOURCE, Path(name) / "client", *flags)
 
 
 class Client:

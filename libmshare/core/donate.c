@@ -211,14 +211,31 @@ static int copy_by_seek(const struct donation *donation, int freezer, const stru
 	}
 }
 
+/*
+ * The trial is a write of one byte to a scratch file, not to the backing: newer
+ * kernels allocate the page they write to before they look at the source.
+ */
 static int copy_by_trying(const struct donation *donation, int freezer, const struct vma *vma)
 {
+	int scratch = memfd_create("libmshare", MFD_CLOEXEC), result = -1, saved;
+
+	if (scratch < 0)
+		return -1;
 	for (char *page = vma->start; page < vma->end; page += donation->page) {
-		if (freeze_and_copy(donation, freezer, page, page + donation->page) < 0 &&
-		    errno != EFAULT)
-			return -1;
+		if (pwrite(scratch, page, 1, 0) < 0) {
+			if (errno == EFAULT)
+				continue;
+			goto out;
+		}
+		if (freeze_and_copy(donation, freezer, page, page + donation->page) < 0)
+			goto out;
 	}
-	return 0;
+	result = 0;
+out:
+	saved = errno;
+	close(scratch);
+	errno = saved;
+	return result;
 }
 
 static int copy_by_pagemap(const struct donation *donation, int freezer, const struct vma *vma)

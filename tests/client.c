@@ -1,0 +1,312 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A client that the tests tell what to do: a command a line on standard input, its
+ * result a line on standard output.  Numbers are C's.  A call that fails prints
+ * minus its errno; an access that ends in a signal prints the signal's name.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <mshare.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static sigjmp_buf landing;
+static volatile sig_atomic_t caught;
+
+static void on_signal(int number)
+{
+	caught = number;
+	siglongjmp(landing, 1);
+}
+
+static void say_errno(long result)
+{
+	printf("%ld\n", result < 0 ? -(long)errno : result);
+}
+
+/* Touch a byte per page: store VALUE, or load when it is negative. */
+static void touch(char *from, size_t length, int value, size_t step)
+{
+	volatile char *volatile at = from;
+	volatile unsigned long last = 0;
+
+	if (sigsetjmp(landing, 1)) {
+		printf("%s\n", caught == SIGBUS ? "SIGBUS" : "SIGSEGV");
+		return;
+	}
+	for (size_t i = 0; i < length; i += step, at += step) {
+		if (value >= 0)
+			*at = (char)value;
+		else
+			last = (unsigned char)*at;
+	}
+	printf("%lu\n", value >= 0 ? 0 : last);
+}
+
+/* Every byte of the range has the value? */
+static void check(const char *from, size_t length, int value)
+{
+	for (size_t i = 0; i < length; i++) {
+		if ((unsigned char)from[i] != value) {
+			printf("byte %zu is %d\n", i, (unsigned char)from[i]);
+			return;
+		}
+	}
+	printf("0\n");
+}
+
+/* What /proc/self/maps and smaps say of an address. */
+static void vma(unsigned long address)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	unsigned long from, to;
+	char line[512], prot[8] = "none";
+
+	while (fgets(line, sizeof line, maps)) {
+		char found[8];
+
+		if (sscanf(line, "%lx-%lx %7s", &from, &to, found) == 3 && from <= address &&
+		    address < to)
+			strcpy(prot, found);
+	}
+	fclose(maps);
+	printf("%s\n", prot);
+}
+
+static void run(char *line, const char *self);
+
+static void in_child(pid_t child, char *line, const char *self)
+{
+	int status;
+
+	if (child < 0) {
+		say_errno(-1);
+		return;
+	}
+	if (child == 0) {
+		run(line, self);
+		fflush(stdout);
+		_exit(0);
+	}
+	waitpid(child, &status, 0);
+	if (WIFSIGNALED(status))
+		printf("killed by %d\n", WTERMSIG(status));
+}
+
+struct job {
+	char line[512];
+	const char *self;
+};
+
+static void *in_thread(void *argument)
+{
+	struct job *job = argument;
+
+	run(job->line, job->self);
+	return NULL;
+}
+
+/* Writers for the donor's test: each counts up in its own page until told to stop. */
+static volatile int stop_writing;
+
+static void *count_up(void *page)
+{
+	volatile unsigned long *counter = page;
+
+	while (!stop_writing)
+		++*counter;
+	return (void *)*counter;
+}
+
+/* mshare() while threads write; their last count must be what is in memory. */
+static void donate_under_writers(const char *name, char *start, size_t size, int count)
+{
+	pthread_t threads[64];
+	void *counted;
+
+	if (count > 64)
+		count = 64;
+	stop_writing = 0;
+	for (int i = 0; i < count; i++)
+		pthread_create(&threads[i], NULL, count_up, start + (size_t)i * 4096);
+	usleep(2000);
+	if (mshare(name, start, size, O_CREAT | O_EXCL | O_RDWR, 0600) < 0) {
+		say_errno(-1);
+		exit(1);
+	}
+	usleep(2000);
+	stop_writing = 1;
+	for (int i = 0; i < count; i++) {
+		pthread_join(threads[i], &counted);
+		if (*(unsigned long *)(start + (size_t)i * 4096) != (unsigned long)counted) {
+			printf("thread %d lost writes\n", i);
+			return;
+		}
+	}
+	printf("0\n");
+}
+
+static void run(char *line, const char *self)
+{
+	char *words[8] = { 0 }, *rest = NULL, *position;
+	int count = 0;
+	unsigned long n[8] = { 0 };
+	struct mshare_info info;
+	struct rusage usage;
+
+	rest = strchr(line, ' ');
+	char copy[512];
+
+	snprintf(copy, sizeof copy, "%s", rest ? rest + 1 : "");
+	for (char *word = strtok_r(line, " \n", &position); word && count < 8;
+	     word = strtok_r(NULL, " \n", &position)) {
+		words[count] = word;
+		n[count++] = strtoul(word, NULL, 0);
+	}
+	if (!words[0])
+		return;
+#define IS(name) (strcmp(words[0], name) == 0)
+	if (IS("map")) { /* address length flags */
+		void *got = mmap((void *)n[1], n[2], PROT_READ | PROT_WRITE,
+				 (int)n[3] | MAP_ANONYMOUS, -1, 0);
+		if (got != MAP_FAILED && got != (void *)n[1])
+			errno = EEXIST;
+		say_errno(got == (void *)n[1] ? 0 : -1);
+	} else if (IS("mapfile")) { /* address length path */
+		int fd = open(words[3], O_RDWR);
+		void *got = mmap((void *)n[1], n[2], PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		say_errno(got == (void *)n[1] ? 0 : -1);
+		close(fd);
+	} else if (IS("mprotect")) {
+		say_errno(mprotect((void *)n[1], n[2], (int)n[3]));
+	} else if (IS("mshare")) { /* name address length oflags mode */
+		say_errno(mshare(words[1], (void *)n[2], n[3], (int)n[4], (mode_t)n[5]));
+	} else if (IS("mshare_empty")) {
+		say_errno(mshare("", (void *)n[1], n[2], (int)n[3], 0600));
+	} else if (IS("mshare_null")) {
+		say_errno(mshare(NULL, (void *)n[1], n[2], (int)n[3], 0600));
+	} else if (IS("unlink")) {
+		say_errno(mshare_unlink(words[1]));
+	} else if (IS("detach")) {
+		say_errno(mshare_detach(words[1]));
+	} else if (IS("stat")) {
+		if (mshare_stat(words[1], &info) < 0)
+			say_errno(-1);
+		else
+			printf("%lu %lu\n", info.start, info.size);
+	} else if (IS("load")) { /* address */
+		touch((char *)n[1], 1, -1, 1);
+	} else if (IS("store")) { /* address value */
+		touch((char *)n[1], 1, (int)n[2], 1);
+	} else if (IS("fill")) { /* address length value: a byte per page */
+		touch((char *)n[1], n[2], (int)n[3], 4096);
+	} else if (IS("scan")) { /* address length */
+		touch((char *)n[1], n[2], -1, 4096);
+	} else if (IS("check")) { /* address length value */
+		check((char *)n[1], n[2], (int)n[3]);
+	} else if (IS("from_memory")) { /* address length: the kernel reads it */
+		int null = memfd_create("out", MFD_CLOEXEC);
+		say_errno(write(null, (void *)n[1], n[2]));
+		close(null);
+	} else if (IS("to_memory")) { /* address length: the kernel writes it */
+		int zero = open("/dev/zero", O_RDONLY | O_CLOEXEC);
+		say_errno(read(zero, (void *)n[1], n[2]));
+		close(zero);
+	} else if (IS("vma")) {
+		vma(n[1]);
+	} else if (IS("faults")) {
+		getrusage(RUSAGE_SELF, &usage);
+		printf("%ld\n", usage.ru_minflt);
+	} else if (IS("fork")) { /* the rest is the child's command */
+		fflush(stdout);
+		in_child(fork(), copy, self);
+	} else if (IS("clone")) { /* as fork, but no handler of the library's runs */
+		fflush(stdout);
+		in_child((pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0), copy, self);
+	} else if (IS("branch")) { /* from now on a child takes the commands */
+		fflush(stdout);
+		if (fork() == 0)
+			printf("%d\n", getpid());
+		else
+			for (;;)
+				pause();
+	} else if (IS("storm")) { /* that many children, forked at once, each touches ADDRESS */
+		fflush(stdout);
+		long bad = 0;
+		int status;
+
+		for (unsigned long i = 0; i < n[1]; i++) {
+			pid_t child = fork();
+
+			if (child == 0) {
+				++*(volatile char *)n[2];
+				_exit(0);
+			}
+			if (child < 0)
+				bad++;
+		}
+		while (wait(&status) > 0)
+			bad += status != 0;
+		printf("%ld\n", bad);
+	} else if (IS("thread")) {
+		struct job job = { .self = self };
+		pthread_t thread;
+
+		snprintf(job.line, sizeof job.line, "%s", copy);
+		pthread_create(&thread, NULL, in_thread, &job);
+		pthread_join(thread, NULL);
+	} else if (IS("writers")) { /* name address length threads */
+		donate_under_writers(words[1], (char *)n[2], n[3], (int)n[4]);
+	} else if (IS("cycle")) { /* name address length: attach, touch, detach until killed */
+		for (unsigned long i = 0;; i++) {
+			if (mshare(words[1], (void *)n[2], n[3], O_RDWR, 0) < 0)
+				_exit(1);
+			*(volatile char *)(n[2] + i * 65536 % n[3]) = 1;
+			if (mshare_detach(words[1]) < 0)
+				_exit(2);
+		}
+	} else if (IS("exec")) {
+		fflush(stdout);
+		execl(self, self, (char *)NULL);
+		say_errno(-1);
+	} else if (IS("hello")) {
+		printf("0\n");
+	} else {
+		printf("what is %s?\n", words[0]);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_NODEFER };
+	char line[512];
+
+	(void)argc;
+	sigaction(SIGBUS, &action, NULL);
+	sigaction(SIGSEGV, &action, NULL);
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	/* read(2), not stdio: after exec or fork nobody else may have read ahead. */
+	for (;;) {
+		size_t length = 0;
+		ssize_t got;
+
+		while ((got = read(0, line + length, 1)) == 1 && line[length] != '\n' &&
+		       length < sizeof line - 1)
+			length++;
+		if (got <= 0)
+			return 0;
+		line[length] = '\0';
+		run(line, argv[0]);
+	}
+}

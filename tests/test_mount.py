@@ -1,0 +1,270 @@
+"""Mounting and unmounting: the graft, other places, an ordinary user, stale mounts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ALIGNMENT, BASE, BIN, Daemon, clients
+from msharefsd import kernel, mounting
+
+NOBODY = 65534
+SIZE = 2 * ALIGNMENT
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
+SYS = Path("/sys/fs/mshare")
+
+BECOME_NOBODY = f"""
+# The interpreter may lie where only root can read: import first, then become the
+# user, and be dumpable again (prctl(2)), as a program that the user started is.
+import ctypes, os, sys
+import msharefsd.__main__
+os.setgroups([])
+os.setgid({NOBODY})
+os.setuid({NOBODY})
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+sys.exit(msharefsd.__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(params=["private", "shared"])
+def propagation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With / shared, as systemd makes it, the graft must not touch the original mounts."""
+    if request.param == "shared":
+        kernel.mount("", "/", None, kernel.MS_REC | 1 << 20)  # MS_SHARED
+    yield request.param
+    kernel.mount("", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+
+
+def below(path: str) -> list[tuple[str, str]]:
+    return [(m.target, m.fstype) for m in mounting.mounts() if m.target.startswith(path)]
+
+
+@pytest.mark.usefixtures("propagation")
+def test_the_graft_shows_everything_and_goes_without_a_trace(
+    make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    before, mounts_before = sorted(os.listdir("/sys/fs")), below("/sys")
+    cgroups = sorted(os.listdir("/sys/fs/cgroup"))
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", mountpoint=SYS).start()
+    assert sorted(os.listdir("/sys/fs")) == sorted([*before, "mshare"])
+    assert sorted(os.listdir("/sys/fs/cgroup")) == cgroups
+    # What is mounted below an entry shows through, cgroups above all.
+    for entry in cgroups:
+        assert os.listdir(f"/sys/fs/cgroup/{entry}") or os.path.isfile(f"/sys/fs/cgroup/{entry}")
+    with clients(client_program, daemon) as start:
+        client = start()
+        client.ok("map", BASE, SIZE, 1)
+        client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    daemon.stop()
+    assert sorted(os.listdir("/sys/fs")) == before
+    assert below("/sys") == mounts_before
+
+
+@pytest.mark.usefixtures("propagation")
+def test_a_killed_daemons_graft_is_used_again_and_undone(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    mounts_before = below("/sys")
+    daemon = make_daemon(mountpoint=SYS).start()
+    daemon.kill()
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(SYS)
+    assert mounting.is_grafted()
+    daemon.expected.append("taking down the mount that a dead daemon left")
+    daemon.start()
+    assert (SYS / "mshare_info").read_text() == f"{512 << 30}\n"
+    daemon.stop()
+    assert below("/sys") == mounts_before
+
+
+def test_the_default_mount_is_found_without_being_told(
+    make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    """By its usual place, or as the first fuse.msharefs in /proc/self/mountinfo."""
+    for mountpoint in (SYS, None):
+        daemon = make_daemon(f"--alignment={ALIGNMENT}", mountpoint=mountpoint).start()
+        process = subprocess.run(
+            [client_program],
+            input=f"mshare r {BASE} {SIZE} {CREATE} 384\nunlink r\n",
+            capture_output=True,
+            check=True,
+            text=True,
+            env={},
+        )
+        assert process.stdout == "0\n0\n"
+        daemon.stop()
+
+
+def test_a_mount_path_longer_than_a_socket_address(
+    make_daemon: Callable[..., Daemon], client_program: Path, directory: Path
+) -> None:
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", mountpoint=directory / ("long" * 40) / "m")
+    daemon.start()
+    with clients(client_program, daemon) as start:
+        client = start()
+        client.ok("map", BASE, SIZE, 1)
+        client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        client.ok("store", BASE, 1)
+        assert client.do("fork", "load", BASE) == "1"
+
+
+def test_a_second_daemon_on_the_same_mountpoint_is_refused(daemon: Daemon, directory: Path) -> None:
+    command = [str(BIN / "msharefsd"), f"--mountpoint={daemon.mount}"]
+    for run in (daemon.run, directory / "other-run"):
+        second = subprocess.run(
+            [*command, f"--run-directory={run}"], capture_output=True, text=True, check=False
+        )
+        assert second.returncode == 1
+        assert "stop that one first" in second.stderr
+        assert "Traceback" not in second.stderr
+    assert (daemon.mount / "mshare_info").read_text() == f"{ALIGNMENT}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--alignment=3M"], 2, "power of two"),
+        (["--alignment=many"], 2, "not a size"),
+        (["--config=/nonexistent"], 2, "cannot read /nonexistent"),
+        (["--mountpoint=/proc/nothing"], 1, "cannot make /proc/nothing"),
+        (["--run-directory=/proc/nothing"], 1, "cannot use the run directory"),
+        (["--without=everything"], 1, "no such feature: everything"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_in_a_sentence(
+    directory: Path, arguments: list[str], code: int, text: str
+) -> None:
+    done = subprocess.run(
+        [
+            BIN / "msharefsd",
+            f"--mountpoint={directory / 'm'}",
+            f"--run-directory={directory / 'run'}",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert mounting.top_mount(str(directory / "m")) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(
+    make_daemon: Callable[..., Daemon], client_program: Path, number: int
+) -> None:
+    daemon = make_daemon(f"--alignment={ALIGNMENT}").start()
+    with clients(client_program, daemon) as start:
+        client = start()
+        client.ok("map", BASE, SIZE, 1)
+        client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        client.ok("store", BASE, 1)
+        fd = os.open(daemon.mount / "r", os.O_RDONLY)
+        assert daemon.process is not None
+        daemon.process.send_signal(number)
+        daemon.process.wait(20)
+        os.close(fd)
+        # Who has memory keeps it.
+        assert client.do("load", BASE) == "1"
+    daemon.stop()
+
+
+def test_unmounting_from_outside_ends_the_daemon(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon().start()
+    mounting.unmount(str(daemon.mount))
+    assert daemon.process is not None
+    assert daemon.process.wait(20) == 0
+    daemon.stop()
+
+
+@pytest.fixture
+def fuse_for_everybody(directory: Path) -> Iterator[None]:
+    """/dev/fuse as distributions have it, mode 0666, in our mount namespace."""
+    node = directory / "fuse"
+    os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(10, 229))
+    node.chmod(0o666)
+    kernel.mount(str(node), "/dev/fuse", None, kernel.MS_BIND)
+    yield
+    kernel.umount("/dev/fuse", kernel.MNT_DETACH)
+
+
+@pytest.mark.usefixtures("fuse_for_everybody")
+def test_an_ordinary_user_runs_a_daemon_of_their_own(
+    make_daemon: Callable[..., Daemon], client_program: Path, directory: Path
+) -> None:
+    runtime = directory / "runtime"
+    runtime.mkdir()
+    os.chown(runtime, NOBODY, NOBODY)
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", mountpoint=runtime / "mshare")
+    daemon.run = runtime / "run"
+    # Without privileges a full userfaultfd is not to be had here; it says so.
+    daemon.expected += ["vm.unprivileged_userfaultfd", "CAP_CHECKPOINT_RESTORE"]
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    daemon.start([sys.executable, "-c", BECOME_NOBODY])
+    with clients(client_program, daemon) as start:
+        donor, consumer = start(**user), start(**user)
+        for number, flags in enumerate((1, 2)):  # MAP_SHARED, MAP_PRIVATE
+            base = BASE + number * SIZE
+            donor.ok("map", base, SIZE, flags)
+            donor.ok("store", base + 4096, 7)
+            donor.ok("mshare", f"r{number}", base, SIZE, CREATE, 0o600)
+            consumer.ok("mshare", f"r{number}", base, SIZE, os.O_RDWR, 0)
+            assert consumer.do("load", base + 4096) == "7"
+            donor.ok("store", base + ALIGNMENT, 8)
+            assert consumer.do("load", base + ALIGNMENT) == "8"
+            assert int(daemon.field_as(f"r{number}", "memory", NOBODY)) < SIZE
+        # The price, and never zeros: a system call on an absent page fails.
+        assert consumer.do("from_memory", BASE + SIZE - 4096, 1) == "-14"
+        donor.ok("unlink", "r0")
+        consumer.ok("unlink", "r0")
+    assert daemon.process is not None
+    daemon.process.terminate()
+    assert daemon.process.wait(20) == 0
+    assert mounting.top_mount(str(daemon.mount)) is None
+    assert daemon.shm_objects() == []
+    daemon.process = None
+
+
+def test_with_the_preload_library_nothing_needs_to_be_linked(
+    daemon: Daemon, directory: Path
+) -> None:
+    """syscall() and mmap() of a program that knows nothing of us."""
+    source = directory / "plain.c"
+    source.write_text(
+        f"""
+        #include <fcntl.h>
+        #include <stdio.h>
+        #include <sys/mman.h>
+        #include <unistd.h>
+        int main(void) {{
+            char *at = mmap((void *){BASE}UL, {SIZE}UL, PROT_READ | PROT_WRITE,
+                            MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+            if (syscall(0x2d730001L, "r", at, {SIZE}UL, O_CREAT | O_RDWR, 0600) != 0)
+                return perror("mshare"), 1;
+            at[1] = 'x';
+            printf("%c %ld\\n", at[1], syscall(39L) == getpid());
+            return 0;
+        }}
+        """
+    )
+    subprocess.run(["cc", "-o", directory / "plain", source], check=True)
+    preload = subprocess.run(
+        [sys.executable, "-m", "libmshare", "--preload"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    done = subprocess.run(
+        [directory / "plain"],
+        env={"MSHARE_ROOT": str(daemon.mount), "LD_PRELOAD": preload},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "x 1\n"
+    assert daemon.field("r", "state") == "live"
