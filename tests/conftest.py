@@ -46,6 +46,10 @@ def pytest_configure() -> None:
     if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) != 0:
         raise pytest.UsageError("cannot unshare the mount namespace: CAP_SYS_ADMIN is needed")
     kernel.mount("", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    for mount in list(mounting.mounts()):  # of the machine's own daemons
+        if mount.fstype == mounting.FSTYPE:
+            kernel.umount(mount.target, kernel.MNT_DETACH)
+    mounting.ungraft()
     if mounting.top_mount(str(CONNECTIONS)) is None:
         kernel.mount("none", str(CONNECTIONS), "fusectl", 0)
 
