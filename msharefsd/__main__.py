@@ -18,7 +18,6 @@ from msharefsd import config, daemon
 from msharefsd.capabilities import UnsupportedError
 from msharefsd.mounting import MountError
 
-
 VERSION: Final = version("msharefs")
 
 

@@ -36,6 +36,7 @@ from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
 from msharefsd.pageserver import PageServer
 from msharefsd.regions import Region, Regions, Sharer, State, writes
+from msharefsd.seldom import Seldom
 from msharefsd.wire import Op, Reply, ReplyFlag, Request, RequestFlag
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class Control:
         self.region_of_inode = region_of_inode
         self.mount_device = mount_device
         self._device: int | None = None
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._seldom = Seldom()
         self._disposals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         threading.Thread(target=_close_each, args=[self._disposals], daemon=True).start()
         # Anonymous shared memory and memfds lie on the same kernel-internal mount.
@@ -117,16 +120,42 @@ class Control:
                 try:
                     sock, _ = await listener.accept()
                 except OSError as error:
-                    # Out of descriptors or memory: those that are served go on.
-                    log.error("cannot accept a connection: %s", error)
-                    await trio.sleep(0.1)
+                    if error.errno in (errno.EMFILE, errno.ENFILE):
+                        await self._turn_away(listener, error.errno)
+                    else:
+                        log.error("cannot accept a connection: %s", error)
+                        await trio.sleep(0.1)
                     continue
                 nursery.start_soon(self._serve, sock)
+
+    async def _turn_away(self, listener: trio.socket.SocketType, code: int) -> None:
+        """Out of descriptors: tell the next client so, with the one kept for that.
+
+        It would wait for nothing otherwise.  Those that are served go on.
+        """
+        os.close(self._spare)
+        try:
+            sock, _ = await listener.accept()
+            with sock:
+                await self._refuse(sock, code)
+        finally:
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    async def _refuse(self, sock: trio.socket.SocketType, code: int) -> None:
+        if self._seldom.now(code):
+            log.error("turning clients away: %s; raise LimitNOFILE", os.strerror(code))
+        self.metrics.refused.labels(errno.errorcode.get(code, str(code))).inc()
+        with trio.move_on_after(1), contextlib.suppress(OSError):
+            await sock.send(Reply(0, error=code, message="no room for a sharer").pack())
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
         try:
             with sock:
-                connection = _Connection(self, sock)
+                try:
+                    connection = _Connection(self, sock)
+                except OSError as error:
+                    await self._refuse(sock, error.errno or errno.EIO)
+                    return
                 try:
                     await connection.run()
                 finally:
@@ -158,6 +187,7 @@ class Control:
     def close(self) -> None:
         """Release what is not a connection's."""
         self._disposals.put(None)
+        os.close(self._spare)
         if self._device is not None:
             os.close(self._device)
 
@@ -243,6 +273,8 @@ class _Connection:
         op = 0
         out: int | None = None
         try:
+            if flags & socket.MSG_CTRUNC and len(fds) < wire.MAX_FDS:
+                raise Refused(errno.EMFILE, "the daemon is out of descriptors")
             if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
                 raise Refused(errno.EINVAL, "message or its descriptors too large")
             request = wire.parse_request(data)

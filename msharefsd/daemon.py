@@ -35,7 +35,7 @@ from msharefsd.regions import INFO_FILE, Regions
 log = logging.getLogger(__name__)
 
 SELF_CHECK_SECONDS: Final = 30
-_SCM_LIMIT: Final = 1 << 20
+_MOST_DESCRIPTORS: Final = 1 << 20
 
 
 class StartError(Exception):
@@ -67,16 +67,16 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _raise_descriptor_limit() -> None:
-    # Two descriptors a sharer and a connection: thousands of sharers need thousands.
+    # Three descriptors a sharer: thousands of sharers need thousands.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard
-    if os.geteuid() == 0:
-        with contextlib.suppress(OSError, ValueError):
-            most = int(Path("/proc/sys/fs/nr_open").read_text())
-            wanted = max(hard, min(most, _SCM_LIMIT))
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
-        log.debug("descriptors: %d, were %d", wanted, soft)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # More than the hard limit takes CAP_SYS_RESOURCE, which a container's root lacks.
+    with contextlib.suppress(OSError, ValueError):
+        most = min(int(Path("/proc/sys/fs/nr_open").read_text()), _MOST_DESCRIPTORS)
+        if most > hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    log.debug("descriptors: %s, were %d", resource.getrlimit(resource.RLIMIT_NOFILE), soft)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from msharefsd.capabilities import Capabilities
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
 from msharefsd.regions import Sharer
+from msharefsd.seldom import Seldom
 from msharefsd.uffd import Fault, Mode, Outcome
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ LARGEST_CHUNK: Final = HUGE_PAGE
 STREAMS: Final = 16
 MOST_STARVED: Final = 4096
 MEND_INTERVAL: Final = 1.0
-LOG_INTERVAL: Final = 10.0
 
 
 class Window:
@@ -81,7 +81,7 @@ class PageServer:
         self._region_memory = region_memory
         self._starving: set[Sharer] = set()
         self._starvation = trio.Event()
-        self._logged: dict[int, float] = {}
+        self._seldom = Seldom()
 
     def adopt(self, fd: int) -> None:
         """Take a sharer's new userfaultfd: handshake, and never block on it.
@@ -211,9 +211,7 @@ class PageServer:
         return Outcome.DONE
 
     def _log_starvation(self, sharer: Sharer) -> None:
-        now = trio.current_time()
-        if now - self._logged.get(sharer.region.id, -LOG_INTERVAL) >= LOG_INTERVAL:
-            self._logged[sharer.region.id] = now
+        if self._seldom.now(sharer.region.id):
             log.error(
                 "region %s: no memory for a fault of process %d: SIGBUS (the region holds %d "
                 "bytes; see df /dev/shm and the daemon's limit)",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ALIGNMENT, BASE, BIN, Daemon, clients
+
 from msharefsd import kernel, mounting
 
 NOBODY = 65534

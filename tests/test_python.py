@@ -1,0 +1,284 @@
+"""The Python package, against a real daemon."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import mmap
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ALIGNMENT, BASE, Client, Daemon
+
+import libmshare
+from libmshare import Region, region
+
+SIZE = 2 * ALIGNMENT
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
+Spawn = Callable[..., Client]
+
+
+@pytest.fixture(autouse=True)
+def root(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process is a client, too; it must have detached when a test is over."""
+    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
+    yield
+    gc.collect()
+    left = list(region._attachments)
+    for name in left:
+        libmshare.mshare_detach(name)
+    region._attachments.clear()
+    assert left == []
+
+
+def create(name: str = "r") -> Region:
+    return Region(name, create=True, start=BASE, size=SIZE)
+
+
+def test_a_python_donor_and_a_c_consumer(spawn: Spawn) -> None:
+    with create() as memory:
+        memory.buf[0:5] = b"hello"
+        consumer = spawn()
+        consumer.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        assert consumer.do("load", BASE + 1) == str(ord("e"))
+        consumer.ok("store", BASE, ord("j"))
+        assert bytes(memory.buf[0:5]) == b"jello"
+        consumer.ok("unlink", "r")
+        memory.unlink()
+
+
+def test_a_c_donor_and_a_python_consumer(spawn: Spawn, daemon: Daemon) -> None:
+    donor = spawn()
+    donor.ok("map", BASE, SIZE, mmap.MAP_SHARED)
+    donor.ok("store", BASE + 7, 7)
+    donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    with Region("r") as memory:
+        assert (memory.start, memory.size, memory.name) == (BASE, SIZE, "r")
+        assert memory.buf[7] == 7
+        memory.buf[8] = 8
+    assert donor.do("load", BASE + 8) == "8"
+    assert daemon.sharers("r") == 1
+
+
+def test_the_functions_are_those_of_c() -> None:
+    with pytest.raises(FileNotFoundError):
+        libmshare.mshare("r", BASE, SIZE, os.O_RDWR)
+    libmshare.mshare("r", BASE, SIZE, CREATE, 0o640)
+    assert libmshare.mshare_stat("r") == (BASE, SIZE)
+    with pytest.raises(FileExistsError):
+        libmshare.mshare("r", BASE, SIZE, CREATE)
+    with pytest.raises(OSError, match="Invalid") as caught:
+        libmshare.mshare("q", BASE + 1, SIZE, CREATE)
+    assert caught.value.errno == errno.EINVAL
+    assert caught.value.filename == "q"
+    with pytest.raises(ValueError, match="null byte"):
+        libmshare.mshare("a\0b", BASE, SIZE, CREATE)
+    libmshare.mshare_unlink("r")
+    with pytest.raises(FileNotFoundError):
+        libmshare.mshare_unlink("r")
+    with pytest.raises(FileNotFoundError):
+        libmshare.mshare_detach("r")
+
+
+def test_create_attaches_what_exists(spawn: Spawn) -> None:
+    donor = spawn()
+    donor.ok("map", BASE, SIZE, mmap.MAP_SHARED)
+    donor.ok("store", BASE, 3)
+    donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    with pytest.raises(FileExistsError):
+        Region("r", create=True, exclusive=True, start=BASE, size=SIZE)
+    with create() as memory:
+        assert memory.buf[0] == 3
+    with Region("r", create=True) as memory:
+        assert memory.buf[0] == 3
+    with pytest.raises(OSError, match="Invalid"):
+        Region("r", start=BASE, size=ALIGNMENT)
+
+
+def test_creating_needs_a_place() -> None:
+    with pytest.raises(ValueError, match="say where"):
+        Region("new", create=True)
+    with pytest.raises(FileNotFoundError):
+        Region("new")
+
+
+def test_a_failed_creation_leaves_no_mapping_behind(daemon: Daemon) -> None:
+    for name, code in (("a/b", errno.EINVAL), (".x", errno.EPERM)):
+        with pytest.raises(OSError, match=os.strerror(code)):
+            Region(name, create=True, start=BASE, size=SIZE)
+    with create() as memory:  # the range is free
+        memory.unlink()
+    assert not (daemon.mount / "r").exists()
+
+
+def test_arrays_are_views(spawn: Spawn) -> None:
+    with create() as memory:
+        numbers = memory.ndarray((4, 8), np.int64, offset=4096)
+        numbers[:] = np.arange(32).reshape(4, 8)
+        assert numbers.ctypes.data == BASE + 4096
+        consumer = spawn()
+        consumer.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        assert consumer.do("load", BASE + 4096 + 8 * 31) == "31"
+        assert memory.ndarray(16, np.uint8).shape == (16,)
+        for shape, offset in ((SIZE, 1), (SIZE + 1, 0), (1, -1), (1, SIZE)):
+            with pytest.raises(ValueError, match="do not lie in"):
+                memory.ndarray(shape, np.uint8, offset)
+        del numbers
+        consumer.ok("detach", "r")
+
+
+def test_a_region_with_exports_refuses_to_close() -> None:
+    memory = create()
+    for export in (
+        lambda: memory.buf,
+        lambda: memory.buf[10:20],
+        lambda: memory.ndarray(8, np.uint8),
+        lambda: memory.ndarray((2, 4), np.uint8).T[1:],
+    ):
+        held = export()
+        for method in (memory.close, memory.unlink):
+            with pytest.raises(BufferError, match="buffers of it exist"):
+                method()
+        held[0] = held[0]  # it still works
+        del held
+    memory.unlink()
+    memory.close()  # twice is fine
+    for use in (lambda: memory.buf, lambda: memory.start, lambda: memory.ndarray(1)):
+        with pytest.raises(ValueError, match="is closed"):
+            use()
+    assert repr(memory) == "<Region closed>"
+
+
+def test_two_objects_of_one_region(daemon: Daemon) -> None:
+    first = create()
+    second = Region("r")
+    assert daemon.sharers("r") == 1
+    with pytest.raises(ValueError, match="close them first"):
+        first.unlink()
+    first.close()
+    second.buf[0] = 1
+    second.unlink()
+    assert not (daemon.mount / "r").exists()
+
+
+def test_close_leaves_the_region_and_unlink_does_not(daemon: Daemon) -> None:
+    with create() as memory:
+        memory.buf[0] = 5
+    assert daemon.sharers("r") == 0
+    with Region("r") as memory:
+        assert memory.buf[0] == 5
+        memory.unlink()
+    assert not (daemon.mount / "r").exists()
+
+
+def test_reading_only(daemon: Daemon) -> None:
+    with create() as memory:
+        memory.buf[0] = 5
+        with pytest.raises(OSError, match="lies elsewhere"):
+            Region("r", start=BASE + SIZE, size=SIZE)
+    with Region("r", readonly=True) as memory:
+        assert memory.readonly
+        assert memory.buf[0] == 5
+        assert memory.buf.readonly
+        assert not memory.ndarray(1, np.uint8).flags.writeable
+        with pytest.raises(TypeError):
+            memory.buf[0] = 1
+        with pytest.raises(PermissionError):
+            Region("r")
+    libmshare.mshare_unlink("r")
+
+
+def test_pickled_by_name_in_the_same_process() -> None:
+    with create() as memory:
+        copy = pickle.loads(pickle.dumps(memory))
+        memory.buf[3] = 9
+        assert copy.buf[3] == 9
+        copy.close()
+        memory.unlink()
+
+
+def _child(memory: Region, queue: multiprocessing.Queue[int]) -> None:
+    array = memory.ndarray(4, np.int64)
+    array += 1
+    queue.put(int(array.sum()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    with create() as memory:
+        memory.ndarray(4, np.int64)[:] = [1, 2, 3, 4]
+        queue = context.Queue()
+        process = context.Process(target=_child, args=(memory, queue))
+        process.start()
+        assert queue.get(timeout=30) == 14
+        process.join()
+        assert memory.ndarray(4, np.int64).tolist() == [2, 3, 4, 5]
+        queue.close()
+        queue.join_thread()
+        memory.unlink()
+
+
+def test_pointers_mean_the_same_everywhere(tmp_path: Path) -> None:
+    script = tmp_path / "reader.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import ctypes, libmshare
+            with libmshare.Region("r") as memory:
+                pointer = int.from_bytes(memory.buf[0:8], "little")
+                print(ctypes.string_at(pointer).decode())
+            """
+        )
+    )
+    with create() as memory:
+        target = memory.start + ALIGNMENT + 123
+        ctypes.memmove(target, b"a text\0", 7)
+        memory.buf[0:8] = target.to_bytes(8, "little")
+        done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+        assert done.stdout == "a text\n"
+        memory.unlink()
+
+
+def test_threads_attach_and_touch_at_once(daemon: Daemon) -> None:
+    with create() as memory:
+        failures: list[BaseException] = []
+
+        def work(number: int) -> None:
+            try:
+                for _ in range(20):
+                    with Region("r") as own:
+                        own.buf[number * 4096] = number
+                memory.ndarray(SIZE, np.uint8)[number :: 4096 * 8] = number
+            except BaseException as error:  # noqa: BLE001 - shown below
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert daemon.sharers("r") == 1
+        memory.unlink()
+
+
+def test_the_module_prints_how_to_build() -> None:
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "libmshare", *words]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    assert (Path(ask("--cflags").stdout.strip()[2:]) / "mshare.h").exists()
+    assert "-l:libmshare.so.0" in ask("--libs").stdout
+    assert Path(ask("--preload").stdout.strip()).exists()
+    assert ask().returncode == 2
