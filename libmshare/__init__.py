@@ -4,13 +4,21 @@
 `Region` is the same for people.
 """
 
-from libmshare.core import RegionInfo, mshare, mshare_detach, mshare_stat, mshare_unlink
+from libmshare.core import (
+    RegionInfo,
+    mshare,
+    mshare_attach,
+    mshare_detach,
+    mshare_stat,
+    mshare_unlink,
+)
 from libmshare.region import Region
 
 __all__ = [
     "Region",
     "RegionInfo",
     "mshare",
+    "mshare_attach",
     "mshare_detach",
     "mshare_stat",
     "mshare_unlink",

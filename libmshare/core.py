@@ -39,6 +39,7 @@ _library.mshare.argtypes = [
     ctypes.c_int,
     ctypes.c_uint,
 ]
+_library.mshare_attach.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Info)]
 _library.mshare_unlink.argtypes = [ctypes.c_char_p]
 _library.mshare_detach.argtypes = [ctypes.c_char_p]
 _library.mshare_stat.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Info)]
@@ -88,6 +89,17 @@ def mshare(name: str, addr: int, length: int, oflags: int, mode: int = 0o600) ->
     OSError with the errno that mshare(3) lists.
     """
     _check(_library.mshare(_encode(name), addr, length, oflags, mode), name)
+
+
+def mshare_attach(name: str, oflags: int) -> RegionInfo:
+    """Attach the region `name` where it lies.
+
+    `oflags` is os.O_RDONLY or os.O_RDWR.  Raises OSError with the errno that
+    mshare(3) lists.
+    """
+    info = _Info()
+    _check(_library.mshare_attach(_encode(name), oflags, ctypes.byref(info)), name)
+    return RegionInfo(info.start, info.size)
 
 
 def mshare_unlink(name: str) -> None:

@@ -223,21 +223,14 @@ def _attach(
     mode: int,
 ) -> _Attachment:
     access = os.O_RDONLY if readonly else os.O_RDWR
-    if not create or (not exclusive and (start is None or size is None)):
-        found = _stat_if_there(name) if create else core.mshare_stat(name)
-        if found is not None:
-            where = found.start if start is None else start, found.size if size is None else size
-            core.mshare(name, *where, access)
-            return _Attachment(name, *where, writable=not readonly)
+    if not (create and exclusive):
+        try:
+            return _attach_existing(name, start, size, access)
+        except FileNotFoundError:
+            if not create:
+                raise
     if start is None or size is None:
         raise ValueError("to create a region, say where (start) and how large (size) it is")
-    if not exclusive:
-        try:
-            core.mshare(name, start, size, access)
-        except FileNotFoundError:
-            pass
-        else:
-            return _Attachment(name, start, size, writable=not readonly)
     core.map_anonymous(start, size)
     try:
         core.mshare(name, start, size, access | os.O_CREAT | os.O_EXCL, mode)
@@ -245,14 +238,18 @@ def _attach(
         core.unmap(start, size)
         if isinstance(error, FileExistsError) and not exclusive:
             # Somebody else created it meanwhile.
-            core.mshare(name, start, size, access)
-        else:
-            raise
+            return _attach_existing(name, start, size, access)
+        raise
     return _Attachment(name, start, size, writable=not readonly)
 
 
-def _stat_if_there(name: str) -> core.RegionInfo | None:
-    try:
-        return core.mshare_stat(name)
-    except FileNotFoundError:
-        return None
+def _attach_existing(name: str, start: int | None, size: int | None, access: int) -> _Attachment:
+    if start is None and size is None:
+        start, size = core.mshare_attach(name, access)
+    else:
+        if start is None or size is None:
+            found = core.mshare_stat(name)
+            start = found.start if start is None else start
+            size = found.size if size is None else size
+        core.mshare(name, start, size, access)
+    return _Attachment(name, start, size, writable=access == os.O_RDWR)

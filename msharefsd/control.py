@@ -204,7 +204,8 @@ def _check_attach(region: Region, request: Request) -> None:
         raise Refused(errno.ENOENT, "the region is gone")
     if request.oflags & os.O_EXCL:
         raise Refused(errno.EEXIST, "somebody else created it first")
-    if (request.start, request.size) != (region.start, region.size):
+    here = (request.start, request.size) == (region.start, region.size)
+    if not here and RequestFlag.AS_IT_LIES not in request.flags:
         raise Refused(
             errno.EINVAL, f"the region is {region.size} bytes at {region.start:#x}: attach that"
         )
@@ -376,7 +377,8 @@ class _Connection:
 
     def _check_create(self, region: Region, request: Request, *, may_write: bool) -> None:
         """Raise Refused unless the peer may give a name that has no range its range."""
-        if not region.linked or not request.oflags & os.O_CREAT:
+        create = request.oflags & os.O_CREAT and RequestFlag.AS_IT_LIES not in request.flags
+        if not region.linked or not create:
             raise Refused(errno.ENOENT, "the name has no range yet: create it with O_CREAT")
         if not may_write and self._peer.uid not in (0, region.uid):
             # Whoever may only read somebody's empty file does not decide what it is.

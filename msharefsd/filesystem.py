@@ -184,8 +184,10 @@ class FileSystem(_GuardedOperations):
         entry.st_size = 0
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
         if inode == ROOT:
+            # Every path goes through here: its attributes never change.
             entry.st_mode = ModeT(stat.S_IFDIR | 0o1777)
             entry.st_nlink = 3
+            entry.entry_timeout = entry.attr_timeout = FOREVER
         elif inode == REGIONS_INODE:
             entry.st_mode = ModeT(stat.S_IFDIR | 0o555)
             entry.st_nlink = 2 + sum(1 for _ in self._regions)

@@ -44,6 +44,10 @@ class RequestFlag(IntFlag):
 
     HAS_MAPPINGS = 1
     MADE_FILE = 2
+    AS_IT_LIES = 4
+
+
+_ALL_FLAGS: Final = sum(RequestFlag)
 
 
 class ReplyFlag(IntFlag):
@@ -115,7 +119,7 @@ def parse_request(data: bytes) -> Request:
         operation = Op(op)
     except ValueError:
         raise Refused(errno.EINVAL, f"no operation has the number {op}") from None
-    if reserved or flags & ~0x3:
+    if reserved or flags & ~_ALL_FLAGS:
         raise Refused(errno.EINVAL, "unknown request flags")
     if count > MAX_OBJECTS or len(data) != REQUEST.size + count * OBJECT.size:
         raise Refused(errno.EINVAL, "object count and message length differ")

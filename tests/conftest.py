@@ -88,7 +88,7 @@ class Daemon:
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
                 [
-                    *(command or [BIN / "msharefsd"]),
+                    *(command or [str(BIN / "msharefsd")]),
                     f"--mountpoint={self.mount}",
                     f"--run-directory={self.run}",
                     "--log-level=info",

@@ -8,6 +8,7 @@ step's name and sleeps until it is killed.
 from __future__ import annotations
 
 import array
+import ctypes
 import os
 import signal
 import socket
@@ -96,7 +97,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 if STEP == "faulted":
     with open("/dev/zero", "rb", buffering=0) as source:
-        source.readinto((kernel.ctypes.c_char * 1).from_address(START + SIZE - 4096))
+        source.readinto((ctypes.c_char * 1).from_address(START + SIZE - 4096))
     sys.exit("the fault was served")
 if STEP == "detaching":
     kernel.munmap(START, SIZE)

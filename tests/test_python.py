@@ -15,13 +15,14 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALIGNMENT, BASE, Client, Daemon
+from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
 
 import libmshare
-from libmshare import Region, region
+from libmshare import Region, core, region
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -88,6 +89,27 @@ def test_the_functions_are_those_of_c() -> None:
         libmshare.mshare_unlink("r")
     with pytest.raises(FileNotFoundError):
         libmshare.mshare_detach("r")
+
+
+def test_attaching_a_region_where_it_lies(spawn: Spawn, daemon: Daemon) -> None:
+    with pytest.raises(FileNotFoundError):
+        libmshare.mshare_attach("r", os.O_RDWR)
+    donor = spawn()
+    donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    with pytest.raises(OSError, match="Invalid"):
+        libmshare.mshare_attach("r", os.O_RDWR | os.O_CREAT)
+    core.map_anonymous(BASE, ALIGNMENT)
+    with pytest.raises(OSError, match="Invalid"):
+        libmshare.mshare_attach("r", os.O_RDWR)
+    ctypes.memset(BASE, 1, 1)  # what was there still is
+    core.unmap(BASE, ALIGNMENT)
+    eventually(lambda: daemon.sharers("r") == 1, "the refused sharer is gone")
+    assert libmshare.mshare_attach("r", os.O_RDWR) == (BASE, SIZE)
+    assert daemon.sharers("r") == 2
+    libmshare.mshare_detach("r")
+    (daemon.mount / "empty").touch()
+    with pytest.raises(FileNotFoundError):
+        libmshare.mshare_attach("empty", os.O_RDWR)
 
 
 def test_create_attaches_what_exists(spawn: Spawn) -> None:
@@ -215,7 +237,7 @@ def _child(memory: Region, queue: multiprocessing.Queue[int]) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(method: str) -> None:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     with create() as memory:
         memory.ndarray(4, np.int64)[:] = [1, 2, 3, 4]
         queue = context.Queue()

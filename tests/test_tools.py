@@ -14,6 +14,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ALIGNMENT, BASE, Client, Daemon
@@ -34,7 +35,7 @@ def region(spawn: Callable[..., Client]) -> Client:
 
 
 def tool(*words: object, user: int | None = None) -> subprocess.CompletedProcess[str]:
-    who = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    who: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     return subprocess.run(
         [str(word) for word in words],
         check=False,
@@ -42,7 +43,7 @@ def tool(*words: object, user: int | None = None) -> subprocess.CompletedProcess
         text=True,
         timeout=20,
         env={"LC_ALL": "C", "PATH": os.defpath},
-        **who,  # type: ignore[call-overload] # Popen's keywords
+        **who,
     )
 
 

@@ -151,8 +151,10 @@ static int open_region(const char *path, int oflags, mode_t mode, bool *made)
 /*
  * Everything that can fail without a trace comes before the file is created; from
  * ATTACH on the daemon undoes what it did when this connection ends.
+ *
+ * An attachment without a size takes the region where it lies, which the reply says.
  */
-static int attach(struct attachment *attachment, const struct root *root, int oflags, mode_t mode)
+static int attach(struct attachment *attachment, int oflags, mode_t mode)
 {
 	struct mshare_wire_request request = {
 		.op = MSHARE_WIRE_ATTACH,
@@ -162,15 +164,21 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 	};
 	struct mshare_wire_reply reply;
 	char path[PATH_MAX];
-	int region = -1, backing = -1, window = -1, mapped, result, fds[2];
+	int region = -1, backing = -1, window = -1, mapped = -1, result, fds[2];
 	bool made, replaced = false;
 
-	if (root_join(root, attachment->name, path) < 0)
+	if (root_join(attachment->root, attachment->name, path) < 0)
 		return -1;
-	mapped = window_reserve(attachment->start, attachment->size);
-	if (mapped < 0)
-		return -1;
-	attachment->connection = connection_open(root->path);
+	if (attachment->size == 0) {
+		request.flags = MSHARE_WIRE_AS_IT_LIES;
+	} else {
+		mapped = window_reserve(attachment->start, attachment->size);
+		if (mapped < 0)
+			return -1;
+		if (mapped)
+			request.flags = MSHARE_WIRE_HAS_MAPPINGS;
+	}
+	attachment->connection = connection_open(attachment->root);
 	if (attachment->connection < 0)
 		goto fail;
 	attachment->uffd = uffd_open(attachment->connection);
@@ -179,7 +187,8 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 	region = open_region(path, oflags, mode, &made);
 	if (region < 0)
 		goto fail;
-	request.flags = (mapped ? MSHARE_WIRE_HAS_MAPPINGS : 0) | (made ? MSHARE_WIRE_MADE_FILE : 0);
+	if (made)
+		request.flags |= MSHARE_WIRE_MADE_FILE;
 	fds[0] = region;
 	fds[1] = attachment->uffd;
 	result = connection_call(attachment->connection, &request, NULL, fds, 2, &reply, &backing);
@@ -189,6 +198,15 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 	if (backing < 0) {
 		errno = EPROTO;
 		goto fail;
+	}
+	if (attachment->size == 0) {
+		mapped = window_reserve((char *)(uintptr_t)reply.start, reply.size);
+		if (mapped > 0)
+			errno = EINVAL;
+		if (mapped != 0)
+			goto fail;
+		attachment->start = (char *)(uintptr_t)reply.start;
+		attachment->size = reply.size;
 	}
 	if (reply.flags & MSHARE_WIRE_DONATE) {
 		if (donate(attachment->connection, attachment->uffd, backing, attachment->start,
@@ -209,7 +227,7 @@ fail:
 	if (attachment->backing < 0)
 		close_keeping_errno(backing);
 	drop_descriptors(attachment);
-	if (!mapped) {
+	if (mapped == 0) {
 		int saved = errno;
 
 		raw_munmap(attachment->start, attachment->size);
@@ -227,54 +245,80 @@ static struct attachment **find(const char *name)
 	return link;
 }
 
-static int mshare_locked(const char *name, char *start, size_t length, int oflags, mode_t mode)
+/* Takes the lock.  On success *info, if it is given, tells where the region lies. */
+static int add(const char *name, char *start, size_t size, int oflags, mode_t mode,
+	       struct mshare_info *info)
 {
-	struct attachment *attachment;
-	struct root root;
+	struct attachment *attachment = calloc(1, sizeof *attachment);
+	int result = -1;
 
-	if (root_find(&root) < 0)
-		return -1;
-	if (length == 0 || ((uintptr_t)start & (root.alignment - 1)) ||
-	    (length & (root.alignment - 1)) || (uintptr_t)start + length < (uintptr_t)start) {
-		errno = EINVAL;
-		return -1;
-	}
-	attachment = calloc(1, sizeof *attachment);
 	if (!attachment)
 		return -1;
+	pthread_mutex_lock(&lock);
 	strcpy(attachment->name, name);
-	strcpy(attachment->root, root.path);
 	attachment->start = start;
-	attachment->size = length;
+	attachment->size = size;
 	attachment->writable = (oflags & O_ACCMODE) == O_RDWR;
 	attachment->connection = attachment->uffd = attachment->backing = -1;
-	if (attach(attachment, &root, oflags, mode) < 0) {
-		free(attachment);
-		return -1;
+	if (root_find(attachment->root) < 0)
+		goto out;
+	if (oflags & O_CREAT) {
+		size_t alignment = root_alignment(attachment->root);
+
+		if (alignment == 0)
+			goto out;
+		if (((uintptr_t)start | size) & (alignment - 1)) {
+			errno = EINVAL;
+			goto out;
+		}
 	}
-	pthread_once(&handlers_once, install_handlers);
-	attachment->next = attachments;
-	attachments = attachment;
-	return 0;
+	result = attach(attachment, oflags, mode);
+out:
+	if (result < 0) {
+		int saved = errno;
+
+		free(attachment);
+		errno = saved;
+	} else {
+		pthread_once(&handlers_once, install_handlers);
+		attachment->next = attachments;
+		attachments = attachment;
+		if (info)
+			*info = (struct mshare_info){ (uintptr_t)attachment->start, attachment->size };
+	}
+	pthread_mutex_unlock(&lock);
+	return result;
+}
+
+static bool known_flags(int oflags, int more)
+{
+	int access = oflags & O_ACCMODE;
+
+	return (access == O_RDONLY || access == O_RDWR) &&
+	       !(oflags & ~(O_ACCMODE | O_CLOEXEC | more));
 }
 
 MSHARE_EXPORT int mshare(const char *name, void *addr, size_t length, int oflags, mode_t mode)
 {
-	int access = oflags & O_ACCMODE;
-	int result;
-
 	if (check_name(name) < 0)
 		return -1;
-	if ((access != O_RDONLY && access != O_RDWR) ||
-	    (oflags & ~(O_ACCMODE | O_CREAT | O_EXCL | O_CLOEXEC)) ||
-	    ((oflags & O_EXCL) && !(oflags & O_CREAT))) {
+	if (!known_flags(oflags, O_CREAT | O_EXCL) || ((oflags & O_EXCL) && !(oflags & O_CREAT)) ||
+	    length == 0 || (uintptr_t)addr + length < (uintptr_t)addr) {
 		errno = EINVAL;
 		return -1;
 	}
-	pthread_mutex_lock(&lock);
-	result = mshare_locked(name, addr, length, oflags, mode);
-	pthread_mutex_unlock(&lock);
-	return result;
+	return add(name, addr, length, oflags, mode, NULL);
+}
+
+MSHARE_EXPORT int mshare_attach(const char *name, int oflags, struct mshare_info *info)
+{
+	if (check_name(name) < 0)
+		return -1;
+	if (!known_flags(oflags, 0)) {
+		errno = EINVAL;
+		return -1;
+	}
+	return add(name, NULL, 0, oflags, 0, info);
 }
 
 /* ---- detach ---- */
@@ -326,10 +370,9 @@ MSHARE_EXPORT int mshare_detach(const char *name)
 
 static int unlink_name(const char *name)
 {
-	struct root root;
-	char path[PATH_MAX];
+	char root[PATH_MAX], path[PATH_MAX];
 
-	if (root_find(&root) < 0 || root_join(&root, name, path) < 0)
+	if (root_find(root) < 0 || root_join(root, name, path) < 0)
 		return -1;
 	return unlink(path);
 }
@@ -352,8 +395,7 @@ MSHARE_EXPORT int mshare_unlink(const char *name)
 
 MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 {
-	struct root root;
-	char path[PATH_MAX];
+	char root[PATH_MAX], path[PATH_MAX];
 	ssize_t got;
 	int fd;
 
@@ -363,7 +405,7 @@ MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 		errno = EFAULT;
 		return -1;
 	}
-	if (root_find(&root) < 0 || root_join(&root, name, path) < 0)
+	if (root_find(root) < 0 || root_join(root, name, path) < 0)
 		return -1;
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)

@@ -27,14 +27,12 @@ int raw_mprotect(void *addr, size_t length, int prot);
 int raw_madvise(void *addr, size_t length, int advice);
 
 /* root.c */
-struct root {
-	char path[PATH_MAX];
-	size_t alignment; /* bytes */
-};
-/* Where msharefs is mounted; -1 with ENOENT if it is nowhere. */
-int root_find(struct root *root);
-/* PATH/NAME into out; -1 with ENAMETOOLONG. */
-int root_join(const struct root *root, const char *name, char out[PATH_MAX]);
+/* Where msharefs is mounted; -1 with ENOENT if it is nowhere.  Asks the daemon nothing. */
+int root_find(char root[PATH_MAX]);
+/* What addresses and sizes of its regions are multiples of (bytes); 0 with errno. */
+size_t root_alignment(const char *root);
+/* ROOT/NAME into out; -1 with ENAMETOOLONG. */
+int root_join(const char *root, const char *name, char out[PATH_MAX]);
 
 /* connection.c: all async-signal-safe. */
 int connection_open(const char *root_path);

@@ -50,11 +50,12 @@ MSHARE_EXPORT long syscall(long number, ...)
  */
 static bool like_a_region(void *addr, size_t length, int flags)
 {
-	struct root root;
+	char root[PATH_MAX];
+	size_t alignment;
 	int saved = errno;
 	bool like = (flags & MAP_ANONYMOUS) && (flags & MAP_SHARED) && !(flags & MAP_NORESERVE) &&
-		    addr && root_find(&root) == 0 &&
-		    (((uintptr_t)addr | length) & (root.alignment - 1)) == 0;
+		    addr && root_find(root) == 0 && (alignment = root_alignment(root)) != 0 &&
+		    (((uintptr_t)addr | length) & (alignment - 1)) == 0;
 
 	errno = saved;
 	return like;

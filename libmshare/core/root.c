@@ -6,27 +6,27 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define USUAL_ROOT "/sys/fs/mshare"
 #define FSTYPE "fuse.msharefs"
 
-int root_join(const struct root *root, const char *name, char out[PATH_MAX])
+int root_join(const char *root, const char *name, char out[PATH_MAX])
 {
-	size_t directory = strlen(root->path), length = strlen(name);
+	size_t directory = strlen(root), length = strlen(name);
 
 	if (directory + 1 + length >= PATH_MAX) {
 		errno = ENAMETOOLONG;
 		return -1;
 	}
-	memcpy(out, root->path, directory);
+	memcpy(out, root, directory);
 	out[directory] = '/';
 	memcpy(out + directory + 1, name, length + 1);
 	return 0;
 }
 
-/* mshare_info holds the alignment in bytes, decimal; -1 if this is no msharefs. */
-static int read_alignment(struct root *root)
+size_t root_alignment(const char *root)
 {
 	char path[PATH_MAX], text[32];
 	unsigned long long alignment;
@@ -35,25 +35,41 @@ static int read_alignment(struct root *root)
 	int fd, saved;
 
 	if (root_join(root, "mshare_info", path) < 0)
-		return -1;
+		return 0;
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
-		return -1;
+		return 0;
 	got = read(fd, text, sizeof text - 1);
 	saved = errno;
 	close(fd);
 	errno = saved;
 	if (got < 0)
-		return -1;
+		return 0;
 	text[got] = '\0';
 	errno = 0;
 	alignment = strtoull(text, &end, 10);
 	if (end == text || errno != 0 || alignment == 0 || (alignment & (alignment - 1)) != 0) {
 		errno = EPROTO;
-		return -1;
+		return 0;
 	}
-	root->alignment = (size_t)alignment;
-	return 0;
+	return (size_t)alignment;
+}
+
+/*
+ * Whether a directory is the root of an msharefs.  Every call asks, so it has to be
+ * cheap: the kernel keeps the attributes of .control and of the root directory.
+ */
+static int check_root(const char *root)
+{
+	char path[PATH_MAX];
+	struct stat status;
+
+	if (root_join(root, ".control", path) < 0 || stat(path, &status) < 0)
+		return -1;
+	if (S_ISSOCK(status.st_mode))
+		return 0;
+	errno = ENOENT;
+	return -1;
 }
 
 /* /proc/self/mountinfo writes space, tab, newline and backslash as \ooo. */
@@ -73,7 +89,7 @@ static void unescape(char *text)
 }
 
 /* The first fuse.msharefs in /proc/self/mountinfo (proc_pid_mountinfo(5)). */
-static int search_mounts(struct root *root)
+static int search_mounts(char root[PATH_MAX])
 {
 	FILE *mounts = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL;
@@ -84,35 +100,33 @@ static int search_mounts(struct root *root)
 		return -1;
 	while (found < 0 && getline(&line, &capacity, mounts) > 0) {
 		char *type = strstr(line, " - ");
-		char path[PATH_MAX];
 
 		if (!type || strncmp(type + 3, FSTYPE " ", sizeof FSTYPE) != 0)
 			continue;
-		if (sscanf(line, "%*s %*s %*s %*s %4095s", path) != 1)
+		if (sscanf(line, "%*s %*s %*s %*s %4095s", root) != 1)
 			continue;
-		unescape(path);
-		memcpy(root->path, path, strlen(path) + 1);
-		found = read_alignment(root);
+		unescape(root);
+		found = check_root(root);
 	}
 	free(line);
 	fclose(mounts);
 	return found;
 }
 
-int root_find(struct root *root)
+int root_find(char root[PATH_MAX])
 {
 	const char *wanted = secure_getenv("MSHARE_ROOT");
 
 	if (wanted && *wanted) {
-		if (strlen(wanted) >= sizeof root->path) {
+		if (strlen(wanted) >= PATH_MAX) {
 			errno = ENAMETOOLONG;
 			return -1;
 		}
-		memcpy(root->path, wanted, strlen(wanted) + 1);
-		return read_alignment(root);
+		memcpy(root, wanted, strlen(wanted) + 1);
+		return check_root(root);
 	}
-	memcpy(root->path, USUAL_ROOT, sizeof USUAL_ROOT);
-	if (read_alignment(root) == 0)
+	memcpy(root, USUAL_ROOT, sizeof USUAL_ROOT);
+	if (check_root(root) == 0)
 		return 0;
 	if (errno == ENOTCONN) /* the daemon of the usual mount has died: say so */
 		return -1;

@@ -46,6 +46,7 @@ enum mshare_wire_op {
 /* Request flags */
 #define MSHARE_WIRE_HAS_MAPPINGS 1u /* ATTACH: the caller has mappings in the range */
 #define MSHARE_WIRE_MADE_FILE 2u    /* ATTACH: the caller has just created the file */
+#define MSHARE_WIRE_AS_IT_LIES 4u   /* ATTACH: whatever range the region has */
 
 /* Reply flags */
 #define MSHARE_WIRE_CREATED 1u        /* ATTACH: this call gave the region its range */

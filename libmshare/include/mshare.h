@@ -66,6 +66,12 @@ int mshare(const char *name, void *addr, size_t length, int oflags, mode_t mode)
 int mshare_unlink(const char *name);
 
 /*
+ * Attach the region NAME where it lies, which *info then tells; info may be NULL.
+ * oflags is O_RDONLY or O_RDWR.  Errors are those of mshare().
+ */
+int mshare_attach(const char *name, int oflags, struct mshare_info *info);
+
+/*
  * End this process's use of a region and leave the name: what the end of a
  * process does.  ENOENT if this process has not attached the region.
  */
