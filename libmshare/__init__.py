@@ -9,6 +9,10 @@ from libmshare.core import (
     mshare,
     mshare_attach,
     mshare_detach,
+    mshare_mmap,
+    mshare_mprotect,
+    mshare_msync,
+    mshare_munmap,
     mshare_stat,
     mshare_unlink,
 )
@@ -20,6 +24,10 @@ __all__ = [
     "mshare",
     "mshare_attach",
     "mshare_detach",
+    "mshare_mmap",
+    "mshare_mprotect",
+    "mshare_msync",
+    "mshare_munmap",
     "mshare_stat",
     "mshare_unlink",
 ]

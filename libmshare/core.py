@@ -7,6 +7,7 @@ functions; ctypes releases the interpreter lock around each call.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -43,7 +44,7 @@ _library.mshare_attach.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.POINTER
 _library.mshare_unlink.argtypes = [ctypes.c_char_p]
 _library.mshare_detach.argtypes = [ctypes.c_char_p]
 _library.mshare_stat.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Info)]
-_library.mmap.argtypes = [
+_library.mshare_mmap.argtypes = [
     ctypes.c_void_p,
     ctypes.c_size_t,
     ctypes.c_int,
@@ -51,15 +52,17 @@ _library.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_long,
 ]
-_library.mmap.restype = ctypes.c_void_p
+_library.mshare_mmap.restype = ctypes.c_void_p
+_library.mshare_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_library.mshare_mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_library.mshare_msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
-# mmap(2) on the machines that the core knows.
-_PROT_READ_WRITE: Final = 0x3
-_MAP_PRIVATE: Final = 0x02
-_MAP_ANONYMOUS: Final = 0x20
+# mmap(2) on the machines that the core knows; Python's mmap module has the others.
+MAP_FIXED: Final = 0x10
+MAP_FIXED_NOREPLACE: Final = 0x100000
 _MAP_NORESERVE: Final = 0x4000
-_MAP_FIXED_NOREPLACE: Final = 0x100000
+_MS_SYNC: Final = 4
 
 
 class RegionInfo(NamedTuple):
@@ -123,18 +126,40 @@ def mshare_stat(name: str) -> RegionInfo:
     return RegionInfo(info.start, info.size)
 
 
+def _check_range(result: int, addr: int, length: int) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), f"{length} bytes at {addr:#x}")
+
+
+def mshare_mmap(
+    addr: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0
+) -> int:
+    """mmap(2), in a region for every sharer; returns the address.  Raises OSError."""
+    got = _library.mshare_mmap(addr, length, prot, flags, fd, offset)
+    _check_range(-1 if got == _MAP_FAILED else 0, addr, length)
+    return int(got or 0)
+
+
+def mshare_munmap(addr: int, length: int) -> None:
+    """munmap(2), in a region for every sharer.  Raises OSError."""
+    _check_range(_library.mshare_munmap(addr, length), addr, length)
+
+
+def mshare_mprotect(addr: int, length: int, prot: int) -> None:
+    """mprotect(2), in a region for every sharer.  Raises OSError."""
+    _check_range(_library.mshare_mprotect(addr, length, prot), addr, length)
+
+
+def mshare_msync(addr: int, length: int) -> None:
+    """msync(2) with MS_SYNC: written data of files is in the files.  Raises OSError."""
+    _check_range(_library.mshare_msync(addr, length, _MS_SYNC), addr, length)
+
+
 def map_anonymous(addr: int, length: int) -> None:
     """Map memory for mshare(O_CREAT) to donate: private, without reservation.
 
     Raises OSError: EEXIST if something is mapped there.
     """
-    flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
-    if _library.mmap(addr, length, _PROT_READ_WRITE, flags, -1, 0) == _MAP_FAILED:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), f"{length} bytes at {addr:#x}")
-
-
-def unmap(addr: int, length: int) -> None:
-    """munmap(2) of what `map_anonymous` mapped."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.munmap(ctypes.c_void_p(addr), ctypes.c_size_t(length))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    mshare_mmap(addr, length, mmap.PROT_READ | mmap.PROT_WRITE, flags)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import threading
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from libmshare import core
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+class SupportsFileno(Protocol):
+    """An open file, or the like."""
+
+    def fileno(self) -> int:
+        """The descriptor."""
 
 
 class _Attachment:
@@ -75,9 +83,10 @@ class Region:
         start: int | None = None,
         size: int | None = None,
         readonly: bool = False,
+        empty: bool = False,
         mode: int = 0o600,
     ) -> None:
-        """Attach or create the region.
+        """Attach or create the region; with `empty` create it with nothing mapped in it.
 
         Raises OSError with the errno of mshare(3), and ValueError when `start` or
         `size` (bytes) are missing to create it.
@@ -86,7 +95,7 @@ class Region:
         with _lock:
             known = _attachments.get(name)
             if known is None:
-                known = _attach(name, create, exclusive, start, size, readonly, mode)
+                known = _attach(name, create, exclusive, start, size, readonly, empty, mode)
                 _attachments[name] = known
             elif exclusive:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
@@ -155,6 +164,66 @@ class Region:
         part = attachment.buffer()[offset : offset + needed]
         return np.frombuffer(part, dtype=kind).reshape(dimensions)
 
+    def mmap(
+        self,
+        offset: int,
+        length: int,
+        prot: int = mmap.PROT_READ | mmap.PROT_WRITE,
+        flags: int = mmap.MAP_SHARED,
+        file: int | SupportsFileno | None = None,
+        file_offset: int = 0,
+    ) -> None:
+        """Map memory, or a part of a file, into the region: for every sharer.
+
+        All are bytes; `offset` is the region's and, like `file_offset`, a multiple of
+        the page size.  Without `file` the memory is anonymous.  With MAP_FIXED in
+        `flags` it takes the place of what is there.
+
+        Raises OSError: EEXIST if something is mapped there, else as mmap(2).
+        """
+        flags |= 0 if flags & core.MAP_FIXED else core.MAP_FIXED_NOREPLACE
+        if file is None:
+            fd, flags = -1, flags | mmap.MAP_ANONYMOUS
+        else:
+            fd = file if isinstance(file, int) else file.fileno()
+        core.mshare_mmap(self._place(offset, length), length, prot, flags, fd, file_offset)
+
+    def munmap(self, offset: int, length: int) -> None:
+        """Unmap a part of the region for every sharer; its memory is freed.
+
+        A touch of it is SIGBUS from now on, through buffers and arrays as well.
+        Raises OSError as munmap(2).
+        """
+        core.mshare_munmap(self._place(offset, length), length)
+
+    def protect(self, offset: int, length: int, prot: int) -> None:
+        """Change the protection of a part of the region for every sharer.
+
+        Raises OSError as mprotect(2).
+        """
+        core.mshare_mprotect(self._place(offset, length), length, prot)
+
+    def flush(self, offset: int = 0, length: int | None = None) -> None:
+        """Have what was written to MAP_SHARED files in the files when this returns.
+
+        Without arguments the whole region.  Raises OSError as msync(2); holes in the
+        region are no error.
+        """
+        length = self.size - offset if length is None else length
+        try:
+            core.mshare_msync(self._place(offset, length), length)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:  # a hole: what is mapped has been written
+                raise
+
+    def _place(self, offset: int, length: int) -> int:
+        attachment = self._open()
+        if offset < 0 or length < 0 or offset + length > attachment.size:
+            raise ValueError(
+                f"{length} bytes at offset {offset} do not lie in a region of {attachment.size}"
+            )
+        return attachment.start + offset
+
     def close(self) -> None:
         """End this object's use of the region; the last one in the process detaches.
 
@@ -220,6 +289,7 @@ def _attach(
     start: int | None,
     size: int | None,
     readonly: bool,  # noqa: FBT001
+    empty: bool,  # noqa: FBT001
     mode: int,
 ) -> _Attachment:
     access = os.O_RDONLY if readonly else os.O_RDWR
@@ -231,11 +301,13 @@ def _attach(
                 raise
     if start is None or size is None:
         raise ValueError("to create a region, say where (start) and how large (size) it is")
-    core.map_anonymous(start, size)
+    if not empty:
+        core.map_anonymous(start, size)
     try:
         core.mshare(name, start, size, access | os.O_CREAT | os.O_EXCL, mode)
     except BaseException as error:
-        core.unmap(start, size)
+        if not empty:
+            core.mshare_munmap(start, size)
         if isinstance(error, FileExistsError) and not exclusive:
             # Somebody else created it meanwhile.
             return _attach_existing(name, start, size, access)

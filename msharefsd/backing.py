@@ -15,21 +15,21 @@ import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterator
 from typing import Final
 
 import posix_ipc
 
-from msharefsd import kernel
+from msharefsd import kernel, uffd
 from msharefsd.errors import Refused
+from msharefsd.uffd import Mode
 
 SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - where shm_open(3) has its objects
 HUGE_PAGE: Final = 2 << 20
 
 
-class ShmBacking:
-    """POSIX shared memory: 4 KiB pages on /dev/shm, whoever touches first pays."""
-
-    kind: Final = "shm"
+class ShmObject:
+    """A sparse POSIX shared memory object."""
 
     def __init__(self, name: str, size: int) -> None:
         """Create the object `name` of `size` bytes, all of them absent.
@@ -38,13 +38,97 @@ class ShmBacking:
         """
         self.name = name
         self.size = size
-        self._host: int | None = None
         try:
             memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
         except (OSError, posix_ipc.Error, ValueError) as error:
             code = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
             raise Refused(code, f"cannot create shared memory {name}: {error}") from error
         self.fd: int = memory.fd
+
+    def allocated(self) -> int:
+        """Bytes of memory that it holds."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def next_data(self, offset: int) -> int:
+        """The first byte at or after `offset` whose page is there (SEEK_DATA), or `size`."""
+        return self._seek(offset, os.SEEK_DATA)
+
+    def next_absent(self, offset: int) -> int:
+        """The first byte at or after `offset` whose page is absent (SEEK_HOLE)."""
+        return self._seek(offset, os.SEEK_HOLE)
+
+    def _seek(self, offset: int, whence: int) -> int:
+        try:
+            return os.lseek(self.fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing more, or truncated by a sharer
+                return self.size
+            raise
+
+    def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """The runs of pages in the range that are there: (start, end), bytes."""
+        end = offset + length
+        while (start := self.next_data(offset)) < end:
+            offset = min(max(self.next_absent(start), start + kernel.PAGE), end)
+            yield start, offset
+
+    def punch(self, offset: int, length: int) -> None:
+        """Make pages absent: freed, and unmapped in every process."""
+        if self.next_data(offset) < offset + length:
+            kernel.punch(self.fd, offset, length)
+
+    def close(self) -> None:
+        """Remove the name and let go; the memory goes with its last mapping."""
+        os.close(self.fd)
+        # Somebody with the right to it (root) may have been faster.
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(self.name)
+
+
+class HostMapping:
+    """The daemon's own mapping of a backing.
+
+    It stands for the page table that a kernel would keep for the region.  It has a
+    userfaultfd of its own, so that pages come into it as they come into a sharer:
+    whole, or not at all.  Nobody touches it by pointer.
+    """
+
+    def __init__(self, memory: ShmObject) -> None:
+        """Raises OSError when there is no room in the address space."""
+        self._size = memory.size
+        self.uffd = uffd.open_own()
+        try:
+            uffd.handshake(self.uffd, uffd.Feature.MISSING_SHMEM)
+            self.start = kernel.mmap(
+                None,
+                memory.size,
+                kernel.PROT_READ | kernel.PROT_WRITE,
+                kernel.MAP_SHARED | kernel.MAP_NORESERVE,
+                memory.fd,
+                0,
+            )
+        except OSError:
+            os.close(self.uffd)
+            raise
+        kernel.madvise(self.start, memory.size, kernel.MADV_DONTFORK)
+        uffd.register(self.uffd, self.start, memory.size, Mode.MISSING)
+
+    def close(self) -> None:
+        """Unmap it."""
+        kernel.munmap(self.start, self._size)
+        os.close(self.uffd)
+
+
+class ShmBacking(ShmObject):
+    """POSIX shared memory: 4 KiB pages on /dev/shm, whoever touches first pays."""
+
+    kind: Final = "shm"
+
+    def __init__(self, name: str, size: int) -> None:
+        """As ShmObject does."""
+        super().__init__(name, size)
+        self._host: HostMapping | None = None
+        self._stash: ShmObject | None = None
         # Descriptions of their own for the sharers: they may seek and set flags.
         self._writable = self._open(os.O_RDWR)
         self._readable = self._open(os.O_RDONLY)
@@ -59,53 +143,73 @@ class ShmBacking:
 
     def allocated(self) -> int:
         """Bytes of memory that the region holds."""
-        return os.fstat(self.fd).st_blocks * 512
+        return super().allocated() + (self._stash.allocated() if self._stash else 0)
 
-    def next_absent(self, offset: int) -> int:
-        """The first byte at or after `offset` whose page is absent (lseek(2), SEEK_HOLE)."""
-        try:
-            return os.lseek(self.fd, offset, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # beyond the end: truncated by a sharer
-                return self.size
-            raise
+    @property
+    def host(self) -> HostMapping:
+        """Made when it is first needed: 512 GiB are one 256th of the address space.
 
-    def populate(self, offset: int, length: int) -> None:
-        """Populate pages through the host mapping; the daemon pays for them.
-
-        The host mapping stands for the page table that a kernel would keep for
-        the region.  It is made when it is first needed, because a 512 GiB window
-        takes one 256th of the address space.
-
-        Raises OSError: ENOMEM, EFAULT or ENOSPC when there is no memory.
+        Raises OSError (ENOMEM).
         """
         if self._host is None:
-            self._host = kernel.mmap(
-                None,
-                self.size,
-                kernel.PROT_READ | kernel.PROT_WRITE,
-                kernel.MAP_SHARED | kernel.MAP_NORESERVE,
-                self.fd,
-                0,
-            )
-            kernel.madvise(self._host, self.size, kernel.MADV_DONTFORK)
-        kernel.madvise(self._host + offset, length, kernel.MADV_POPULATE_WRITE)
+            self._host = HostMapping(self)
+        return self._host
+
+    @property
+    def stash(self) -> ShmObject | None:
+        """Where pages are that must exist and that nobody may touch, if there are any.
+
+        It has a name as the backing has, because the daemon's death must not lose
+        them.
+        """
+        return self._stash
+
+    def stash_pages(self, offset: int, length: int) -> None:
+        """Move the pages of a range that are there to the stash.
+
+        They must not be written meanwhile.  Copied first, then punched: at every
+        moment each page is in one place or in both.
+
+        Raises OSError: ENOSPC, ENOMEM.
+        """
+        if self._stash is None:
+            self._stash = ShmObject(stash_name(self.name), self.size)
+        for start, end in self.data(offset, length):
+            at = start
+            while at < end:
+                content = os.pread(self.fd, min(end - at, HUGE_PAGE), at)
+                if not content:
+                    break  # truncated by a sharer
+                at += os.pwrite(self._stash.fd, content, at)
+        self.punch(offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """The contents of the range are gone, wherever they were."""
+        self.punch(offset, length)
+        if self._stash is not None:
+            self._stash.punch(offset, length)
 
     def close(self) -> None:
-        """Remove the name and let go; the memory goes with its last mapping."""
+        """Remove the names and let go."""
         if self._host is not None:
-            kernel.munmap(self._host, self.size)
+            self._host.close()
             self._host = None
-        for fd in (self.fd, self._writable, self._readable):
+        if self._stash is not None:
+            self._stash.close()
+            self._stash = None
+        for fd in (self._writable, self._readable):
             os.close(fd)
-        # Somebody with the right to it (root) may have been faster.
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(self.name)
+        super().close()
+
+
+def stash_name(name: str) -> str:
+    """The name of a backing's stash."""
+    return f"{name}-stash"
 
 
 def remove_leftovers(prefix: str) -> list[str]:
     """Unlink shared memory objects of a daemon that died; returns their names."""
-    pattern = re.compile(re.escape(prefix.lstrip("/")) + r"\d+\Z")
+    pattern = re.compile(re.escape(prefix.lstrip("/")) + r"\d+(-stash)?\Z")
     names = [name for name in os.listdir(SHM_DIRECTORY) if pattern.match(name)]
     for name in names:
         posix_ipc.unlink_shared_memory("/" + name)

@@ -13,7 +13,16 @@ from typing import Final
 from msharefsd import uffd
 from msharefsd.uffd import Feature
 
-WANTED: Final = Feature.MISSING_SHMEM | Feature.THREAD_ID | Feature.POISON | Feature.MINOR_SHMEM
+WANTED: Final = (
+    Feature.EVENT_REMAP
+    | Feature.MISSING_SHMEM
+    | Feature.THREAD_ID
+    | Feature.POISON
+    | Feature.MINOR_SHMEM
+    | Feature.WP
+    | Feature.WP_HUGETLBFS_SHMEM
+    | Feature.EXACT_ADDRESS
+)
 """What is asked for on every sharer's userfaultfd, as far as the kernel has it."""
 
 
@@ -33,6 +42,10 @@ class Capabilities:
     """A hole can be EFAULT in system calls (UFFDIO_POISON, Linux 6.6)."""
     map_present: bool
     """A page poisoned for want of memory can be mended (UFFD_FEATURE_MINOR_SHMEM)."""
+    write_protect: bool
+    """Objects can be read-only (UFFD_FEATURE_WP_HUGETLBFS_SHMEM, Linux 5.19)."""
+    exact_address: bool
+    """A fault tells its byte, for si_addr (UFFD_FEATURE_EXACT_ADDRESS, Linux 5.18)."""
     map_files: bool
     """A donor's shared anonymous memory can be looked into (/proc/PID/map_files)."""
 
@@ -44,6 +57,10 @@ class Capabilities:
             features &= ~Feature.POISON
         if not self.map_present:
             features &= ~Feature.MINOR_SHMEM
+        if not self.write_protect:
+            features &= ~(Feature.WP | Feature.WP_HUGETLBFS_SHMEM)
+        if not self.exact_address:
+            features &= ~Feature.EXACT_ADDRESS
         return features
 
     def missing(self) -> list[str]:
@@ -61,6 +78,10 @@ _LACKING: Final = {
     "failing with EFAULT",
     "map_present": "no UFFD_FEATURE_MINOR_SHMEM (Linux 5.14): a page that had SIGBUS for want of "
     "memory keeps it in that process",
+    "write_protect": "no UFFD_FEATURE_WP_HUGETLBFS_SHMEM (Linux 5.19): objects that are not "
+    "writable, and writable MAP_SHARED files, cannot be mapped",
+    "exact_address": "no UFFD_FEATURE_EXACT_ADDRESS (Linux 5.18): si_addr of a SIGSEGV is the "
+    "page's address",
     "map_files": "no right to /proc/PID/map_files (CAP_CHECKPOINT_RESTORE): a donor's shared "
     "anonymous memory is searched page by page, slowly",
 }
@@ -102,6 +123,8 @@ def probe(without: frozenset[str] = frozenset()) -> Capabilities:
         "kernel_faults": full,
         "poison": bool(features & Feature.POISON),
         "map_present": bool(features & Feature.MINOR_SHMEM),
+        "write_protect": Feature.WP | Feature.WP_HUGETLBFS_SHMEM in features,
+        "exact_address": Feature.EXACT_ADDRESS in features,
         "map_files": _can_read_map_files(),
     }
     unknown = without - found.keys()

@@ -28,9 +28,11 @@ from typing import Final
 
 import trio
 
-from msharefsd import kernel, liveness, uffd, wire
+from msharefsd import files, kernel, liveness, protection, uffd, wire
+from msharefsd.addressspace import AddressSpaces
 from msharefsd.capabilities import Capabilities
 from msharefsd.errors import Refused
+from msharefsd.files import MappedFile
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
@@ -44,7 +46,11 @@ log = logging.getLogger(__name__)
 BACKLOG: Final = 4096
 _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("=iII")
-_READ_WRITE: Final = kernel.PROT_READ | kernel.PROT_WRITE
+_PROTECTIONS: Final = kernel.PROT_READ | kernel.PROT_WRITE | kernel.PROT_EXEC
+_MMAP_FLAGS: Final = (
+    kernel.MAP_SHARED | kernel.MAP_PRIVATE | kernel.MAP_FIXED | kernel.MAP_ANONYMOUS
+)
+_LARGEST_FILE: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,7 @@ class Control:
         self,
         regions: Regions,
         pages: PageServer,
+        spaces: AddressSpaces,
         capabilities: Capabilities,
         deaths: Deaths,
         metrics: Metrics,
@@ -97,6 +104,7 @@ class Control:
         """
         self.regions = regions
         self.pages = pages
+        self.spaces = spaces
         self.capabilities = capabilities
         self.deaths = deaths
         self.metrics = metrics
@@ -224,6 +232,7 @@ class _Connection:
         self._serving = trio.CancelScope()
         self._building: Region | None = None
         self._made_file = False
+        self._noted = False
 
     async def run(self) -> None:
         """Serve calls until the peer hangs up or its process ends."""
@@ -311,25 +320,86 @@ class _Connection:
         )
         await self._sock.sendmsg([reply.pack()], ancillary)
 
+    def _send_note(self) -> None:
+        # See protection.py.  Never waits: it is the only message that nobody asked for.
+        if not self._noted:
+            self._noted = True
+            with contextlib.suppress(OSError):
+                os.write(self._sock.fileno(), Reply(wire.NOTE).pack())
+
     async def _handle(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
         """One call; takes from `fds` what it keeps."""
         match request.op:
             case Op.ATTACH:
                 return await self._attach(request, fds)
             case Op.COMMIT:
-                return self._commit(request)
-            case Op.DETACH:
-                self._need_sharer()
-                self._detach(self._control.regions.detach)
-                return Reply(request.op), None
-            case Op.UNLINK:
-                self._need_sharer()
-                self._detach(self._control.regions.detach_and_unlink)
-                return Reply(request.op), None
+                return await self._commit(request)
             case Op.USERFAULTFD:
                 return self._userfaultfd(request)
             case Op.VMA_FILE:
                 return self._vma_file(request, fds)
+            case Op.READY:
+                protection.admit(self._need_sharer())
+            case Op.DETACH:
+                self._need_sharer()
+                self._detach(self._control.regions.detach)
+            case Op.UNLINK:
+                self._need_sharer()
+                self._detach(self._control.regions.detach_and_unlink)
+            case _:
+                await self._change(request, fds)
+        return Reply(request.op), None
+
+    async def _change(self, request: Request, fds: list[int]) -> None:
+        """A call on the region's address space."""
+        sharer = self._sharer
+        if sharer is None or sharer.region.backing is None:
+            raise Refused(errno.ENOTCONN, "this connection has attached no region")
+        if self._building is not None and request.op is not Op.MMAP:
+            raise Refused(errno.EINVAL, "COMMIT or hang up first")
+        if not sharer.writable and self._building is None:
+            raise Refused(errno.EACCES, "the region is attached read-only")
+        spaces, region, (item,) = self._control.spaces, sharer.region, request.objects
+        match request.op:
+            case Op.MMAP:
+                await self._mmap(region, item, fds)
+            case Op.MUNMAP:
+                await spaces.munmap(region, item.offset, item.length)
+            case Op.MPROTECT:
+                await spaces.mprotect(region, item.offset, item.length, item.prot)
+            case Op.MSYNC:
+                await spaces.msync(region, item.offset, item.length)
+            case Op.DISCARD:
+                await spaces.discard(region, item.offset, item.length)
+
+    async def _mmap(self, region: Region, item: wire.WireObject, fds: list[int]) -> None:
+        if item.flags & ~_MMAP_FLAGS or item.prot & ~_PROTECTIONS:
+            raise Refused(errno.EINVAL, "unknown flags or protection of mmap")
+        kind = item.flags & (kernel.MAP_SHARED | kernel.MAP_PRIVATE)
+        if kind not in (kernel.MAP_SHARED, kernel.MAP_PRIVATE):
+            raise Refused(errno.EINVAL, "a mapping is MAP_SHARED or MAP_PRIVATE")
+        private = kind == kernel.MAP_PRIVATE
+        fixed = bool(item.flags & kernel.MAP_FIXED)
+        new = Object(item.offset, item.length, item.prot, private)
+        if item.flags & kernel.MAP_ANONYMOUS:
+            await self._control.spaces.mmap(region, new, replace=fixed)
+            return
+        if len(fds) != 1:
+            raise Refused(errno.EBADF, "a mapping that is not anonymous takes a file")
+        if item.file_offset % kernel.PAGE or item.file_offset + item.length > _LARGEST_FILE:
+            raise Refused(errno.EINVAL, "the file's offset is not in whole pages, or too large")
+        if self._control.is_ours(kernel.identify(fds[0])):
+            raise Refused(errno.ENODEV, "a region's own files cannot be mapped in a region")
+        write = bool(item.prot & kernel.PROT_WRITE)
+        may_write = files.check_mappable(fds[0], shared=not private, write=write)
+        file = MappedFile(
+            fds.pop(), self._peer.uid, may_write=may_write, close=self._control.dispose
+        )
+        try:
+            new = Object(item.offset, item.length, item.prot, private, file, item.file_offset)
+            await self._control.spaces.mmap(region, new, replace=fixed)
+        finally:
+            file.let_go()
 
     def _need_sharer(self) -> Sharer:
         if self._sharer is None:
@@ -370,6 +440,9 @@ class _Connection:
         self._serving = trio.CancelScope()
         self._nursery.start_soon(self._serve_faults, self._sharer, self._serving)
         assert region.backing is not None
+        self._sharer.note = self._send_note
+        if region.armed:
+            flags |= ReplyFlag.PROTECTED
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
         fd = region.backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
@@ -430,31 +503,25 @@ class _Connection:
         except OSError as error:
             raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
 
-    def _commit(self, request: Request) -> tuple[Reply, int | None]:
+    async def _commit(self, request: Request) -> tuple[Reply, int | None]:
+        """The donor's memory is copied: here are the objects of it that have no file."""
         region, sharer = self._building, self._sharer
         if region is None or sharer is None:
             raise Refused(errno.EINVAL, "nothing to commit")
         for item in request.objects:
-            if (
-                item.length == 0
-                or item.offset % kernel.PAGE
-                or item.length % kernel.PAGE
-                or item.offset + item.length > region.size
-            ):
-                raise Refused(errno.EINVAL, "an object does not lie in the region, in whole pages")
-            if item.prot != _READ_WRITE or item.flags not in (
-                kernel.MAP_SHARED,
-                kernel.MAP_PRIVATE,
-            ):
-                raise Refused(errno.EOPNOTSUPP, "only readable and writable anonymous memory")
-        for item in request.objects:
+            if item.flags not in (kernel.MAP_SHARED, kernel.MAP_PRIVATE):
+                raise Refused(errno.EINVAL, "an object is MAP_SHARED or MAP_PRIVATE")
             private = item.flags == kernel.MAP_PRIVATE
-            region.objects.insert(Object(item.offset, item.length, item.prot, private))
+            await self._control.spaces.donate(
+                region, Object(item.offset, item.length, item.prot, private)
+            )
+        self._control.spaces.hide_donated(region)
         self._control.regions.commit(region)
         self._building = None
         assert region.backing is not None
         fd = None if sharer.writable else region.backing.descriptor(writable=False)
-        return Reply(request.op, start=region.start, size=region.size), fd
+        flags = ReplyFlag.PROTECTED if region.armed else wire.NO_FLAGS
+        return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
 
     def _userfaultfd(self, request: Request) -> tuple[Reply, int | None]:
         if not self._control.capabilities.device:

@@ -22,15 +22,18 @@ import pyfuse3
 import trio
 
 from msharefsd import backing, capabilities, control, mounting, notify
+from msharefsd.addressspace import AddressSpaces
 from msharefsd.backing import ShmBacking
 from msharefsd.capabilities import Capabilities
 from msharefsd.config import Config
 from msharefsd.control import Control
+from msharefsd.files import Threads
 from msharefsd.filesystem import CONTROL_NAME, FileSystem
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.pageserver import PageServer
-from msharefsd.regions import INFO_FILE, Regions
+from msharefsd.regions import INFO_FILE, Region, Regions
+from msharefsd.writeback import Writeback
 
 log = logging.getLogger(__name__)
 
@@ -185,10 +188,14 @@ async def _serve(
 ) -> None:
     mount = mounting.top_mount(config.mountpoint)
     assert mount is not None, "pyfuse3.init() returned without a mount"
-    pages = PageServer(found, metrics, config.region_memory_bytes)
+    threads = Threads()
+    pages = PageServer(found, metrics, config.region_memory_bytes, threads)
+    writeback = Writeback(threads, metrics)
+    regions.release = writeback.release
+    spaces = AddressSpaces(found, pages, writeback)
     with contextlib.closing(Deaths()) as deaths, contextlib.ExitStack() as stack:
         server = Control(
-            regions, pages, found, deaths, metrics, operations.region_of_inode, mount.device
+            regions, pages, spaces, found, deaths, metrics, operations.region_of_inode, mount.device
         )
         stack.callback(server.close)
         async with trio.open_nursery() as nursery:
@@ -204,11 +211,14 @@ async def _serve(
                 )
             listener = stack.enter_context(trio.socket.from_stdlib_socket(bound))
             nursery.start_soon(deaths.run)
-            nursery.start_soon(pages.mend)
+            nursery.start_soon(pages.run)
+            nursery.start_soon(writeback.run, regions.alive)
             nursery.start_soon(server.run, listener)
             log.info("ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes)
             notify.notify("READY=1", f"STATUS=serving {config.mountpoint}")
         notify.notify("STOPPING=1")
+        await writeback.finish(regions.alive())
+        regions.release = Region.close_memory
     log.info("stopped")
 
 

@@ -410,7 +410,7 @@ class FileSystem(_GuardedOperations):
                 if flags & os.O_TRUNC:
                     raise FUSEError(errno.EPERM)
                 return self._open_region(region)
-            content = _RENDER[kind](region).encode()
+            content = os.fsencode(_RENDER[kind](region))
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EACCES)
         return self._handle(content)

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import platform
+import struct
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,7 +29,13 @@ MAP_NORESERVE: Final = 0x4000
 MAP_FIXED_NOREPLACE: Final = 0x100000
 
 MADV_DONTFORK: Final = 10
-MADV_POPULATE_WRITE: Final = 23
+
+MS_ASYNC: Final = 1
+MS_INVALIDATE: Final = 2
+MS_SYNC: Final = 4
+
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
 
 MS_NOSUID: Final = 1 << 1
 MS_NODEV: Final = 1 << 2
@@ -56,6 +63,7 @@ _libc.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_long,
 ]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mount.argtypes = [
@@ -76,6 +84,9 @@ _libc.statx.argtypes = [
 
 _libc.syscall.restype = ctypes.c_long
 _SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
+_SYS_RT_TGSIGQUEUEINFO: Final = {"x86_64": 297, "aarch64": 240}
+# siginfo_t: signo, errno, code, padding, si_addr; 128 bytes in all.
+_SIGINFO: Final = struct.Struct("=iii4xQ104x")
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -96,9 +107,21 @@ def userfaultfd(flags: int) -> int:
     return fd
 
 
-def tgkill(pid: int, thread: int, number: int) -> None:
-    """tgkill(2)."""
-    _check(_libc.tgkill(pid, thread, number))
+def signal_fault(pid: int, thread: int, number: int, address: int) -> None:
+    """Send a thread the signal of a memory access at `address` (rt_tgsigqueueinfo(2)).
+
+    Handlers find the address in si_addr, as with the kernel's own signals.  si_code
+    has to be SI_QUEUE: positive codes are the kernel's alone.
+    """
+    si_queue = -1
+    information = _SIGINFO.pack(number, 0, si_queue, address)
+    number_of_call = _SYS_RT_TGSIGQUEUEINFO[platform.machine()]
+    _check(int(_libc.syscall(number_of_call, pid, thread, number, information)))
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """fallocate(2) FALLOC_FL_PUNCH_HOLE: free the pages and unmap them everywhere."""
+    _check(_libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length))
 
 
 def mmap(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:

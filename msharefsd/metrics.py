@@ -24,6 +24,8 @@ class Metrics:
         self.faults = self._counter("faults", "page faults served", "kind")
         self.populated = self._counter("populated_bytes", "memory populated for faults, bytes")
         self.sigbus = self._counter("sigbus", "faults answered with SIGBUS or EFAULT", "reason")
+        self.written_back = self._counter("written_back_bytes", "written to mapped files, bytes")
+        self.writeback_errors = self._counter("writeback_errors", "rounds that a file failed")
         self.attaches = self._counter("attaches", "sharers attached")
         self.refused = self._counter("refused", "calls turned down", "errno")
         self._registry.register(_Current(regions))

@@ -6,15 +6,22 @@ from the region's start, multiples of the page size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Final
 
 from sortedcontainers import SortedDict
+
+from msharefsd import kernel
+from msharefsd.files import MappedFile
+
+MOST_OBJECTS: Final = 65530
+"""As vm.max_map_count has it for a process (sysctl/vm: 65530)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """A mapping inside a region: anonymous memory with a protection."""
+    """A mapping inside a region: anonymous memory, or a range of a file."""
 
     offset: int
     length: int
@@ -23,16 +30,50 @@ class Object:
     private: bool
     """Mapped MAP_PRIVATE: the same memory for all sharers nevertheless (the
     letter: "a write to a MAP_PRIVATE mapping will create a page which is shared
-    between all the sharers"), so it only shows in `maps`."""
+    between all the sharers"), but it never reaches a file."""
+    file: MappedFile | None = None
+    file_offset: int = 0
+    """Of the object's first byte, in the file."""
 
     @property
     def end(self) -> int:
         """The first byte after the object."""
         return self.offset + self.length
 
-    def merges_with(self, other: Object) -> bool:
-        """Whether the two are one object when they are neighbours."""
-        return self.prot == other.prot and self.private == other.private
+    @property
+    def accessible(self) -> bool:
+        """Whether its memory can be touched at all."""
+        return self.prot != kernel.PROT_NONE
+
+    @property
+    def writable(self) -> bool:
+        """Whether its memory can be written."""
+        return bool(self.prot & kernel.PROT_WRITE)
+
+    @property
+    def written_back(self) -> bool:
+        """Whether what is written goes to a file."""
+        return self.file is not None and not self.private
+
+    @property
+    def guarded(self) -> bool:
+        """Whether writes must be caught: not allowed, or to be written back."""
+        return not self.writable or self.written_back
+
+    def merges_with(self, after: Object) -> bool:
+        """Whether this and its neighbour `after` are one object."""
+        return (
+            self.prot == after.prot
+            and self.private == after.private
+            and self.file is after.file
+            and (self.file is None or self.file_offset + self.length == after.file_offset)
+        )
+
+    def part(self, start: int, end: int) -> Object:
+        """The part of it that lies in [start, end)."""
+        start, end = max(start, self.offset), min(end, self.end)
+        file_offset = self.file_offset + start - self.offset if self.file else 0
+        return replace(self, offset=start, length=end - start, file_offset=file_offset)
 
 
 class ObjectMap:
@@ -55,30 +96,66 @@ class ObjectMap:
         candidate: Object = self._by_offset.peekitem(at)[1]
         return candidate if offset < candidate.end else None
 
-    def insert(self, new: Object) -> None:
-        """Put an object in, in place of whatever it overlaps; merge with equal neighbours.
-
-        What it overlaps is cut, as MAP_FIXED does with VMAs.
-        """
-        self.remove(new.offset, new.length)
-        before = self.find(new.offset - 1) if new.offset else None
-        if before is not None and before.merges_with(new):
-            del self._by_offset[before.offset]
-            new = replace(new, offset=before.offset, length=new.end - before.offset)
-        after = self._by_offset.get(new.end)
-        if after is not None and after.merges_with(new):
-            del self._by_offset[after.offset]
-            new = replace(new, length=after.end - new.offset)
-        self._by_offset[new.offset] = new
-
-    def remove(self, offset: int, length: int) -> None:
-        """Make a hole; objects that stick out of it keep their outer parts."""
+    def within(self, offset: int, length: int) -> list[Object]:
+        """The parts of objects that lie in the range, in order."""
         end = offset + length
         first = self.find(offset)
         start = offset if first is None else first.offset
-        for key in list(self._by_offset.irange(start, end, inclusive=(True, False))):
-            old = self._by_offset.pop(key)
+        keys = self._by_offset.irange(start, end, inclusive=(True, False))
+        return [self._by_offset[key].part(offset, end) for key in keys]
+
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether the range has no hole."""
+        return sum(item.length for item in self.within(offset, length)) == length
+
+    def insert(self, new: Object) -> list[Object]:
+        """Put an object in, in place of whatever it overlaps; merge with equal neighbours.
+
+        What it overlaps is cut, as MAP_FIXED does with VMAs.  Returns what it replaced.
+        """
+        replaced = self.remove(new.offset, new.length)
+        before = self.find(new.offset - 1) if new.offset else None
+        if before is not None and before.merges_with(new):
+            del self._by_offset[before.offset]
+            new = replace(before, length=new.end - before.offset)
+        after = self._by_offset.get(new.end)
+        if after is not None and new.merges_with(after):
+            del self._by_offset[after.offset]
+            new = replace(new, length=after.end - new.offset)
+        self._by_offset[new.offset] = new
+        return replaced
+
+    def remove(self, offset: int, length: int) -> list[Object]:
+        """Make a hole; objects that stick out of it keep their outer parts.
+
+        Returns what is gone.
+        """
+        end = offset + length
+        removed = self.within(offset, length)
+        for part in removed:
+            old = self.find(part.offset)
+            assert old is not None
+            del self._by_offset[old.offset]
             if old.offset < offset:
-                self._by_offset[old.offset] = replace(old, length=offset - old.offset)
+                self._by_offset[old.offset] = old.part(old.offset, offset)
             if old.end > end:
-                self._by_offset[end] = replace(old, offset=end, length=old.end - end)
+                self._by_offset[end] = old.part(end, old.end)
+        return removed
+
+    def protect(self, offset: int, length: int, prot: int) -> list[Object]:
+        """Give what lies in the range another protection.
+
+        Returns the parts that had a different one, as they were.
+        """
+        changed = [item for item in self.within(offset, length) if item.prot != prot]
+        for item in changed:
+            self.insert(replace(item, prot=prot))
+        return changed
+
+    def uses(self, file: MappedFile) -> bool:
+        """Whether any object is of that mapping of a file."""
+        return any(item.file is file for item in self)
+
+    def files(self) -> Iterable[MappedFile]:
+        """Each mapped file once."""
+        return {id(item.file): item.file for item in self if item.file is not None}.values()

@@ -12,10 +12,16 @@ would pay: a container's limit would mean nothing, and the daemon would be the O
 killer's first choice.  A reader's window is private, and zeros put there would be
 its own: readers are served through the host mapping.
 
+A page of a file is read in a thread and comes by UFFDIO_COPY, so that nobody ever
+sees it before it is filled.  Read through the host mapping's descriptor or by
+pointer it would be there empty first.  A reader's is copied into the host mapping.
+
 A fault in a hole is answered with UFFDIO_POISON: SIGBUS for code, EFAULT in a
 system call.  Kernels before 6.6 cannot do that; there the thread is sent SIGBUS,
 as UFFD_FEATURE_THREAD_ID names it.  So is a fault for which there is no memory;
 that page is tried again once a second, because unlike a hole it is the region's.
+
+A fault that the object's protection forbids is violation.py's.
 """
 
 from __future__ import annotations
@@ -25,16 +31,20 @@ import logging
 import os
 import signal
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
 
-from msharefsd import kernel, uffd
-from msharefsd.backing import HUGE_PAGE, ShmBacking
+from msharefsd import kernel, protection, uffd, violation
+from msharefsd.backing import HUGE_PAGE, ShmBacking, ShmObject
 from msharefsd.capabilities import Capabilities
+from msharefsd.files import BUFFER, Buffers, MappedFile, Threads
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
-from msharefsd.regions import Sharer
+from msharefsd.regions import Region, Sharer
 from msharefsd.seldom import Seldom
 from msharefsd.uffd import Fault, Mode, Outcome
 
@@ -43,7 +53,7 @@ log = logging.getLogger(__name__)
 SMALLEST_CHUNK: Final = 64 << 10
 LARGEST_CHUNK: Final = HUGE_PAGE
 STREAMS: Final = 16
-MOST_STARVED: Final = 4096
+MOST_POISONED: Final = 1 << 16
 MEND_INTERVAL: Final = 1.0
 
 
@@ -69,19 +79,59 @@ class Window:
         return start, length
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A sharer that wants a page, and the fault if a thread waits in one."""
+
+    sharer: Sharer
+    offset: int
+    fault: Fault | None
+
+
+@dataclass(eq=False, slots=True)
+class _Fill:
+    """A chunk that is being read from a file, and who waits for it."""
+
+    file: MappedFile
+    start: int
+    end: int
+    file_offset: int
+    waiting: list[_Waiting] = field(default_factory=list)
+
+
 class PageServer:
     """Serves the faults of all sharers of one daemon."""
 
     def __init__(
-        self, capabilities: Capabilities, metrics: Metrics, region_memory: int | None
+        self,
+        capabilities: Capabilities,
+        metrics: Metrics,
+        region_memory: int | None,
+        threads: Threads,
     ) -> None:
         """`region_memory`: the most bytes a region may hold, or None."""
         self._capabilities = capabilities
         self._metrics = metrics
         self._region_memory = region_memory
+        self._threads = threads
+        self._buffers = Buffers()
+        self._zeros = self._buffers.take()
+        self._fills: dict[int, list[_Fill]] = {}
+        """By region id."""
         self._starving: set[Sharer] = set()
         self._starvation = trio.Event()
         self._seldom = Seldom()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self) -> None:
+        """Everything that outlives a single fault; forever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self._mend_forever()
+
+    def _start(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        assert self._nursery is not None, "run() is not running"
+        self._nursery.start_soon(function, *arguments)
 
     def adopt(self, fd: int) -> None:
         """Take a sharer's new userfaultfd: handshake, and never block on it.
@@ -113,102 +163,432 @@ class PageServer:
         with contextlib.suppress(OSError):
             uffd.wake(sharer.uffd, sharer.region.start, sharer.region.size)
 
+    # -- what a fault is --
+
     def _answer(self, sharer: Sharer, window: Window, fault: Fault) -> Outcome:
         region = sharer.region
         page = fault.address - fault.address % kernel.PAGE
         offset = page - region.start
         if not 0 <= offset < region.size or region.backing is None:
-            # Registered elsewhere by the sharer itself: not ours to fill.
-            uffd.wake(sharer.uffd, page, kernel.PAGE)
-            return Outcome.RETRY
-        if fault.minor:  # a page that mend() had to register for that
-            _, outcome = uffd.map_present(sharer.uffd, page, kernel.PAGE)
+            # The sharer registered or moved something else with our userfaultfd.
+            return self._poison(sharer, page)
+        found = region.objects.find(offset)
+        if fault.protected:
+            return self._write_fault(sharer, found, offset, fault)
+        if fault.minor:  # a page that had to be registered for that: see _remap
+            guarded = found is not None and found.guarded and sharer.writable
+            _, outcome = uffd.map_present(sharer.uffd, page, kernel.PAGE, protect=guarded)
             uffd.wake(sharer.uffd, page, kernel.PAGE)
             return outcome
-        found = region.objects.find(offset)
         if found is None:
             self._metrics.faults.labels("hole").inc()
             self._metrics.sigbus.labels("hole").inc()
-            return self._sigbus(sharer, page, fault.thread)
-        self._metrics.faults.labels("anonymous").inc()
-        outcome = self._populate(sharer, region.backing, window, found, offset)
-        if outcome is Outcome.NO_MEMORY:
-            self._metrics.sigbus.labels("no memory").inc()
-            self._log_starvation(sharer)
-            if len(sharer.starved) < MOST_STARVED:
-                sharer.starved.add(offset)
-                self._starving.add(sharer)
-                self._starvation.set()
-            return self._sigbus(sharer, page, fault.thread)
-        if outcome is not Outcome.DONE:
-            uffd.wake(sharer.uffd, page, kernel.PAGE)
-        return outcome
+            return self._sigbus(sharer, offset, fault.thread)
+        if not found.accessible or (fault.write and not found.writable):
+            return self._violation(sharer, offset, fault)
+        self._metrics.faults.labels("file" if found.file else "anonymous").inc()
+        return self._populate(sharer, window.chunk(offset), found, offset, fault)
+
+    def _write_fault(
+        self, sharer: Sharer, found: Object | None, offset: int, fault: Fault
+    ) -> Outcome:
+        """A write to a page that is present and write-protected."""
+        region = sharer.region
+        start, end = offset, offset + kernel.PAGE
+        if found is not None and not found.writable:
+            return self._violation(sharer, offset, fault)
+        if found is not None and found.written_back:
+            if region.leaving.contains(offset):
+                return Outcome.DONE  # munmap() wakes it
+            self._metrics.faults.labels("dirty").inc()
+            region.dirty.setdefault(offset, set()).add(sharer)
+        elif found is not None:
+            # Left over from a protection that is gone: of the whole chunk at once.
+            start = max(offset - offset % HUGE_PAGE, found.offset)
+            end = min(offset - offset % HUGE_PAGE + HUGE_PAGE, found.end)
+        try:
+            uffd.write_unprotect(sharer.uffd, region.start + start, end - start)
+        except OSError as error:
+            uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
+            return uffd.outcome_of(error)
+        # Not every part of the range need be registered: at least it looks again.
+        uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
+        return Outcome.DONE
+
+    def _violation(self, sharer: Sharer, offset: int, fault: Fault) -> Outcome:
+        self._metrics.faults.labels("violation").inc()
+        if violation.in_system_call(sharer.pid, fault.thread):
+            self._start(self._fail_system_call, sharer, offset)
+        else:
+            violation.signal(sharer.pid, fault.thread, signal.SIGSEGV, fault.address)
+        return Outcome.DONE
+
+    async def _fail_system_call(self, sharer: Sharer, offset: int) -> None:
+        """Have a system call that touches what it may not fail with EFAULT.
+
+        Nothing but an error of the page itself ends the kernel's own access, so the
+        page is poisoned in this sharer until the call has met it.  What the page
+        holds is in the stash meanwhile, from where anybody's touch brings it back.
+        Another thread that has the right to read the page, and does in this
+        moment, has SIGBUS: in the process with the defect, and in no other.
+        """
+        region = sharer.region
+        async with region.change:
+            if sharer.number not in region.sharers or region.backing is None:
+                return
+            found = region.objects.find(offset)
+            page = region.start + offset
+            if found is not None and found.writable:
+                uffd.wake(sharer.uffd, page, kernel.PAGE)  # allowed meanwhile
+                return
+            if not self._capabilities.poison:
+                violation.kill(sharer.pid)  # it would try again for ever
+                return
+            try:
+                if found is not None:
+                    region.backing.stash_pages(offset, kernel.PAGE)
+                with contextlib.suppress(OSError):
+                    uffd.write_unprotect(sharer.uffd, page, kernel.PAGE, wake=False)
+                self._sigbus(sharer, offset, None)
+                await trio.sleep(violation.SYSTEM_CALL_SECONDS)
+                if sharer.number in region.sharers and region.backing is not None:
+                    self.clear_poison(region, offset, kernel.PAGE)
+            except OSError as error:
+                log.warning("process %d: cannot fail a system call: %s", sharer.pid, error)
+
+    # -- populating --
 
     def _populate(
-        self, sharer: Sharer, backing: ShmBacking, window: Window, found: Object, offset: int
+        self,
+        sharer: Sharer,
+        chunk: tuple[int, int],
+        found: Object,
+        offset: int,
+        fault: Fault,
     ) -> Outcome:
         """Populate the page at `offset`, and its chunk as far as the object and limits go."""
-        start, length = window.chunk(offset)
-        end = min(start + length, found.end)
-        start = max(start, found.offset)
+        region = sharer.region
+        backing = region.backing
+        assert backing is not None
+        start, end = max(chunk[0], found.offset), min(chunk[0] + chunk[1], found.end)
         if self._region_memory is not None:
             left = self._region_memory - backing.allocated()
             if left < kernel.PAGE:
-                return Outcome.NO_MEMORY
+                return self._starve(sharer, offset, fault.thread)
             if left < end - start:
                 start, end = offset, min(end, offset + left - left % kernel.PAGE)
-        outcome = self._fill(sharer, backing, start, end)
-        if outcome is Outcome.NO_MEMORY and (start, end) != (offset, offset + kernel.PAGE):
-            # Not enough for the chunk; the page that somebody waits for may fit, or
-            # have been filled before memory ran out.
-            outcome = self._fill(sharer, backing, offset, offset + kernel.PAGE)
+        stashed = False
+        if backing.stash is not None:
+            following = backing.stash.next_data(offset)
+            stashed = following == offset
+            end = min(end, backing.stash.next_absent(offset) if stashed else following)
+            if backing.stash.next_data(start) < offset:
+                start = offset
+        if found.file is not None and not stashed:
+            self._read_file(found, start, end, _Waiting(sharer, offset, fault))
+            return Outcome.DONE
+        source = backing.stash if stashed else None
+        outcome = self._fill(sharer, found, start, end, source)
+        whole = (start, end) == (offset, offset + kernel.PAGE)
+        if outcome in (Outcome.NO_MEMORY, Outcome.RETRY) and not whole:
+            # Not enough memory for the chunk, or it lies in several VMAs; the page
+            # that somebody waits for may be had.
+            outcome = self._fill(sharer, found, offset, offset + kernel.PAGE, source)
+        if outcome is Outcome.NO_MEMORY:
+            return self._starve(sharer, offset, fault.thread)
+        if outcome is not Outcome.DONE:
+            uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
         return outcome
 
-    def _fill(self, sharer: Sharer, backing: ShmBacking, start: int, end: int) -> Outcome:
-        """Populate what is absent in [start, end); DONE when nothing is."""
-        if not sharer.writable:
-            try:
-                backing.populate(start, end - start)
-            except OSError as error:
-                return uffd.outcome_of(error)
-            self._metrics.populated.inc(end - start)
-            uffd.wake(sharer.uffd, sharer.region.start + start, end - start)
-            return Outcome.DONE
-        woken = True
-        base = sharer.region.start
-        while start < end:
-            done, outcome = uffd.zeropage(sharer.uffd, base + start, end - start)
+    def _fill(
+        self, sharer: Sharer, found: Object, start: int, end: int, source: ShmObject | None
+    ) -> Outcome:
+        """Populate what is absent in [start, end), with zeros or from the stash."""
+        if source is None and not found.guarded:
+            return self._put(sharer, start, end, None, guarded=False)
+        # In pieces of the buffer's size.
+        if end - start > BUFFER:
+            end = start + BUFFER
+        if source is None:
+            return self._put(sharer, start, end, self._zeros.address, guarded=True)
+        buffer = self._buffers.take()
+        try:
+            got = os.preadv(source.fd, [buffer.view[: end - start]], start)
+            end = start + got - got % kernel.PAGE
+            outcome = self._put(sharer, start, end, buffer.address, guarded=found.guarded)
+            if outcome in (Outcome.DONE, Outcome.PRESENT):
+                source.punch(start, end - start)
+        finally:
+            self._buffers.give_back(buffer)
+        return outcome
+
+    def _put(
+        self, sharer: Sharer, start: int, end: int, address: int | None, *, guarded: bool
+    ) -> Outcome:
+        """Populate what is absent in [start, end) from `address`, or with zeros.
+
+        Into the sharer, or for a reader into the host mapping.  DONE when nothing is
+        absent and whoever waited there has been woken.
+        """
+        region = sharer.region
+        backing = region.backing
+        assert backing is not None
+        if guarded:  # before anybody can see the pages
+            protection.protect(region, start, end)
+        try:
+            host = None if sharer.writable else backing.host
+        except OSError as error:
+            return uffd.outcome_of(error)
+        fd, base = (sharer.uffd, region.start) if host is None else (host.uffd, host.start)
+        protected = guarded and host is None
+        woken = host is None
+        at = start
+        while at < end:
+            if address is None:
+                done, outcome = uffd.zeropage(fd, base + at, end - at)
+            else:
+                done, outcome = uffd.copy(
+                    fd, base + at, address + at - start, end - at, protect=protected
+                )
             self._metrics.populated.inc(done)
-            start += done
+            at += done
             if outcome is Outcome.PRESENT:
                 # The backing may call a page absent that this sharer has something
                 # for all the same (it mapped the window in a way of its own).
-                start = max(backing.next_absent(start), start + kernel.PAGE)
+                at = max(backing.next_absent(at), at + kernel.PAGE)
                 woken = False
             elif outcome is not Outcome.DONE and done == 0:
                 return outcome
+        if host is not None:
+            uffd.wake(sharer.uffd, region.start + start, end - start)
+            return Outcome.DONE
         # The kernel wakes who waits in a part that was populated, not who waits for
         # a page that turned out to be present.
         return Outcome.DONE if woken else Outcome.PRESENT
 
-    def _sigbus(self, sharer: Sharer, page: int, thread: int) -> Outcome:
+    # -- files --
+
+    def _read_file(self, found: Object, start: int, end: int, waiting: _Waiting) -> None:
+        region = waiting.sharer.region
+        fills = self._fills.setdefault(region.id, [])
+        for fill in fills:
+            if fill.start <= waiting.offset < fill.end and fill.file is found.file:
+                fill.waiting.append(waiting)
+                return
+        assert found.file is not None
+        file_offset = found.file_offset + start - found.offset
+        fill = _Fill(found.file, start, end, file_offset, [waiting])
+        fills.append(fill)
+        found.file.hold()
+        self._start(self._run_fill, region, fill)
+
+    async def _run_fill(self, region: Region, fill: _Fill) -> None:
+        buffer = self._buffers.take()
+        view = buffer.view[: fill.end - fill.start]
+        try:
+            usable = await self._threads.run(
+                fill.file.uid, partial(fill.file.read, view, fill.file_offset)
+            )
+        except OSError as error:
+            usable = 0
+            if self._seldom.now((region.id, error.errno)):
+                log.error(
+                    "region %s: cannot read %s: %s",
+                    region.label(),
+                    os.fsdecode(fill.file.path),
+                    error.strerror,
+                )
+        finally:
+            fill.file.let_go()
+            fills = self._fills[region.id]
+            fills.remove(fill)
+            if not fills:
+                del self._fills[region.id]
+        # Nothing awaits from here on: what is true now stays true.
+        if region.backing is not None:
+            self._finish_fill(region, fill, buffer.address, usable)
+        self._buffers.give_back(buffer)
+
+    def _finish_fill(self, region: Region, fill: _Fill, address: int, usable: int) -> None:
+        waiting = [each for each in fill.waiting if each.sharer.number in region.sharers]
+        sharers = [each.sharer for each in waiting]
+        target = next((each for each in sharers if each.writable), sharers[0] if sharers else None)
+        backing = region.backing
+        assert backing is not None
+        present = {each.offset for each in waiting if backing.next_data(each.offset) == each.offset}
+        outcome = Outcome.DONE
+        # The objects may have changed while the file was read: put what was read only
+        # where the same bytes of the same file still belong.
+        for item in region.objects.within(fill.start, usable):
+            same_place = item.file_offset - item.offset == fill.file_offset - fill.start
+            if target is None or item.file is not fill.file or not same_place:
+                continue
+            if not item.accessible:
+                continue
+            for start, end in _not_stashed(backing, item.offset, item.end):
+                outcome = self._put_read(
+                    target, item, start, end, address + start - fill.start, waiting
+                )
+        for each in waiting:
+            sharer, offset = each.sharer, each.offset
+            found = region.objects.find(offset)
+            if found is not None and found.file is fill.file and offset >= fill.start + usable:
+                if each.fault is not None:
+                    self._beyond_the_end(sharer, offset, each.fault)
+            elif outcome is Outcome.NO_MEMORY and backing.next_data(offset) != offset:
+                self._starve(sharer, offset, None)
+            else:
+                if offset in sharer.poisoned:
+                    self._mapped(
+                        sharer, offset, by_others=sharer is not target or offset in present
+                    )
+                uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
+
+    def _put_read(
+        self,
+        target: Sharer,
+        item: Object,
+        start: int,
+        end: int,
+        address: int,
+        waiting: list[_Waiting],
+    ) -> Outcome:
+        outcome = self._put(target, start, end, address, guarded=item.guarded)
+        if outcome in (Outcome.NO_MEMORY, Outcome.RETRY):
+            # As in _populate: at least the pages that somebody waits for.
+            for each in waiting:
+                if start <= each.offset < end:
+                    at, last = address + each.offset - start, each.offset + kernel.PAGE
+                    single = self._put(each.sharer, each.offset, last, at, guarded=item.guarded)
+                    outcome = single if single is Outcome.NO_MEMORY else outcome
+        return outcome
+
+    def _beyond_the_end(self, sharer: Sharer, offset: int, fault: Fault) -> None:
+        """A page that the file does not have, or does not give.
+
+        Code has a signal and no poison: the file may grow.
+        """
+        self._metrics.sigbus.labels("file").inc()
+        if violation.in_system_call(sharer.pid, fault.thread):
+            self._sigbus(sharer, offset, fault.thread)
+        else:
+            violation.signal(sharer.pid, fault.thread, signal.SIGBUS, fault.address)
+
+    # -- SIGBUS --
+
+    def _sigbus(self, sharer: Sharer, offset: int, thread: int | None) -> Outcome:
+        page = sharer.region.start + offset
+        if not self._capabilities.poison:
+            return self._signal(sharer, page, thread)
+        outcome = self._poison(sharer, page)
+        if outcome is Outcome.DONE:
+            if len(sharer.poisoned) < MOST_POISONED:
+                sharer.poisoned.add(offset)
+            elif self._seldom.now((sharer.region.id, "poisoned")):
+                log.warning(
+                    "process %d touches holes of region %s all over: some of them stay holes "
+                    "for it whatever is mapped there",
+                    sharer.pid,
+                    sharer.region.label(),
+                )
+        return outcome
+
+    def _poison(self, sharer: Sharer, page: int) -> Outcome:
+        outcome = Outcome.RETRY
         if self._capabilities.poison:
             _, outcome = uffd.poison(sharer.uffd, page, kernel.PAGE)
-            # PRESENT: poisoned or populated meanwhile.
-            uffd.wake(sharer.uffd, page, kernel.PAGE)
-            return outcome
-        return self._signal(sharer, page, thread)
+        # PRESENT: poisoned or populated meanwhile.
+        uffd.wake(sharer.uffd, page, kernel.PAGE)
+        return outcome
 
-    def _signal(self, sharer: Sharer, page: int, thread: int) -> Outcome:
+    def _signal(self, sharer: Sharer, page: int, thread: int | None) -> Outcome:
         """SIGBUS by hand.  A thread in user mode gets it instead of the page."""
         try:
-            kernel.tgkill(sharer.pid, thread, signal.SIGBUS)
+            if thread is None:
+                os.kill(sharer.pid, signal.SIGBUS)
+            else:
+                kernel.signal_fault(sharer.pid, thread, signal.SIGBUS, page)
         except OSError:
             # The thread's number is one of its own pid namespace: tell the process.
             with contextlib.suppress(OSError):
                 os.kill(sharer.pid, signal.SIGBUS)
         uffd.wake(sharer.uffd, page, kernel.PAGE)
         return Outcome.DONE
+
+    def clear_poison(self, region: Region, offset: int, length: int) -> None:
+        """Make every sharer ask again for pages in the range that raise SIGBUS there.
+
+        The kernel has no call for that; a page that comes into a sharer takes the
+        marker's place.  In a range that nobody may touch a page of zeros is put
+        there and punched out again.  Elsewhere it is the page itself.
+        """
+        end = offset + length
+        for sharer in list(region.sharers.values()):
+            if len(sharer.poisoned) <= length // kernel.PAGE:
+                pages = [page for page in sharer.poisoned if offset <= page < end]
+            else:
+                some = range(offset, end, kernel.PAGE)
+                pages = [page for page in some if page in sharer.poisoned]
+            for page in sorted(pages):
+                found = region.objects.find(page)
+                if found is None or not found.accessible:
+                    self._clear(sharer, page)
+                else:
+                    self._repair(sharer, found, page)
+
+    def _clear(self, sharer: Sharer, page: int) -> None:
+        backing = sharer.region.backing
+        assert backing is not None
+        outcome = self._put(sharer, page, page + kernel.PAGE, None, guarded=False)
+        if outcome is not Outcome.NO_MEMORY:
+            self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
+            backing.punch(page, kernel.PAGE)
+
+    def _repair(self, sharer: Sharer, found: Object, page: int) -> None:
+        """Populate a poisoned page of an object in this sharer; or not, for want of memory."""
+        backing = sharer.region.backing
+        assert backing is not None
+        if backing.next_data(page) == page:
+            self._mapped(sharer, page, by_others=True)
+            return
+        stash = backing.stash
+        stashed = stash is not None and stash.next_data(page) == page
+        if found.file is not None and not stashed:
+            self._read_file(found, page, page + kernel.PAGE, _Waiting(sharer, page, None))
+            return
+        outcome = self._fill(sharer, found, page, page + kernel.PAGE, stash if stashed else None)
+        if outcome is not Outcome.NO_MEMORY:
+            self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
+
+    def _mapped(self, sharer: Sharer, offset: int, *, by_others: bool) -> None:
+        """A poisoned page has been populated: see that the sharer has the page now.
+
+        If it came into this very sharer, it has replaced the marker.  If not, only
+        UFFDIO_CONTINUE replaces it, which takes MINOR mode.
+        """
+        sharer.poisoned.discard(offset)
+        sharer.starved.discard(offset)
+        if not self._capabilities.map_present or (sharer.writable and not by_others):
+            return
+        address = sharer.region.start + offset
+        found = sharer.region.objects.find(offset)
+        guarded = found is not None and found.guarded and sharer.writable
+        mode = Mode.MISSING | Mode.MINOR | (Mode.WP if guarded else Mode(0))
+        with contextlib.suppress(OSError):  # the window is gone, or the process
+            uffd.register(sharer.uffd, address, kernel.PAGE, mode)
+            uffd.map_present(sharer.uffd, address, kernel.PAGE, protect=guarded)
+
+    # -- want of memory --
+
+    def _starve(self, sharer: Sharer, offset: int, thread: int | None) -> Outcome:
+        self._metrics.sigbus.labels("no memory").inc()
+        self._log_starvation(sharer)
+        outcome = self._sigbus(sharer, offset, thread)
+        if offset in sharer.poisoned:
+            sharer.starved.add(offset)
+            self._starving.add(sharer)
+            self._starvation.set()
+        return outcome
 
     def _log_starvation(self, sharer: Sharer) -> None:
         if self._seldom.now(sharer.region.id):
@@ -220,7 +600,7 @@ class PageServer:
                 sharer.region.allocated(),
             )
 
-    async def mend(self) -> None:
+    async def _mend_forever(self) -> None:
         """Once a second try again to populate what was poisoned for want of memory."""
         while True:
             await self._starvation.wait()
@@ -233,27 +613,29 @@ class PageServer:
                 self._starvation = trio.Event()
 
     def _mend(self, sharer: Sharer) -> None:
-        backing = sharer.region.backing
+        region = sharer.region
         for offset in sorted(sharer.starved):
-            if backing is None or sharer.region.objects.find(offset) is None:
-                sharer.starved.discard(offset)  # a hole now: the poison is right
+            found = region.objects.find(offset)
+            if region.backing is None or found is None or not found.accessible:
+                sharer.starved.discard(offset)  # the poison is right now
                 continue
             if self._region_memory is not None and (
-                backing.allocated() + kernel.PAGE > self._region_memory
+                region.backing.allocated() + kernel.PAGE > self._region_memory
             ):
                 return
-            address = sharer.region.start + offset
-            try:
-                outcome = self._fill(sharer, backing, offset, offset + kernel.PAGE)
-                if not sharer.writable and outcome is Outcome.DONE:
-                    outcome = Outcome.PRESENT  # in the backing; the reader has the poison
-                if outcome is Outcome.PRESENT and self._capabilities.map_present:
-                    # Present by somebody else's touch: ZEROPAGE does not replace the
-                    # poison then.  CONTINUE does, and needs MINOR mode.
-                    uffd.register(sharer.uffd, address, kernel.PAGE, Mode.MISSING | Mode.MINOR)
-                    _, outcome = uffd.map_present(sharer.uffd, address, kernel.PAGE)
-            except OSError:
-                outcome = Outcome.GONE
-            if outcome is Outcome.NO_MEMORY:
+            self._repair(sharer, found, offset)
+            if offset in sharer.starved:
                 return
-            sharer.starved.discard(offset)
+
+
+def _not_stashed(backing: ShmBacking, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts of [start, end) that are not in the stash."""
+    if backing.stash is None:
+        yield start, end
+        return
+    for first, last in backing.stash.data(start, end - start):
+        if start < first:
+            yield start, first
+        start = last
+    if start < end:
+        yield start, end

@@ -32,6 +32,7 @@ import trio
 from msharefsd.backing import ShmBacking
 from msharefsd.errors import Refused
 from msharefsd.objects import ObjectMap
+from msharefsd.ranges import Ranges
 
 NAME_MAX: Final = 255
 INFO_FILE: Final = b"mshare_info"
@@ -69,8 +70,14 @@ class Sharer:
     ended: Callable[[], bool] = lambda: False
     """Whether the process is gone, although nobody has detached it yet."""
     since: float = field(default_factory=time.time)
+    poisoned: set[int] = field(default_factory=set)
+    """Offsets of pages that raise SIGBUS in this process without asking us."""
     starved: set[int] = field(default_factory=set)
-    """Offsets that were poisoned for want of memory, to be mended."""
+    """Those of them that were poisoned for want of memory, to be mended."""
+    ready: bool = False
+    """It has asked for what is protected since it mapped its window."""
+    note: Callable[[], None] = lambda: None
+    """Tell it to ask, once: protection has changed while it was attaching."""
 
 
 @dataclass(eq=False, slots=True)
@@ -96,10 +103,32 @@ class Region:
     sharers: dict[int, Sharer] = field(default_factory=dict)
     settled: trio.Event = field(default_factory=trio.Event)
     """Set when BUILDING ends, one way or the other."""
+    change: trio.Lock = field(default_factory=trio.Lock)
+    """Held while objects change: what mmap_lock is to an mm.  Faults do without."""
+    armed: Ranges = field(default_factory=Ranges)
+    """Where windows are registered for write protection."""
+    dirty: dict[int, set[Sharer]] = field(default_factory=dict)
+    """Pages of shared file mappings to be written back, and who may write them
+    without our noticing again."""
+    flushing: trio.Lock = field(default_factory=trio.Lock)
+    """Held while dirty pages are written: msync() must not overtake it."""
+    leaving: Ranges = field(default_factory=Ranges)
+    """Ranges that are being unmapped: who writes there waits until they are gone."""
 
     def allocated(self) -> int:
         """Bytes of memory that the region holds."""
         return self.backing.allocated() if self.backing else 0
+
+    def close_memory(self) -> None:
+        """Free the memory and let go of the files."""
+        for file in self.objects.files():
+            file.let_go()
+        self.objects = ObjectMap()
+        self.armed = Ranges()
+        self.dirty.clear()
+        if self.backing is not None:
+            self.backing.close()
+            self.backing = None
 
     def label(self) -> str:
         """The name for logs and texts: printable, on one line."""
@@ -117,12 +146,15 @@ class Regions:
         alignment: int,
         make_backing: Callable[[int, int], ShmBacking],
         on_name_gone: Callable[[bytes], None],
+        release: Callable[[Region], None] = Region.close_memory,
     ) -> None:
         """Start without regions.
 
         `make_backing(region id, size in bytes)` makes memory; `on_name_gone(name)` is
-        told when the daemon itself, not unlink(2), took a name away.
+        told when the daemon itself, not unlink(2), took a name away; `release(region)`
+        sees to it that the memory of a region that nobody uses any more is closed.
         """
+        self.release = release
         self.alignment = alignment
         self._make_backing = make_backing
         self._on_name_gone = on_name_gone
@@ -195,7 +227,6 @@ class Regions:
         assert region.state is State.BUILDING
         self._free(region)
         region.start = region.size = 0
-        region.objects = ObjectMap()
         region.state = State.FILE
         region.settled.set()
         if drop_name and region.linked:
@@ -267,8 +298,7 @@ class Regions:
     def _free(self, region: Region) -> None:
         if region.backing is not None:
             del self._by_backing[_key(region.backing)]
-            region.backing.close()
-            region.backing = None
+            self.release(region)
 
 
 def _key(backing: ShmBacking) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from msharefsd import kernel, liveness
@@ -40,10 +41,17 @@ def maps(region: Region) -> str:
                 ("x", kernel.PROT_EXEC),
             )
         )
-        kind = "anon" if item.private else "anon_shmem"
-        fixed = f"{start:x}-{start + item.length:x} {prot}{'p' if item.private else 's'}"
+        if item.file is None:
+            file = "00000000 00:00 0"
+            name = f"[{'anon' if item.private else 'anon_shmem'}:{region.label()}]"
+        else:
+            of = item.file.identity
+            file = f"{item.file_offset:08x} {of.major:02x}:{of.minor:02x} {of.inode}"
+            # As the kernel does: only a newline would break the format.
+            name = os.fsdecode(item.file.path).replace("\n", "\\012")
+        fixed = f"{start:x}-{start + item.length:x} {prot}{'p' if item.private else 's'} {file}"
         # The kernel pads to column 73 before the name.
-        lines.append(f"{fixed + ' 00000000 00:00 0':<72} [{kind}:{region.label()}]\n")
+        lines.append(f"{fixed:<72} {name}\n")
     return "".join(lines)
 
 

@@ -34,6 +34,7 @@ UFFDIO_UNREGISTER: Final = 0x8010AA01
 UFFDIO_WAKE: Final = 0x8010AA02
 UFFDIO_COPY: Final = 0xC028AA03
 UFFDIO_ZEROPAGE: Final = 0xC020AA04
+UFFDIO_WRITEPROTECT: Final = 0xC018AA06
 UFFDIO_CONTINUE: Final = 0xC020AA07
 UFFDIO_POISON: Final = 0xC020AA08
 USERFAULTFD_IOC_NEW: Final = 0xAA00
@@ -45,10 +46,13 @@ USER_MODE_ONLY: Final = 1
 class Feature(IntFlag):
     """Feature bits of UFFDIO_API."""
 
+    WP = 1 << 0
+    EVENT_REMAP = 1 << 2
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
     THREAD_ID = 1 << 8
     MINOR_SHMEM = 1 << 10
+    EXACT_ADDRESS = 1 << 11
     WP_HUGETLBFS_SHMEM = 1 << 12
     WP_UNPOPULATED = 1 << 13
     POISON = 1 << 14
@@ -64,6 +68,7 @@ class Mode(IntFlag):
 
 _EVENT_PAGEFAULT: Final = 0x12
 _FAULT_WRITE: Final = 1 << 0
+_FAULT_WP: Final = 1 << 1
 _FAULT_MINOR: Final = 1 << 2
 
 # struct uffd_msg: event, 7 reserved bytes, then for a page fault flags,
@@ -76,6 +81,11 @@ _RANGE: Final = struct.Struct("=QQ")
 _REGISTER: Final = struct.Struct("=QQQQ")
 _ZEROPAGE: Final = struct.Struct("=QQQq")
 _COPY: Final = struct.Struct("=QQQQq")
+_PROTECT: Final = struct.Struct("=QQQ")
+_PROTECT_ON: Final = 1
+_PROTECT_DONTWAKE: Final = 2
+_COPY_WP: Final = 2
+_CONTINUE_WP: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +93,10 @@ class Fault:
     """One page fault that waits for the page server."""
 
     address: int
-    """The faulting address in the sharer, rounded down to its page (bytes)."""
+    """The faulting address in the sharer; its page's, on kernels that tell no more."""
     write: bool
+    protected: bool
+    """A write to a page that is write-protected (Mode.WP)."""
     minor: bool
     """The page is present; it only has to be mapped (Mode.MINOR)."""
     thread: int
@@ -161,6 +173,17 @@ def open_by_system_call(flags: int) -> int:
     return kernel.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK | flags)
 
 
+def open_own() -> int:
+    """A userfaultfd for this process, whatever kind it may have.
+
+    Raises OSError (EPERM, ENOSYS).
+    """
+    try:
+        return open_new()
+    except OSError:
+        return open_by_system_call(USER_MODE_ONLY)
+
+
 def register(fd: int, start: int, length: int, mode: Mode) -> None:
     """UFFDIO_REGISTER of `length` bytes at `start`."""
     fcntl.ioctl(fd, UFFDIO_REGISTER, _REGISTER.pack(start, length, int(mode), 0))
@@ -177,7 +200,13 @@ def read_faults(fd: int, most: int = 16) -> Iterator[Fault]:
         return
     for event, flags, address, thread in _MESSAGE.iter_unpack(data):
         if event == _EVENT_PAGEFAULT:
-            yield Fault(address, bool(flags & _FAULT_WRITE), bool(flags & _FAULT_MINOR), thread)
+            yield Fault(
+                address,
+                bool(flags & _FAULT_WRITE),
+                bool(flags & _FAULT_WP),
+                bool(flags & _FAULT_MINOR),
+                thread,
+            )
 
 
 def wake(fd: int, start: int, length: int) -> None:
@@ -204,20 +233,36 @@ def poison(fd: int, start: int, length: int) -> tuple[int, Outcome]:
     return _fill(fd, UFFDIO_POISON, request, _ZEROPAGE.size - 8, length)
 
 
-def copy(fd: int, start: int, source: int, length: int) -> tuple[int, Outcome]:
+def copy(
+    fd: int, start: int, source: int, length: int, *, protect: bool = False
+) -> tuple[int, Outcome]:
     """Populate absent pages with the bytes at address `source` of this process.
 
-    A page becomes visible to anybody only when it is filled.  Returns as
-    `zeropage` does.
+    A page becomes visible to anybody only when it is filled; with `protect` it is
+    mapped write-protected.  Returns as `zeropage` does.
     """
-    request = bytearray(_COPY.pack(start, source, length, 0, 0))
+    request = bytearray(_COPY.pack(start, source, length, _COPY_WP if protect else 0, 0))
     return _fill(fd, UFFDIO_COPY, request, _COPY.size - 8, length)
 
 
-def map_present(fd: int, start: int, length: int) -> tuple[int, Outcome]:
+def map_present(fd: int, start: int, length: int, *, protect: bool = False) -> tuple[int, Outcome]:
     """UFFDIO_CONTINUE: map pages that the backing already has (Mode.MINOR)."""
-    request = bytearray(_ZEROPAGE.pack(start, length, 0, 0))
+    request = bytearray(_ZEROPAGE.pack(start, length, _CONTINUE_WP if protect else 0, 0))
     return _fill(fd, UFFDIO_CONTINUE, request, _ZEROPAGE.size - 8, length)
+
+
+def write_protect(fd: int, start: int, length: int) -> None:
+    """Have writes to the range reported (Mode.WP), to pages yet to come as well.
+
+    Raises OSError: ENOENT where the window is not registered for it.
+    """
+    fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, _PROTECT.pack(start, length, _PROTECT_ON))
+
+
+def write_unprotect(fd: int, start: int, length: int, *, wake: bool = True) -> None:
+    """Let writes through again, and by default wake who waits to write."""
+    mode = 0 if wake else _PROTECT_DONTWAKE
+    fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, _PROTECT.pack(start, length, mode))
 
 
 def _fill(

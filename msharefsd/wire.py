@@ -20,7 +20,7 @@ VERSION: Final = 1
 MAX_OBJECTS: Final = 1024
 
 REQUEST: Final = struct.Struct("=IHHQQIIII")
-OBJECT: Final = struct.Struct("=QQII")
+OBJECT: Final = struct.Struct("=QQQII")
 REPLY: Final = struct.Struct("=IHHiIQQ96s")
 MESSAGE_FIELD: Final = 96
 
@@ -37,6 +37,18 @@ class Op(IntEnum):
     UNLINK = 4
     USERFAULTFD = 5
     VMA_FILE = 6
+    READY = 7
+    MMAP = 8
+    MUNMAP = 9
+    MPROTECT = 10
+    MSYNC = 11
+    DISCARD = 12
+
+
+NOTE: Final = 0x4E
+"""The `op` of a message that answers no call: ask READY before you open your window."""
+
+_ONE_OBJECT: Final = frozenset({Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.MSYNC, Op.DISCARD})
 
 
 class RequestFlag(IntFlag):
@@ -56,6 +68,7 @@ class ReplyFlag(IntFlag):
     CREATED = 1
     DONATE = 2
     USER_MODE_ONLY = 4
+    PROTECTED = 8
 
 
 NO_FLAGS: Final = ReplyFlag(0)
@@ -63,10 +76,11 @@ NO_FLAGS: Final = ReplyFlag(0)
 
 @dataclass(frozen=True, slots=True)
 class WireObject:
-    """One object of a COMMIT; offsets and lengths in bytes."""
+    """A range of the region and what is mapped there; bytes."""
 
     offset: int
     length: int
+    file_offset: int
     prot: int
     flags: int
 
@@ -123,7 +137,7 @@ def parse_request(data: bytes) -> Request:
         raise Refused(errno.EINVAL, "unknown request flags")
     if count > MAX_OBJECTS or len(data) != REQUEST.size + count * OBJECT.size:
         raise Refused(errno.EINVAL, "object count and message length differ")
-    if count and operation is not Op.COMMIT:
-        raise Refused(errno.EINVAL, "objects go with COMMIT only")
+    if operation is not Op.COMMIT and count != (1 if operation in _ONE_OBJECT else 0):
+        raise Refused(errno.EINVAL, "this operation does not take that many objects")
     objects = tuple(WireObject(*item) for item in OBJECT.iter_unpack(data[REQUEST.size :]))
     return Request(operation, start, size, oflags, RequestFlag(flags), objects)

@@ -24,9 +24,13 @@
 static sigjmp_buf landing;
 static volatile sig_atomic_t caught;
 
-static void on_signal(int number)
+static volatile unsigned long caught_at;
+
+static void on_signal(int number, siginfo_t *information, void *context)
 {
+	(void)context;
 	caught = number;
+	caught_at = (unsigned long)information->si_addr;
 	siglongjmp(landing, 1);
 }
 
@@ -188,6 +192,30 @@ static void run(char *line, const char *self)
 		void *got = mmap((void *)n[1], n[2], PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 		say_errno(got == (void *)n[1] ? 0 : -1);
 		close(fd);
+	} else if (IS("mmap")) { /* address length prot flags [path open-flags offset] */
+		int fd = words[5] ? open(words[5], (int)n[6] | O_CLOEXEC) : -1;
+		void *got = mmap((void *)n[1], n[2], (int)n[3],
+				 (int)n[4] | (fd < 0 ? MAP_ANONYMOUS : 0), fd, (off_t)n[7]);
+		if (got == MAP_FAILED)
+			say_errno(-1);
+		else
+			printf("%s\n", got == (void *)n[1] ? "0" : "elsewhere");
+		if (fd >= 0)
+			close(fd);
+	} else if (IS("munmap")) { /* address length */
+		say_errno(munmap((void *)n[1], n[2]));
+	} else if (IS("msync")) { /* address length flags */
+		say_errno(msync((void *)n[1], n[2], (int)n[3]));
+	} else if (IS("madvise")) { /* address length advice */
+		say_errno(madvise((void *)n[1], n[2], (int)n[3]));
+	} else if (IS("mremap")) { /* address old-length new-length flags target */
+		void *got = mremap((void *)n[1], n[2], n[3], (int)n[4], (void *)n[5]);
+		if (got == MAP_FAILED)
+			say_errno(-1);
+		else
+			printf("%s\n", got == (void *)n[1] ? "0" : "elsewhere");
+	} else if (IS("raw_mprotect")) { /* what the library does not see */
+		say_errno(syscall(SYS_mprotect, n[1], n[2], n[3]));
 	} else if (IS("mprotect")) {
 		say_errno(mprotect((void *)n[1], n[2], (int)n[3]));
 	} else if (IS("mshare")) { /* name address length oflags mode */
@@ -223,6 +251,11 @@ static void run(char *line, const char *self)
 		int zero = open("/dev/zero", O_RDONLY | O_CLOEXEC);
 		say_errno(read(zero, (void *)n[1], n[2]));
 		close(zero);
+	} else if (IS("guilty")) { /* address: what si_addr says of a store there */
+		caught_at = 0;
+		if (!sigsetjmp(landing, 1))
+			*(volatile char *)n[1] = 1;
+		printf("%lu\n", caught_at);
 	} else if (IS("vma")) {
 		vma(n[1]);
 	} else if (IS("faults")) {
@@ -292,7 +325,7 @@ static void run(char *line, const char *self)
 
 int main(int argc, char **argv)
 {
-	struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_NODEFER };
+	struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_NODEFER | SA_SIGINFO };
 	char line[512];
 
 	(void)argc;

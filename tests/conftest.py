@@ -220,9 +220,11 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def make_daemon(directory: Path) -> Iterator[Callable[..., Daemon]]:
+def make_daemon(directory: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
     """Make daemons that are taken down at the end, under a watchdog."""
     daemons: list[Daemon] = []
+    longer = request.node.get_closest_marker("timeout")
+    seconds = longer.args[0] if longer else WATCHDOG_SECONDS
 
     def make(*arguments: str, mountpoint: Path | None = None) -> Daemon:
         own = directory / f"daemon{len(daemons)}"
@@ -239,7 +241,7 @@ def make_daemon(directory: Path) -> Iterator[Callable[..., Daemon]]:
             if each.process is not None:
                 each.process.kill()
 
-    watchdog = threading.Timer(WATCHDOG_SECONDS, bark)
+    watchdog = threading.Timer(seconds, bark)
     watchdog.start()
     try:
         yield make

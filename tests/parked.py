@@ -60,7 +60,7 @@ def donor(sock: socket.socket, fd: int) -> NoReturn:
     send(sock, (wire.Op.ATTACH, os.O_CREAT | os.O_EXCL | os.O_RDWR, flags, 0), region, fd)
     receive(sock)
     park("donating")
-    item = wire.OBJECT.pack(0, SIZE, kernel.PROT_READ | kernel.PROT_WRITE, kernel.MAP_SHARED)
+    item = wire.OBJECT.pack(0, SIZE, 0, kernel.PROT_READ | kernel.PROT_WRITE, kernel.MAP_SHARED)
     send(sock, (wire.Op.COMMIT, 0, 0, 1), objects=item)
     receive(sock)
     park("committed")

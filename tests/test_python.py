@@ -102,7 +102,7 @@ def test_attaching_a_region_where_it_lies(spawn: Spawn, daemon: Daemon) -> None:
     with pytest.raises(OSError, match="Invalid"):
         libmshare.mshare_attach("r", os.O_RDWR)
     ctypes.memset(BASE, 1, 1)  # what was there still is
-    core.unmap(BASE, ALIGNMENT)
+    core.mshare_munmap(BASE, ALIGNMENT)
     eventually(lambda: daemon.sharers("r") == 1, "the refused sharer is gone")
     assert libmshare.mshare_attach("r", os.O_RDWR) == (BASE, SIZE)
     assert daemon.sharers("r") == 2
@@ -304,3 +304,34 @@ def test_the_module_prints_how_to_build() -> None:
     assert "-l:libmshare.so.0" in ask("--libs").stdout
     assert Path(ask("--preload").stdout.strip()).exists()
     assert ask().returncode == 2
+
+
+def test_mapping_in_a_region(spawn: Spawn, daemon: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"abcd" * 2048)
+    with Region("r", create=True, empty=True, start=BASE, size=SIZE) as memory:
+        other = spawn()
+        other.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        assert other.do("load", BASE) == "SIGBUS"
+        memory.mmap(0, 8192)
+        assert memory.buf[0] == 0
+        with pytest.raises(FileExistsError):
+            memory.mmap(4096, 4096)
+        memory.mmap(4096, 4096, flags=mmap.MAP_PRIVATE | core.MAP_FIXED)
+        with file.open("r+b") as opened:
+            memory.mmap(16384, 8192, file=opened)
+            memory.mmap(32768, 4096, mmap.PROT_READ, mmap.MAP_PRIVATE, opened.fileno(), 4096)
+        assert bytes(memory.buf[16384:16388]) == b"abcd"
+        other.ok("store", BASE + 16384, ord("z"))
+        memory.flush()
+        assert file.read_bytes()[:4] == b"zbcd"
+        memory.protect(0, 8192, mmap.PROT_READ)
+        assert other.do("store", BASE, 1) == "SIGSEGV"
+        memory.munmap(0, 8192)
+        assert other.do("load", BASE) == "SIGBUS"
+        assert len(daemon.info("r", "maps").splitlines()) == 2
+        with pytest.raises(ValueError, match="do not lie in a region"):
+            memory.munmap(SIZE - 4096, 8192)
+        with pytest.raises(OSError, match="Invalid"):
+            memory.munmap(1, 4096)
+        memory.unlink()

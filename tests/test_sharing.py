@@ -117,15 +117,13 @@ def test_writes_of_other_threads_survive_the_donation(spawn: Spawn) -> None:
             donor.kill()
 
 
-def test_a_mapping_that_cannot_be_donated_leaves_everything(
-    spawn: Spawn, daemon: Daemon, directory: Path
-) -> None:
-    file = directory / "file"
-    file.write_bytes(b"x" * SIZE)
+def test_a_mapping_that_cannot_be_donated_leaves_everything(spawn: Spawn, daemon: Daemon) -> None:
     donor = spawn()
-    donor.ok("mapfile", BASE, SIZE, file)
+    executable = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    donor.ok("mmap", BASE, SIZE, executable, SHARED)
+    donor.ok("store", BASE, 9)
     assert donor.do("mshare", "r", BASE, SIZE, CREATE, 0o600) == minus(errno.EOPNOTSUPP)
-    assert donor.do("load", BASE) == str(ord("x"))
+    assert donor.do("load", BASE) == "9"
     eventually(lambda: not (daemon.mount / "r").exists(), "the name is gone")
 
 
@@ -304,7 +302,8 @@ def test_readers_see_writes_and_cannot_write(spawn: Spawn, daemon: Daemon) -> No
     assert reader.do("load", BASE + ALIGNMENT) == "7"
     assert reader.do("from_memory", BASE + 9 * 4096, 4096) == "4096"
     # Making it writable gives the reader copies of its own, and nobody else.
-    reader.ok("mprotect", BASE, 4096, mmap.PROT_READ | mmap.PROT_WRITE)
+    assert reader.do("mprotect", BASE, 4096, 3) == minus(errno.EACCES)
+    reader.ok("raw_mprotect", BASE, 4096, mmap.PROT_READ | mmap.PROT_WRITE)
     reader.ok("store", BASE, 99)
     assert donor.do("load", BASE) == "6"
     assert "read-only" in daemon.info("r", "sharers")

@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -17,7 +18,60 @@
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct attachment *attachments;
+/* [lowest, highest) has every attachment: calls outside of it cost two comparisons. */
+static atomic_uintptr_t lowest = UINTPTR_MAX, highest;
 static pthread_once_t handlers_once = PTHREAD_ONCE_INIT;
+
+void attachment_lock(void)
+{
+	pthread_mutex_lock(&lock);
+}
+
+void attachment_unlock(void)
+{
+	pthread_mutex_unlock(&lock);
+}
+
+struct attachment *attachment_at(const char *address)
+{
+	for (struct attachment *each = attachments; each; each = each->next) {
+		if (address >= each->start && address < each->start + each->size)
+			return each;
+	}
+	return NULL;
+}
+
+char *attachment_above(const char *address)
+{
+	char *found = NULL;
+
+	for (struct attachment *each = attachments; each; each = each->next) {
+		if (each->start > address && (!found || each->start < found))
+			found = each->start;
+	}
+	return found;
+}
+
+static void update_bounds(void)
+{
+	uintptr_t low = UINTPTR_MAX, high = 0;
+
+	for (struct attachment *each = attachments; each; each = each->next) {
+		uintptr_t start = (uintptr_t)each->start;
+
+		low = start < low ? start : low;
+		high = start + each->size > high ? start + each->size : high;
+	}
+	atomic_store(&lowest, low);
+	atomic_store(&highest, high);
+}
+
+MSHARE_EXPORT int mshare_near(const void *addr, size_t length)
+{
+	uintptr_t at = (uintptr_t)addr;
+
+	return at < atomic_load(&highest) && at + length > atomic_load(&lowest);
+}
 
 static void close_keeping_errno(int fd)
 {
@@ -81,7 +135,7 @@ static void attach_again(struct attachment *attachment)
 		return;
 	close_keeping_errno(backing); /* the same as ours */
 	window_map(attachment->start, attachment->size, attachment->backing, attachment->uffd,
-		   attachment->writable);
+		   attachment->writable, attachment->connection, reply.flags);
 }
 
 static void after_fork_in_child(void)
@@ -219,8 +273,9 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode)
 		backing = window;
 	}
 	attachment->backing = backing;
-	if (!replaced && window_map(attachment->start, attachment->size, backing, attachment->uffd,
-				    attachment->writable) < 0)
+	if (!replaced &&
+	    window_map(attachment->start, attachment->size, backing, attachment->uffd,
+		       attachment->writable, attachment->connection, reply.flags) < 0)
 		goto fail;
 	return 0;
 fail:
@@ -283,6 +338,7 @@ out:
 		pthread_once(&handlers_once, install_handlers);
 		attachment->next = attachments;
 		attachments = attachment;
+		update_bounds();
 		if (info)
 			*info = (struct mshare_info){ (uintptr_t)attachment->start, attachment->size };
 	}
@@ -344,6 +400,7 @@ static int detach(struct attachment **link, uint16_t op)
 		result = -1;
 	}
 	*link = attachment->next;
+	update_bounds();
 	drop_descriptors(attachment);
 	free(attachment);
 	return result;

@@ -114,7 +114,7 @@ static int send_request(int connection, const struct mshare_wire_request *reques
 }
 
 /* The daemon is not trusted with our memory either: take one descriptor, check sizes. */
-static int receive_reply(int connection, struct mshare_wire_reply *reply, int *fd)
+static int receive_reply(int connection, struct mshare_wire_reply *reply, int *fd, int flags)
 {
 	union {
 		struct cmsghdr header;
@@ -132,7 +132,7 @@ static int receive_reply(int connection, struct mshare_wire_reply *reply, int *f
 
 	*fd = -1;
 	do
-		got = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+		got = recvmsg(connection, &message, MSG_CMSG_CLOEXEC | flags);
 	while (got < 0 && errno == EINTR);
 	if (got < 0)
 		return -1;
@@ -161,6 +161,7 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 		    struct mshare_wire_reply *reply, int *reply_fd)
 {
 	struct mshare_wire_request whole = *request;
+	uint32_t noted = 0;
 
 	*reply_fd = -1;
 	whole.magic = MSHARE_WIRE_MAGIC;
@@ -171,8 +172,14 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 	 */
 	if (send_request(connection, &whole, objects, fds, fd_count) < 0 && errno != EPIPE)
 		return -1;
-	if (receive_reply(connection, reply, reply_fd) < 0)
-		return -1;
+	for (;;) {
+		if (receive_reply(connection, reply, reply_fd, 0) < 0)
+			return -1;
+		if (reply->op != MSHARE_WIRE_NOTE)
+			break;
+		noted = MSHARE_WIRE_PROTECTED;
+	}
+	reply->flags |= noted;
 	if (reply->error != 0) {
 		if (*reply_fd >= 0)
 			close(*reply_fd);
@@ -181,4 +188,19 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 		return -1;
 	}
 	return 0;
+}
+
+int connection_ready(int connection, uint32_t flags)
+{
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_READY };
+	struct mshare_wire_reply reply;
+	int ignored;
+
+	if (!(flags & MSHARE_WIRE_PROTECTED)) {
+		if (receive_reply(connection, &reply, &ignored, MSG_DONTWAIT) < 0)
+			return errno == EAGAIN ? 0 : -1;
+		if (ignored >= 0)
+			close(ignored);
+	}
+	return connection_call(connection, &request, NULL, NULL, 0, &reply, &ignored);
 }

@@ -26,6 +26,11 @@
  * A daemon without that right leaves us to try each page: with
  * UFFD_FEATURE_SIGBUS a system call on an absent page fails instead of sleeping.
  * mincore(2) would be quicker but reports swapped pages as absent.
+ *
+ * Files are opened anew, by the donor and with the donor's rights: the daemon gets a
+ * descriptor and no path.  What is left to copy are the pages that the donor wrote to
+ * a private mapping, which pagemap tells, too.  These cannot be frozen (userfaultfd
+ * takes no files): other threads must not write them while mshare() runs.
  */
 #include "internal.h"
 
@@ -35,18 +40,22 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #define COPY_AT_ONCE ((size_t)16 << 20)
 #define PAGEMAP_PRESENT_OR_SWAPPED ((uint64_t)3 << 62)
+#define PAGEMAP_OF_FILE ((uint64_t)1 << 61)
 
 struct vma {
 	char *vma_start, *vma_end; /* as /proc/self/maps has it */
 	char *start, *end;         /* its part in the region */
 	int prot;
 	bool shared;
-	off_t offset; /* of vma_start in the memory's file */
-	int file;     /* shared: the memory's file, or -1 */
+	bool mapped;  /* of a file, not anonymous */
+	off_t offset; /* of vma_start in the file */
+	int file;     /* the file, or that of shared anonymous memory; or -1 */
 };
 
 struct donation {
@@ -54,24 +63,54 @@ struct donation {
 	size_t count, capacity;
 	char *start;
 	int backing;
+	int memory; /* /proc/self/mem, for what is not readable */
 	size_t page;
 };
 
+/*
+ * The file of a mapping: by its path, if that still leads to it, or by
+ * /proc/self/map_files, which takes a privilege.
+ */
+static int open_mapped(const struct vma *vma, const char *path, unsigned major, unsigned minor,
+		       unsigned long inode)
+{
+	char entry[64];
+
+	snprintf(entry, sizeof entry, "/proc/self/map_files/%lx-%lx", (unsigned long)vma->vma_start,
+		 (unsigned long)vma->vma_end);
+	for (int tries = 0; tries < 4; tries++) {
+		int access = tries & 1 || !vma->shared ? O_RDONLY : O_RDWR;
+		int fd = open(tries & 2 ? entry : path, access | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+		struct stat status;
+
+		if (fd < 0)
+			continue;
+		if (fstat(fd, &status) == 0 && S_ISREG(status.st_mode) &&
+		    (tries & 2 || (status.st_ino == inode && major(status.st_dev) == major &&
+				   minor(status.st_dev) == minor)))
+			return fd;
+		close(fd);
+	}
+	errno = EOPNOTSUPP;
+	return -1;
+}
+
 /* One line of /proc/self/maps into *vma; 0 if it is not in the range, -1 with errno. */
-static int parse_line(const char *line, char *start, char *end, struct vma *vma)
+static int parse_line(char *line, char *start, char *end, struct vma *vma)
 {
 	unsigned long from, to, offset, inode;
-	unsigned major;
+	unsigned major, minor;
 	char prot[5];
 	int name_at = 0;
-	const char *name;
+	char *name;
 
-	if (sscanf(line, "%lx-%lx %4s %lx %x:%*x %lu %n", &from, &to, prot, &offset, &major, &inode,
-		   &name_at) < 6)
+	if (sscanf(line, "%lx-%lx %4s %lx %x:%x %lu %n", &from, &to, prot, &offset, &major, &minor,
+		   &inode, &name_at) < 7)
 		return 0;
 	if ((char *)to <= start || (char *)from >= end)
 		return 0;
 	name = line + name_at;
+	name[strcspn(name, "\n")] = '\0';
 	*vma = (struct vma){
 		.vma_start = (char *)from,
 		.vma_end = (char *)to,
@@ -83,22 +122,19 @@ static int parse_line(const char *line, char *start, char *end, struct vma *vma)
 		.offset = (off_t)offset,
 		.file = -1,
 	};
-	if (vma->prot != (PROT_READ | PROT_WRITE)) {
+	/* The kernel's own names of anonymous memory, or ones given to it (prctl(2)). */
+	if (vma->shared && major == 0 &&
+	    (strcmp(name, "/dev/zero (deleted)") == 0 || strncmp(name, "[anon_shmem:", 12) == 0))
+		return 1;
+	if (!vma->shared && inode == 0 && (*name == '\0' || strncmp(name, "[anon:", 6) == 0))
+		return 1;
+	vma->mapped = true;
+	if (*name != '/' || inode == 0) { /* the stack, the heap, a device's memory */
 		errno = EOPNOTSUPP;
 		return -1;
 	}
-	if (vma->shared) {
-		/* The kernel's own name of shared anonymous memory, or one given to it. */
-		if (major != 0 || (strncmp(name, "/dev/zero (deleted)", 19) != 0 &&
-				   strncmp(name, "[anon_shmem:", 12) != 0)) {
-			errno = EOPNOTSUPP;
-			return -1;
-		}
-	} else if (inode != 0 || (name[0] == '[' && strncmp(name, "[anon:", 6) != 0)) {
-		errno = EOPNOTSUPP;
-		return -1;
-	}
-	return 1;
+	vma->file = open_mapped(vma, name, major, minor, inode);
+	return vma->file < 0 ? -1 : 1;
 }
 
 static int find_vmas(struct donation *donation, char *end)
@@ -148,7 +184,7 @@ static int open_files(struct donation *donation, int connection, bool *try_each_
 		};
 		struct mshare_wire_reply reply;
 
-		if (!vma->shared)
+		if (!vma->shared || vma->mapped)
 			continue;
 		if (connection_call(connection, &request, NULL, NULL, 0, &reply, &vma->file) < 0) {
 			if (errno != EPERM)
@@ -159,8 +195,55 @@ static int open_files(struct donation *donation, int connection, bool *try_each_
 	return 0;
 }
 
-static int copy(const struct donation *donation, const char *from, const char *to)
+/* Files become objects before anything is copied: the daemon clears the range. */
+static int map_files(const struct donation *donation, int connection)
 {
+	for (size_t i = 0; i < donation->count; i++) {
+		const struct vma *vma = &donation->vmas[i];
+		struct mshare_wire_request request = { .op = MSHARE_WIRE_MMAP, .object_count = 1 };
+		struct mshare_wire_object object = {
+			.offset = (uint64_t)(vma->start - donation->start),
+			.length = (uint64_t)(vma->end - vma->start),
+			.file_offset = (uint64_t)(vma->offset + (vma->start - vma->vma_start)),
+			.prot = (uint32_t)vma->prot,
+			.flags = vma->shared ? MAP_SHARED : MAP_PRIVATE,
+		};
+		struct mshare_wire_reply reply;
+		int ignored;
+
+		if (vma->mapped && connection_call(connection, &request, &object, &vma->file, 1,
+						   &reply, &ignored) < 0)
+			return -1;
+	}
+	return 0;
+}
+
+/* Memory that is not readable, by a way that does not mind. */
+static int copy_unreadable(const struct donation *donation, const char *from, const char *to)
+{
+	char *buffer = malloc(COPY_AT_ONCE);
+	int result = -1;
+
+	while (buffer && from < to) {
+		size_t left = (size_t)(to - from);
+		ssize_t got = pread(donation->memory, buffer, left < COPY_AT_ONCE ? left : COPY_AT_ONCE,
+				    (off_t)(uintptr_t)from);
+
+		if (got <= 0 || pwrite(donation->backing, buffer, (size_t)got,
+				       from - donation->start) != got)
+			goto out;
+		from += got;
+	}
+	result = buffer ? 0 : -1;
+out:
+	free(buffer);
+	return result;
+}
+
+static int copy(const struct donation *donation, int prot, const char *from, const char *to)
+{
+	if (!(prot & PROT_READ))
+		return copy_unreadable(donation, from, to);
 	while (from < to) {
 		size_t left = (size_t)(to - from);
 		ssize_t done = pwrite(donation->backing, from, left < COPY_AT_ONCE ? left : COPY_AT_ONCE,
@@ -180,12 +263,13 @@ static int copy(const struct donation *donation, const char *from, const char *t
 }
 
 /* Stop writers, then copy.  A kernel that cannot write-protect copies anyway. */
-static int freeze_and_copy(const struct donation *donation, int freezer, char *from, char *to)
+static int freeze_and_copy(const struct donation *donation, int freezer, const struct vma *vma,
+			   char *from, char *to)
 {
-	if (uffd_write_protect(freezer, from, (size_t)(to - from)) < 0 && errno != EINVAL &&
-	    errno != ENOENT)
+	if (!vma->mapped && uffd_write_protect(freezer, from, (size_t)(to - from)) < 0 &&
+	    errno != EINVAL && errno != ENOENT)
 		return -1;
-	return copy(donation, from, to);
+	return copy(donation, vma->prot, from, to);
 }
 
 static int copy_by_seek(const struct donation *donation, int freezer, const struct vma *vma)
@@ -205,7 +289,7 @@ static int copy_by_seek(const struct donation *donation, int freezer, const stru
 			return -1;
 		if (at > end)
 			at = end;
-		if (freeze_and_copy(donation, freezer, vma->vma_start + (data - vma->offset),
+		if (freeze_and_copy(donation, freezer, vma, vma->vma_start + (data - vma->offset),
 				    vma->vma_start + (at - vma->offset)) < 0)
 			return -1;
 	}
@@ -222,12 +306,17 @@ static int copy_by_trying(const struct donation *donation, int freezer, const st
 	if (scratch < 0)
 		return -1;
 	for (char *page = vma->start; page < vma->end; page += donation->page) {
-		if (pwrite(scratch, page, 1, 0) < 0) {
-			if (errno == EFAULT)
+		char byte;
+		ssize_t tried = vma->prot & PROT_READ ?
+					pwrite(scratch, page, 1, 0) :
+					pread(donation->memory, &byte, 1, (off_t)(uintptr_t)page);
+
+		if (tried < 0) {
+			if (errno == EFAULT || errno == EIO)
 				continue;
 			goto out;
 		}
-		if (freeze_and_copy(donation, freezer, page, page + donation->page) < 0)
+		if (freeze_and_copy(donation, freezer, vma, page, page + donation->page) < 0)
 			goto out;
 	}
 	result = 0;
@@ -257,18 +346,19 @@ static int copy_by_pagemap(const struct donation *donation, int freezer, const s
 		if (got < (ssize_t)sizeof *entries)
 			goto out;
 		for (size_t i = 0; i < (size_t)got / sizeof *entries; i++, page += donation->page) {
-			bool exists = entries[i] & PAGEMAP_PRESENT_OR_SWAPPED;
+			bool exists = (entries[i] & PAGEMAP_PRESENT_OR_SWAPPED) &&
+				      !(vma->mapped && (entries[i] & PAGEMAP_OF_FILE));
 
 			if (exists && !run)
 				run = page;
 			if (!exists && run) {
-				if (freeze_and_copy(donation, freezer, run, page) < 0)
+				if (freeze_and_copy(donation, freezer, vma, run, page) < 0)
 					goto out;
 				run = NULL;
 			}
 		}
 	}
-	result = run ? freeze_and_copy(donation, freezer, run, page) : 0;
+	result = run ? freeze_and_copy(donation, freezer, vma, run, page) : 0;
 out:
 	free(entries);
 	if (pagemap >= 0) {
@@ -287,7 +377,10 @@ static int copy_contents(const struct donation *donation, int freezer)
 		size_t length = (size_t)(vma->end - vma->start);
 		int result;
 
-		if (uffd_register(freezer, vma->start, length, UFFD_MISSING | UFFD_WRITE_PROTECT) < 0 &&
+		if (vma->mapped && vma->shared)
+			continue; /* its pages are the file's */
+		if (!vma->mapped &&
+		    uffd_register(freezer, vma->start, length, UFFD_MISSING | UFFD_WRITE_PROTECT) < 0 &&
 		    uffd_register(freezer, vma->start, length, UFFD_MISSING) < 0)
 			return -1;
 		if (!vma->shared)
@@ -322,6 +415,8 @@ static int commit(const struct donation *donation, int connection, int *window_f
 		};
 		struct mshare_wire_object *last = count ? &objects[count - 1] : NULL;
 
+		if (vma->mapped)
+			continue;
 		if (last && last->offset + last->length == object.offset &&
 		    last->prot == object.prot && last->flags == object.flags)
 			last->length += object.length;
@@ -345,9 +440,10 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 	struct donation donation = {
 		.start = start,
 		.backing = backing,
+		.memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC),
 		.page = (size_t)sysconf(_SC_PAGESIZE),
 	};
-	bool try_each_page = false;
+	bool try_each_page = false, protect = false;
 	int freezer = -1, result = -1, saved;
 
 	*window_fd = -1;
@@ -355,6 +451,13 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 		goto out;
 	if (open_files(&donation, connection, &try_each_page) < 0)
 		goto out;
+	if (map_files(&donation, connection) < 0)
+		goto out;
+	for (size_t i = 0; i < donation.count; i++) {
+		const struct vma *vma = &donation.vmas[i];
+
+		protect |= !(vma->prot & PROT_WRITE) || (vma->mapped && vma->shared);
+	}
 	freezer = uffd_open(connection);
 	if (freezer < 0)
 		goto out;
@@ -364,7 +467,11 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 		goto out;
 	if (commit(&donation, connection, window_fd) < 0)
 		goto out;
-	result = window_replace(start, size, *window_fd >= 0 ? *window_fd : backing, uffd, writable);
+	result = window_replace(start, size, *window_fd >= 0 ? *window_fd : backing, uffd, writable,
+				protect);
+	/* The window is open already: what is protected is so from now on. */
+	if (result == 0)
+		result = connection_ready(connection, MSHARE_WIRE_PROTECTED);
 out:
 	saved = errno;
 	/* Unregisters what is still registered, lifts the protection, wakes who waits. */
@@ -375,6 +482,8 @@ out:
 			close(donation.vmas[i].file);
 	}
 	free(donation.vmas);
+	if (donation.memory >= 0)
+		close(donation.memory);
 	errno = saved;
 	return result;
 }

@@ -24,6 +24,7 @@ long raw_syscall(long number, long a, long b, long c, long d, long e, long f);
 void *raw_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset);
 int raw_munmap(void *addr, size_t length);
 int raw_mprotect(void *addr, size_t length, int prot);
+int raw_msync(void *addr, size_t length, int flags);
 int raw_madvise(void *addr, size_t length, int advice);
 
 /* root.c */
@@ -43,6 +44,11 @@ int connection_open(const char *root_path);
 int connection_call(int connection, const struct mshare_wire_request *request,
 		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
 		    struct mshare_wire_reply *reply, int *reply_fd);
+/*
+ * The window is registered and not open: have the daemon protect in it what is
+ * protected, if there is anything.  flags: of the reply to ATTACH or COMMIT.
+ */
+int connection_ready(int connection, uint32_t flags);
 
 /* uffd.c: all async-signal-safe. */
 /* A new userfaultfd of this process; asks the daemon for the device if it must. */
@@ -53,6 +59,9 @@ int uffd_unregister(int uffd, void *addr, size_t length);
 int uffd_write_protect(int uffd, void *addr, size_t length);
 #define UFFD_MISSING 1u
 #define UFFD_WRITE_PROTECT 2u
+
+/* Move a mapping to an address, in place of what is there. */
+int raw_mremap(void *from, size_t length, void *to);
 
 /* attachment.c */
 struct attachment {
@@ -67,6 +76,13 @@ struct attachment {
 	int backing;    /* a child's proof after fork */
 };
 
+/* The attachment that has the address, or NULL; the lock must be held. */
+struct attachment *attachment_at(const char *address);
+/* The lowest start of an attachment above the address, or NULL. */
+char *attachment_above(const char *address);
+void attachment_lock(void);
+void attachment_unlock(void);
+
 /* donate.c: make what is mapped in [start, start + size) the region's memory. */
 int donate(int connection, int uffd, int backing, char *start, size_t size, bool writable,
 	   int *window_fd);
@@ -75,8 +91,12 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 /* Keep the range free of other mappings; 1 if it has some, -1 with errno. */
 int window_reserve(char *start, size_t size);
 /* Map the backing over a reserved range, guarded before anything can touch it. */
-int window_map(char *start, size_t size, int backing, int uffd, bool writable);
-/* The same over mappings that other threads may be using; see donate.c. */
-int window_replace(char *start, size_t size, int backing, int uffd, bool writable);
+int window_map(char *start, size_t size, int backing, int uffd, bool writable, int connection,
+	       uint32_t flags);
+/*
+ * The same over mappings that other threads may be using; see donate.c.  protect:
+ * some of its pages will be write-protected.
+ */
+int window_replace(char *start, size_t size, int backing, int uffd, bool writable, bool protect);
 
 #endif

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <stdarg.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /*
@@ -63,8 +64,11 @@ static bool like_a_region(void *addr, size_t length, int flags)
 
 MSHARE_EXPORT void *mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset)
 {
-	void *got = raw_mmap(addr, length, prot, flags, fd, offset);
+	void *got;
 
+	if (mshare_near(addr, length))
+		return mshare_mmap(addr, length, prot, flags, fd, offset);
+	got = raw_mmap(addr, length, prot, flags, fd, offset);
 	if (got == MAP_FAILED && errno == ENOMEM && like_a_region(addr, length, flags))
 		got = raw_mmap(addr, length, prot, flags | MAP_NORESERVE, fd, offset);
 	return got;
@@ -73,3 +77,52 @@ MSHARE_EXPORT void *mmap(void *addr, size_t length, int prot, int flags, int fd,
 /* off_t has 64 bits on the machines that syscall.c knows. */
 MSHARE_EXPORT void *mmap64(void *addr, size_t length, int prot, int flags, int fd, off_t offset)
 	__attribute__((alias("mmap")));
+
+/*
+ * The rest of the family: in a region they act on the region (mapping.c), and
+ * everywhere else they are the system call.
+ */
+MSHARE_EXPORT int munmap(void *addr, size_t length)
+{
+	return mshare_near(addr, length) ? mshare_munmap(addr, length) : raw_munmap(addr, length);
+}
+
+MSHARE_EXPORT int mprotect(void *addr, size_t length, int prot)
+{
+	return mshare_near(addr, length) ? mshare_mprotect(addr, length, prot) :
+					   raw_mprotect(addr, length, prot);
+}
+
+MSHARE_EXPORT int msync(void *addr, size_t length, int flags)
+{
+	return mshare_near(addr, length) ? mshare_msync(addr, length, flags) :
+					   raw_msync(addr, length, flags);
+}
+
+MSHARE_EXPORT int madvise(void *addr, size_t length, int advice)
+{
+	return mshare_near(addr, length) ? mshare_madvise(addr, length, advice) :
+					   raw_madvise(addr, length, advice);
+}
+
+MSHARE_EXPORT void *mremap(void *addr, size_t old_size, size_t new_size, int flags, ...)
+{
+	void *target = NULL;
+	va_list list;
+	long result;
+
+	if (flags & MREMAP_FIXED) {
+		va_start(list, flags);
+		target = va_arg(list, void *);
+		va_end(list);
+	}
+	if (mshare_near(addr, old_size) || ((flags & MREMAP_FIXED) && mshare_near(target, new_size)))
+		return mshare_mremap(addr, old_size, new_size, flags, target);
+	result = raw_syscall(SYS_mremap, (long)addr, (long)old_size, (long)new_size, flags,
+			     (long)target, 0);
+	if (result < 0 && result > -4096) {
+		errno = (int)-result;
+		return MAP_FAILED;
+	}
+	return (void *)result;
+}

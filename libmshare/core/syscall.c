@@ -8,6 +8,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 
 #if defined(__x86_64__)
@@ -68,6 +69,20 @@ int raw_munmap(void *addr, size_t length)
 int raw_mprotect(void *addr, size_t length, int prot)
 {
 	return (int)checked(raw_syscall(SYS_mprotect, (long)addr, (long)length, prot, 0, 0, 0));
+}
+
+/* Move a mapping to an address, in place of whatever is there. */
+int raw_mremap(void *from, size_t length, void *to)
+{
+	long moved = checked(raw_syscall(SYS_mremap, (long)from, (long)length, (long)length,
+					 MREMAP_MAYMOVE | MREMAP_FIXED, (long)to, 0));
+
+	return moved == -1 ? -1 : 0;
+}
+
+int raw_msync(void *addr, size_t length, int flags)
+{
+	return (int)checked(raw_syscall(SYS_msync, (long)addr, (long)length, flags, 0, 0, 0));
 }
 
 int raw_madvise(void *addr, size_t length, int advice)

@@ -51,7 +51,8 @@ int window_reserve(char *start, size_t size)
 	return 0;
 }
 
-int window_map(char *start, size_t size, int backing, int uffd, bool writable)
+int window_map(char *start, size_t size, int backing, int uffd, bool writable, int connection,
+	       uint32_t flags)
 {
 	if (raw_mmap(start, size, PROT_NONE, flags_of(writable), backing, 0) == MAP_FAILED)
 		return -1;
@@ -59,26 +60,35 @@ int window_map(char *start, size_t size, int backing, int uffd, bool writable)
 		return -1;
 	if (uffd_register(uffd, start, size, UFFD_MISSING) < 0)
 		return -1;
+	if (connection_ready(connection, flags) < 0)
+		return -1;
 	return raw_mprotect(start, size, prot_of(writable));
 }
 
 /*
- * Other threads may be reading here, so the window cannot be PROT_NONE at first.
- * In the instant before it is registered the kernel may fill a page that was never
- * touched with zeros: that is what the page server fills it with, too.
+ * Other threads may be using the range, so the window cannot be PROT_NONE at first,
+ * and not for an instant may it be there unguarded.  So it is made elsewhere,
+ * registered, and moved to its place: mremap() replaces what is there in one step,
+ * and the registration moves with it because the daemon has asked for
+ * UFFD_EVENT_REMAP (fs/userfaultfd.c drops it otherwise), which it reads.
+ *
+ * mremap() moves one VMA, and what is to be write-protected cannot be told apart
+ * yet: so the whole window is registered for that, if any of it is.
  */
-int window_replace(char *start, size_t size, int backing, int uffd, bool writable)
+int window_replace(char *start, size_t size, int backing, int uffd, bool writable, bool protect)
 {
-	int saved;
+	int flags = flags_of(writable) & ~MAP_FIXED, saved;
+	char *made = raw_mmap(NULL, size, prot_of(writable), flags, backing, 0);
 
-	if (raw_mmap(start, size, prot_of(writable), flags_of(writable), backing, 0) == MAP_FAILED)
+	if (made == MAP_FAILED)
 		return -1;
-	if (uffd_register(uffd, start, size, UFFD_MISSING) == 0 &&
-	    raw_madvise(start, size, MADV_DONTFORK) == 0)
+	if (raw_madvise(made, size, MADV_DONTFORK) == 0 &&
+	    uffd_register(uffd, made, size,
+			  UFFD_MISSING | (protect && writable ? UFFD_WRITE_PROTECT : 0)) == 0 &&
+	    raw_mremap(made, size, start) == 0)
 		return 0;
-	/* Never leave it unguarded.  The region has the contents; only we are out. */
 	saved = errno;
-	raw_munmap(start, size);
+	raw_munmap(made, size);
 	errno = saved;
 	return -1;
 }

@@ -41,7 +41,26 @@ enum mshare_wire_op {
 	 * read-only, so that SEEK_DATA tells which pages exist.
 	 */
 	MSHARE_WIRE_VMA_FILE = 6,
+	/*
+	 * The window is mapped and registered, and not open yet: protect in it what is
+	 * protected.  Needed if a reply to ATTACH or COMMIT said PROTECTED, or a NOTE
+	 * has come.
+	 */
+	MSHARE_WIRE_READY = 7,
+	/*
+	 * The calls of their names, on one object.  MMAP: flags are those of mmap(2);
+	 * fd: the file, unless MAP_ANONYMOUS.  MSYNC: what MS_SYNC does.  DISCARD: what
+	 * MADV_DONTNEED does to private memory.
+	 */
+	MSHARE_WIRE_MMAP = 8,
+	MSHARE_WIRE_MUNMAP = 9,
+	MSHARE_WIRE_MPROTECT = 10,
+	MSHARE_WIRE_MSYNC = 11,
+	MSHARE_WIRE_DISCARD = 12,
 };
+
+/* The op of a message that answers no call: see READY. */
+#define MSHARE_WIRE_NOTE 0x4e
 
 /* Request flags */
 #define MSHARE_WIRE_HAS_MAPPINGS 1u /* ATTACH: the caller has mappings in the range */
@@ -52,6 +71,7 @@ enum mshare_wire_op {
 #define MSHARE_WIRE_CREATED 1u        /* ATTACH: this call gave the region its range */
 #define MSHARE_WIRE_DONATE 2u         /* ATTACH: copy your memory, then COMMIT */
 #define MSHARE_WIRE_USER_MODE_ONLY 4u /* USERFAULTFD: none to be had; user-mode faults only */
+#define MSHARE_WIRE_PROTECTED 8u      /* ATTACH, COMMIT: ask READY before opening the window */
 
 struct mshare_wire_request {
 	uint32_t magic;
@@ -68,8 +88,9 @@ struct mshare_wire_request {
 struct mshare_wire_object {
 	uint64_t offset; /* from the region's start */
 	uint64_t length;
-	uint32_t prot;  /* PROT_* */
-	uint32_t flags; /* MAP_SHARED or MAP_PRIVATE */
+	uint64_t file_offset; /* of its first byte, if it is of a file */
+	uint32_t prot;        /* PROT_* */
+	uint32_t flags;       /* MAP_* */
 };
 
 struct mshare_wire_reply {

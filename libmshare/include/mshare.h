@@ -82,6 +82,38 @@ int mshare_detach(const char *name);
  */
 int mshare_stat(const char *name, struct mshare_info *info);
 
+/*
+ * mmap(2), munmap(2), mprotect(2), msync(2), madvise(2) and mremap(2) that act on a
+ * region where they touch one that this process has attached: for every sharer at
+ * once.  Elsewhere they are the system calls of their names.  In a program that is
+ * linked with libmshare or runs with its preload library, the plain names do the
+ * same.
+ *
+ * In a region
+ *   - mmap() takes MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS and regular files.  With an
+ *     address and no MAP_FIXED it maps there if it is a hole;
+ *   - madvise(MADV_DONTNEED) makes private memory start fresh; advice that only
+ *     hints is ignored;
+ *   - mremap() shrinks, and does nothing else.
+ *
+ * Besides the errors of the system calls:
+ * EACCES  the region is attached read-only
+ * EINVAL  a fixed mapping lies partly in a region
+ * EPERM   PROT_EXEC
+ * ENODEV  the file is not a regular file
+ * EOPNOTSUPP  the kernel cannot protect it (before Linux 5.19)
+ * ENOTCONN, EPIPE  the daemon has died
+ */
+void *mshare_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset);
+int mshare_munmap(void *addr, size_t length);
+int mshare_mprotect(void *addr, size_t length, int prot);
+int mshare_msync(void *addr, size_t length, int flags);
+int mshare_madvise(void *addr, size_t length, int advice);
+void *mshare_mremap(void *addr, size_t old_size, size_t new_size, int flags, void *target);
+
+/* Whether [addr, addr + length) may touch a region of this process: a quick guess. */
+int mshare_near(const void *addr, size_t length);
+
 #ifdef __cplusplus
 }
 #endif

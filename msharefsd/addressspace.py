@@ -1,0 +1,248 @@
+"""A region's address space: the calls that change what is mapped in it.
+
+One process's call holds for all of them at once.  Nobody's code runs for that:
+memory is unmapped by punching it out of the backing (the kernel unmaps it
+everywhere), a new object needs nothing but the region's map, and protection is
+protection.py's.  So a sharer that is stopped delays nobody.
+
+Each call holds the region's `change` lock to its end; page faults do not, so
+between two awaits the map, the memory and the protection must fit together.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from dataclasses import replace
+from typing import Final
+
+from msharefsd import kernel, protection
+from msharefsd.capabilities import Capabilities
+from msharefsd.errors import Refused
+from msharefsd.objects import MOST_OBJECTS, Object
+from msharefsd.pageserver import PageServer
+from msharefsd.ranges import Ranges
+from msharefsd.regions import Region
+from msharefsd.writeback import Writeback
+
+log = logging.getLogger(__name__)
+
+_PROTECTIONS: Final = kernel.PROT_READ | kernel.PROT_WRITE | kernel.PROT_EXEC
+
+
+class AddressSpaces:
+    """Changes the address spaces of regions.
+
+    Offsets and lengths are bytes from the region's start; every method raises
+    Refused with the errno that the system call of its name would give.
+    """
+
+    def __init__(self, capabilities: Capabilities, pages: PageServer, writeback: Writeback) -> None:
+        self._capabilities = capabilities
+        self._pages = pages
+        self._writeback = writeback
+
+    def check(self, region: Region, offset: int, length: int) -> None:
+        """Raise Refused(EINVAL) for a range that is not whole pages of the region."""
+        if (
+            length == 0
+            or offset % kernel.PAGE
+            or length % kernel.PAGE
+            or offset < 0
+            or offset + length > region.size
+        ):
+            raise Refused(errno.EINVAL, "the range does not lie in the region, in whole pages")
+
+    def _check_prot(self, new: Object, code: int) -> None:
+        if new.prot & kernel.PROT_EXEC:
+            raise Refused(
+                code, "memory of a region cannot be executed: /dev/shm is no place for it"
+            )
+        if new.guarded and new.accessible and not self._capabilities.write_protect:
+            raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
+
+    async def mmap(self, region: Region, new: Object, *, replace: bool) -> None:
+        """Put an object in; with `replace` in place of what is there, else EEXIST."""
+        self.check(region, new.offset, new.length)
+        self._check_prot(new, errno.EPERM)
+        async with region.change:
+            if region.objects.within(new.offset, new.length):
+                if not replace:
+                    raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
+                await self._remove(region, new.offset, new.length)
+            if len(region.objects) + 2 > MOST_OBJECTS:
+                raise Refused(errno.ENOMEM, "too many objects in the region")
+            _alive(region)
+            # A page that was there before, or is poison, must not show through.
+            self._clear(region, new.offset, new.length)
+            if new.file is not None:
+                new.file.hold()
+            region.objects.insert(new)
+            if new.guarded and new.accessible:
+                protection.arm(region, new.offset, new.end)
+
+    async def donate(self, region: Region, new: Object) -> None:
+        """Put an object in whose contents the donor has copied into the backing."""
+        self.check(region, new.offset, new.length)
+        self._check_prot(new, errno.EOPNOTSUPP)
+        async with region.change:
+            if region.objects.within(new.offset, new.length):
+                raise Refused(errno.EINVAL, "the donor's mappings overlap")
+            if len(region.objects) + 1 > MOST_OBJECTS:
+                raise Refused(errno.ENOMEM, "too many objects in the region")
+            region.objects.insert(new)
+            if new.guarded and new.accessible:
+                protection.arm(region, new.offset, new.end)
+
+    def hide_donated(self, region: Region) -> None:
+        """The donor's PROT_NONE memory is copied: out of reach with it."""
+        for item in region.objects:
+            if not item.accessible:
+                self._hide(region, item)
+
+    async def munmap(self, region: Region, offset: int, length: int) -> None:
+        """Make a hole; returns when nobody has the memory any more."""
+        self.check(region, offset, length)
+        async with region.change:
+            if len(region.objects) + 1 > MOST_OBJECTS:
+                raise Refused(errno.ENOMEM, "too many objects in the region")
+            await self._remove(region, offset, length)
+
+    def _clear(self, region: Region, offset: int, length: int) -> None:
+        assert region.backing is not None
+        region.backing.discard(offset, length)
+        self._pages.clear_poison(region, offset, length)
+
+    async def _remove(self, region: Region, offset: int, length: int) -> None:
+        """What MAP_FIXED and munmap() take away; file pages are written back first."""
+        end = offset + length
+        region.leaving.add(offset, end)
+        try:
+            await self._write_back(region, offset, end)
+            _alive(region)
+            assert region.backing is not None
+            removed = region.objects.remove(offset, length)
+            region.backing.discard(offset, length)
+            protection.unprotect(region, offset, end)
+            for page in [page for page in region.dirty if offset <= page < end]:
+                del region.dirty[page]
+            _let_go(region, removed)
+        finally:
+            self._left(region, offset, end)
+
+    @staticmethod
+    def _left(region: Region, start: int, end: int) -> None:
+        region.leaving = Ranges()
+        if region.armed:
+            protection.wake(region, start, end)
+
+    async def _write_back(self, region: Region, start: int, end: int) -> None:
+        # As in the kernel: what a file does not take when it is unmapped is lost to
+        # it, and munmap() succeeds.
+        try:
+            await self._writeback.flush(region, start, end)
+        except OSError as error:
+            log.error(
+                "region %s: unmapped what a file did not take: %s", region.label(), error.strerror
+            )
+
+    async def mprotect(self, region: Region, offset: int, length: int, prot: int) -> None:
+        """Change the protection; up to the first hole, then ENOMEM, as mprotect(2) does."""
+        self.check(region, offset, length)
+        if prot & ~_PROTECTIONS:
+            raise Refused(errno.EINVAL, "unknown protection bits")
+        async with region.change:
+            at = offset
+            for item in region.objects.within(offset, length):
+                if item.offset != at:
+                    break
+                new = replace(item, prot=prot)
+                self._check_prot(new, errno.EACCES)
+                if new.written_back and new.writable and item.file and not item.file.may_write:
+                    raise Refused(errno.EACCES, "the file was not opened O_RDWR")
+                await self._protect(region, item, prot)
+                at = item.end
+            if at != offset + length:
+                raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+    async def _protect(self, region: Region, item: Object, prot: int) -> None:
+        if item.prot == prot:
+            return
+        if prot == kernel.PROT_NONE and item.written_back:
+            region.leaving.add(item.offset, item.end)
+            try:
+                await self._write_back(region, item.offset, item.end)
+            finally:
+                self._left(region, item.offset, item.end)
+        _alive(region)
+        assert region.backing is not None
+        new = replace(item, prot=prot)
+        if new.guarded:
+            if new.accessible:
+                protection.arm(region, new.offset, new.end)
+            elif not self._capabilities.write_protect and (
+                region.backing.next_data(new.offset) < new.end
+            ):
+                raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
+        region.objects.protect(item.offset, item.length, prot)
+        if not new.accessible:
+            self._pages.clear_poison(region, new.offset, new.length)
+            try:
+                self._hide(region, new)
+            except Refused:
+                region.objects.protect(item.offset, item.length, item.prot)
+                if not item.guarded:
+                    protection.unprotect(region, item.offset, item.end)
+                raise
+        elif new.guarded:
+            protection.protect_present(region, new.offset, new.end)
+        else:
+            protection.unprotect(region, new.offset, new.end)
+
+    def _hide(self, region: Region, item: Object) -> None:
+        """PROT_NONE: nobody can reach the pages, and their contents stay."""
+        assert region.backing is not None
+        for start, end in list(region.backing.data(item.offset, item.length)):
+            protection.arm(region, start, end)
+            protection.protect(region, start, end)
+            try:
+                region.backing.stash_pages(start, end - start)
+            except OSError as error:
+                raise Refused(error.errno or errno.ENOMEM, "no memory to move it to") from error
+
+    async def msync(self, region: Region, offset: int, length: int) -> None:
+        """Written data of MAP_SHARED files is in the files when this returns (MS_SYNC)."""
+        self.check(region, offset, length)
+        try:
+            await self._writeback.sync(region, offset, offset + length)
+        except OSError as error:
+            raise Refused(error.errno or errno.EIO, f"msync: {error.strerror}") from error
+        if not region.objects.covers(offset, length):
+            raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+    async def discard(self, region: Region, offset: int, length: int) -> None:
+        """madvise(MADV_DONTNEED): private memory starts fresh at the next touch.
+
+        For shared mappings it changes nothing: their contents stay.
+        """
+        self.check(region, offset, length)
+        async with region.change:
+            if region.backing is None:
+                return
+            for item in region.objects.within(offset, length):
+                if item.private:
+                    region.backing.discard(item.offset, item.length)
+            if not region.objects.covers(offset, length):
+                raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+
+def _alive(region: Region) -> None:
+    if region.backing is None:
+        raise Refused(errno.ENOENT, "the region is gone")
+
+
+def _let_go(region: Region, removed: list[Object]) -> None:
+    """Close the files of which nothing is mapped any more."""
+    for file in {id(item.file): item.file for item in removed if item.file}.values():
+        if not region.objects.uses(file):
+            file.let_go()

@@ -1,0 +1,162 @@
+"""Files that are mapped in regions.
+
+The daemon reads and writes a client's file only through the descriptor that the
+client passed, so never with more rights than the client had.  A file may hang (a
+dead network server, a FUSE daemon that does not answer): whatever touches its data
+runs in a thread, and a user has so many threads and no more, so a file that hangs
+stalls its own user's files only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import trio
+
+from msharefsd import kernel
+from msharefsd.errors import Refused
+
+THREADS_PER_USER: Final = 8
+BUFFER: Final = 2 << 20
+MOST_BUFFERS: Final = 16
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Runs what may block on a file, with a limit for each user."""
+
+    def __init__(self) -> None:
+        self._limiters: dict[int, trio.CapacityLimiter] = {}
+
+    async def run(self, uid: int, function: Callable[[], T]) -> T:
+        """Run `function` in a thread of that user's."""
+        limiter = self._limiters.get(uid)
+        if limiter is None:
+            idle = [each for each, of in self._limiters.items() if of.borrowed_tokens == 0]
+            for each in idle:
+                del self._limiters[each]
+            limiter = self._limiters[uid] = trio.CapacityLimiter(THREADS_PER_USER)
+        return await trio.to_thread.run_sync(function, limiter=limiter, abandon_on_cancel=True)
+
+
+class Buffer:
+    """Memory of the daemon that file contents pass through on their way to UFFDIO_COPY."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, BUFFER)
+        self.view = memoryview(self._memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+
+class Buffers:
+    """Buffers in stock, so that a fill needs no new memory."""
+
+    def __init__(self) -> None:
+        self._idle: list[Buffer] = []
+
+    def take(self) -> Buffer:
+        """A buffer with anything in it."""
+        return self._idle.pop() if self._idle else Buffer()
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Nobody reads it any more."""
+        if len(self._idle) < MOST_BUFFERS:
+            self._idle.append(buffer)
+
+
+class MappedFile:
+    """A file of a client's, as one mmap() call mapped it.
+
+    Objects that were one mapping share it.  The descriptor is closed when the last
+    user lets go.
+    """
+
+    def __init__(self, fd: int, uid: int, *, may_write: bool, close: Callable[[int], None]) -> None:
+        """`fd` is taken over; `close` is how to close it (it may hang in close(2))."""
+        self.fd = fd
+        self.uid = uid
+        self.may_write = may_write
+        self._close = close
+        self._users = 1
+        self.identity = kernel.identify(fd)
+        # readlink asks the dentry cache, not the file system.
+        self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def hold(self) -> None:
+        """One more user."""
+        self._users += 1
+
+    def let_go(self) -> None:
+        """One user less."""
+        self._users -= 1
+        if self._users == 0:
+            self._close(self.fd)
+            self.fd = -1
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from the file; what lies beyond its end is zeros.
+
+        Returns how many bytes are before the end, rounded up to pages: the rest has
+        no memory (SIGBUS, mmap(2)).  May block.  Raises OSError.
+        """
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self.fd, [buffer[done:]], offset + done)
+            if got == 0:
+                break
+            done += got
+        usable = min(done + -done % kernel.PAGE, len(buffer))
+        buffer[done:usable] = bytes(usable - done)
+        return usable
+
+    def write(self, content: bytes, offset: int) -> None:
+        """Write back, but nothing beyond the file's end: a mapping never extends it.
+
+        May block.  Raises OSError.
+        """
+        left = memoryview(content)[: max(0, os.fstat(self.fd).st_size - offset)]
+        while left:
+            done = os.pwrite(self.fd, left, offset)
+            left, offset = left[done:], offset + done
+
+    def sync(self) -> None:
+        """fdatasync(2), as msync(2) does.  May block.  Raises OSError."""
+        os.fdatasync(self.fd)
+
+
+def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
+    """Raise Refused as mmap(2) would for this descriptor; returns whether it may be written.
+
+    EBADF, EACCES, EPERM as there; ENODEV for anything but a regular file.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH:
+        raise Refused(errno.EBADF, "the descriptor is O_PATH: open the file for reading")
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        raise Refused(errno.EACCES, "the file is not open for reading")
+    may_write = flags & os.O_ACCMODE == os.O_RDWR
+    if shared and write and not may_write:
+        raise Refused(errno.EACCES, "a shared writable mapping needs a file opened O_RDWR")
+    if not stat.S_ISREG(kernel.identify(fd).mode):
+        raise Refused(errno.ENODEV, "only regular files can be mapped in a region")
+    if shared and may_write:
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError:
+            seals = 0
+        if seals & (fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE):
+            if write:
+                raise Refused(errno.EPERM, "the memfd is sealed against writing")
+            may_write = False
+    return may_write
+
+
+_F_SEAL_FUTURE_WRITE: Final = 0x10

@@ -1,0 +1,115 @@
+"""Write protection of a region's pages, in every sharer at once.
+
+userfaultfd's write protection acts on a sharer's page table from outside: two
+ioctls a sharer, no code of the sharer's runs, a stopped one delays nobody.  It is
+used where a write must not happen (PROT_READ) and where it must be noticed (a
+MAP_SHARED file that is written back), and nowhere else: a window that is registered
+for it loses fault-around there, and each protected page costs an entry in the page
+table of each sharer.
+
+So it is applied lazily.  A page that is absent needs no protection: it can only
+come by the page server, which protects it in every sharer before it makes it
+visible.  `protect` leaves an entry ("marker") where a sharer has not mapped the
+page yet, which the kernel honours when it does.
+
+Readers need none of this: their windows are read-only mappings.
+
+A sharer that is attaching has been told what the region is, but has no window yet:
+an ioctl may come too early for it.  So it is sent a note first.  It looks for notes
+after its window is registered and before it opens it, and if there is one, or the
+reply to its ATTACH said so, it asks for everything (READY).  Whichever comes first,
+the window or the ioctl, nothing is missed, and in the usual case nobody waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator
+
+from msharefsd import uffd
+from msharefsd.regions import Region, Sharer
+from msharefsd.uffd import Mode
+
+
+def _writers(region: Region) -> Iterator[Sharer]:
+    return (sharer for sharer in region.sharers.values() if sharer.writable)
+
+
+@contextlib.contextmanager
+def _its_own_affair() -> Iterator[None]:
+    # ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL: it has
+    # mapped something else there, or registered it elsewhere.
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBUSY):
+            raise
+
+
+def _tell(sharer: Sharer) -> None:
+    if not sharer.ready:
+        sharer.note()
+
+
+def arm(region: Region, start: int, end: int) -> None:
+    """Make it possible to protect [start, end); offsets in the region."""
+    if not region.armed.add(start, end):
+        return
+    for sharer in _writers(region):
+        _tell(sharer)
+        _arm(sharer, start, end)
+
+
+def _arm(sharer: Sharer, start: int, end: int) -> None:
+    with _its_own_affair():
+        uffd.register(sharer.uffd, sharer.region.start + start, end - start, Mode.MISSING | Mode.WP)
+
+
+def protect(region: Region, start: int, end: int, sharers: Iterable[Sharer] | None = None) -> None:
+    """Have writes to pages in [start, end) reported, whoever makes them.
+
+    The range must be armed.  `sharers` says where, if not everywhere.
+    """
+    for sharer in _writers(region) if sharers is None else sharers:
+        # One that has been detached has no userfaultfd any more.
+        if sharer.number in region.sharers:
+            _tell(sharer)
+            with _its_own_affair():
+                uffd.write_protect(sharer.uffd, region.start + start, end - start)
+
+
+def protect_present(region: Region, start: int, end: int) -> None:
+    """Protect the pages in [start, end) that are there; the others follow when they come."""
+    assert region.backing is not None
+    for first, last in region.backing.data(start, end - start):
+        protect(region, first, last)
+
+
+def unprotect(region: Region, start: int, end: int) -> None:
+    """Let writes through in every sharer, and wake who waits to write."""
+    for first, last in region.armed.within(start, end):
+        for sharer in _writers(region):
+            with _its_own_affair():
+                uffd.write_unprotect(sharer.uffd, region.start + first, last - first)
+
+
+def admit(sharer: Sharer) -> None:
+    """A sharer's window is mapped and not open yet: protect in it what is protected."""
+    region = sharer.region
+    sharer.ready = True
+    if not sharer.writable or region.backing is None:
+        return
+    for start, end in region.armed:
+        _arm(sharer, start, end)
+    for item in region.objects:
+        if item.guarded and item.accessible:
+            for first, last in region.backing.data(item.offset, item.length):
+                protect(region, first, last, [sharer])
+
+
+def wake(region: Region, start: int, end: int) -> None:
+    """Let every sharer's threads that wait in [start, end) look again."""
+    for sharer in region.sharers.values():
+        with _its_own_affair():
+            uffd.wake(sharer.uffd, region.start + start, end - start)

@@ -1,0 +1,86 @@
+"""What happens to a thread that touches what it may not.
+
+The kernel's own answer is SIGSEGV for code and EFAULT for a system call, and it is
+given here by other means: a signal to the thread, which leaves the fault to handle
+it; and for a system call see PageServer._fail_system_call, because the kernel's own
+access to memory goes on trying whatever signal comes, unless it kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal as signals
+from typing import Final
+
+from msharefsd import kernel, liveness
+
+log = logging.getLogger(__name__)
+
+SYSTEM_CALL_SECONDS: Final = 0.002
+"""How long a page is kept poisoned for a system call to meet it.  If it was not
+scheduled in that time, it faults again."""
+
+
+def _thread(pid: int, number: int) -> int | None:
+    """The thread that has `number` in its own pid namespace, as we number it.
+
+    None if it is no thread of that process: somebody else (a debugger) touches its
+    memory.
+    """
+    own = _field(pid, pid, "NSpid").split()
+    if len(own) <= 1:
+        return number if os.path.exists(f"/proc/{pid}/task/{number}") else None
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/task"):
+            inner = _field(pid, int(name), "NSpid").split()
+            if inner and inner[-1] == str(number):
+                return int(name)
+    return None
+
+
+def _field(pid: int, thread: int, key: str) -> str:
+    for line in liveness.read_proc(pid, f"task/{thread}/status").splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return value
+    return ""
+
+
+def in_system_call(pid: int, number: int) -> bool:
+    """Whether a thread that waits in a fault came there by a system call.
+
+    /proc/PID/task/TID/syscall begins with the call's number, or -1 outside of one
+    (proc_pid_syscall(5)).  It takes the right to ptrace(2); without that right the
+    thread is taken for being in user mode.
+    """
+    thread = _thread(pid, number)
+    if thread is None:
+        return True
+    first = liveness.read_proc(pid, f"task/{thread}/syscall").partition(" ")[0]
+    return first.isdigit()
+
+
+def signal(pid: int, number: int, which: signals.Signals, address: int) -> None:
+    """SIGSEGV or SIGBUS for the thread, at `address`.
+
+    The kernel kills a process that blocks or ignores one of its own making; one
+    that is sent would only wait, and the thread with it.
+    """
+    thread = _thread(pid, number) or pid
+    bit = 1 << (which - 1)
+    masks = (_field(pid, thread, key).strip() for key in ("SigBlk", "SigIgn"))
+    if any(int(mask or "0", 16) & bit for mask in masks):
+        log.info("process %d does not take %s: killed", pid, which.name)
+        kill(pid)
+        return
+    # An error means that it is gone.
+    with contextlib.suppress(OSError):
+        kernel.signal_fault(pid, thread, which, address)
+
+
+def kill(pid: int) -> None:
+    """End a process that can be helped in no other way."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signals.SIGKILL)

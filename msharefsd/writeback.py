@@ -1,0 +1,194 @@
+"""Dirty pages of MAP_SHARED files go back to their files.
+
+A page is dirty from the first write to it until it has been written: write
+protection tells of the first write, in each sharer.  To write it, the page is
+protected again in those who could write, then read, then written: what is written
+to it in between makes it dirty anew, so no write is missed.
+
+Dirty pages are written by msync(), before munmap() and replacement take effect,
+every few seconds, and before the region's memory is freed.  Until a page is in its
+file it stays in the backing, so the daemon's death loses none.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import trio
+
+from msharefsd import kernel, protection
+from msharefsd.files import BUFFER, MappedFile, Threads
+from msharefsd.metrics import Metrics
+from msharefsd.regions import Region, Sharer
+from msharefsd.seldom import Seldom
+
+log = logging.getLogger(__name__)
+
+INTERVAL: Final = 5.0
+"""Seconds between the rounds; the kernel's own default (vm.dirty_writeback_centisecs)."""
+LAST_SECONDS: Final = 30.0
+"""How long the daemon's end waits for files that do not answer."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """Dirty pages side by side in one file."""
+
+    file: MappedFile
+    offset: int
+    length: int
+    file_offset: int
+    writers: set[Sharer]
+
+
+class Writeback:
+    """Writes the dirty pages of all regions of one daemon."""
+
+    def __init__(self, threads: Threads, metrics: Metrics) -> None:
+        self._threads = threads
+        self._metrics = metrics
+        self._seldom = Seldom()
+        self._released: list[Region] = []
+        self._wanted = trio.Event()
+
+    async def flush(self, region: Region, start: int, end: int) -> None:
+        """Write what is dirty in [start, end); returns when it is written.
+
+        Raises OSError, the first that a file gave: what could not be written stays
+        dirty.
+        """
+        async with region.flushing:
+            failure: OSError | None = None
+            for run in self._runs(region, start, end):
+                try:
+                    await self._write(region, run)
+                except OSError as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+
+    @staticmethod
+    def _runs(region: Region, start: int, end: int) -> list[_Run]:
+        runs: list[_Run] = []
+        for page in sorted(page for page in region.dirty if start <= page < end):
+            item = region.objects.find(page)
+            if item is None or item.file is None or not item.written_back:
+                del region.dirty[page]
+                continue
+            file_offset = item.file_offset + page - item.offset
+            last = runs[-1] if runs else None
+            if (
+                last is not None
+                and last.file is item.file
+                and last.offset + last.length == page
+                and last.file_offset + last.length == file_offset
+                and last.length < BUFFER
+            ):
+                last.length += kernel.PAGE
+                last.writers |= region.dirty[page]
+            else:
+                writers = set(region.dirty[page])
+                runs.append(_Run(item.file, page, kernel.PAGE, file_offset, writers))
+        return runs
+
+    async def _write(self, region: Region, run: _Run) -> None:
+        backing = region.backing
+        if backing is None:
+            return
+        pages = range(run.offset, run.offset + run.length, kernel.PAGE)
+        protection.protect(region, run.offset, run.offset + run.length, run.writers)
+        for page in pages:
+            region.dirty.pop(page, None)
+        content = os.pread(backing.fd, run.length, run.offset)
+        run.file.hold()
+        try:
+            await self._threads.run(run.file.uid, partial(run.file.write, content, run.file_offset))
+        except BaseException as error:
+            for page in pages:
+                region.dirty.setdefault(page, set())
+            if isinstance(error, OSError) and self._seldom.now(region.id):
+                log.error(
+                    "region %s: cannot write back to %s: %s",
+                    region.label(),
+                    os.fsdecode(run.file.path),
+                    error.strerror,
+                )
+            raise
+        finally:
+            run.file.let_go()
+        self._metrics.written_back.inc(run.length)
+
+    async def sync(self, region: Region, start: int, end: int) -> None:
+        """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""
+        await self.flush(region, start, end)
+        parts = region.objects.within(start, end - start)
+        files = {id(part.file): part.file for part in parts if part.written_back}
+        for file in files.values():
+            if file is None or not file.may_write:
+                continue
+            file.hold()
+            try:
+                await self._threads.run(file.uid, file.sync)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system without fsync
+                    raise
+            finally:
+                file.let_go()
+
+    def release(self, region: Region) -> None:
+        """Close the memory of a region that is gone, when all of it is written."""
+        if region.dirty:
+            self._released.append(region)
+            self._wanted.set()
+        else:
+            region.close_memory()
+
+    async def run(self, regions: Callable[[], Iterable[Region]]) -> None:
+        """Write every few seconds, forever.  A file that hangs holds up its region only."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                with trio.move_on_after(INTERVAL):
+                    await self._wanted.wait()
+                self._wanted = trio.Event()
+                for region in regions():
+                    if region.dirty and not region.flushing.locked():
+                        nursery.start_soon(self._round, region)
+                while self._released:
+                    nursery.start_soon(self._last, self._released.pop())
+
+    async def _round(self, region: Region) -> None:
+        # Logged where it happened; tried again in the next round.
+        try:
+            await self.flush(region, 0, region.size)
+        except OSError:
+            self._metrics.writeback_errors.inc()
+
+    async def _last(self, region: Region) -> None:
+        try:
+            await self._round(region)
+            if region.dirty:
+                log.error(
+                    "region %s is gone with %d bytes that its files did not take",
+                    region.label(),
+                    len(region.dirty) * kernel.PAGE,
+                )
+        finally:
+            if region.backing is not None:
+                region.close_memory()
+
+    async def finish(self, regions: Iterable[Region]) -> None:
+        """The daemon ends: write everything, as long as the files answer."""
+        with trio.move_on_after(LAST_SECONDS, shield=True):
+            async with trio.open_nursery() as nursery:
+                for region in [*regions, *self._released]:
+                    if region.dirty:
+                        nursery.start_soon(self._round, region)
+        for region in self._released:
+            region.close_memory()
+        self._released = []
