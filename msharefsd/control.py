@@ -263,6 +263,9 @@ class _Connection:
         self._control.pages.forget(sharer)
         trio.lowlevel.notify_closing(sharer.uffd)
         os.close(sharer.uffd)
+        # The number may be another file's in a moment, one of our own mount even, and
+        # an ioctl on that would wait for ourselves.
+        sharer.uffd = -1
         how(sharer)
 
     async def _one_call(self) -> bool:

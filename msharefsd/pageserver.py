@@ -160,6 +160,8 @@ class PageServer:
     def forget(self, sharer: Sharer) -> None:
         """A sharer is going: whoever waits there looks again (and finds no server)."""
         self._starving.discard(sharer)
+        if sharer.uffd < 0:
+            return
         with contextlib.suppress(OSError):
             uffd.wake(sharer.uffd, sharer.region.start, sharer.region.size)
 

@@ -67,6 +67,7 @@ class Sharer:
     uid: int
     writable: bool
     uffd: int
+    """-1 once it has been detached."""
     ended: Callable[[], bool] = lambda: False
     """Whether the process is gone, although nobody has detached it yet."""
     since: float = field(default_factory=time.time)

@@ -159,6 +159,17 @@ class Programs(RuleBasedStateMachine):
     def protect(self, who: int, page: int, length: int, prot: int) -> None:
         self.both(who, "mprotect", *self.place(page, length), prot)
 
+    @rule(who=sharers, flags=st.sampled_from([SHARED, PRIVATE]), value=st.integers(1, 255))
+    def fill_everything(self, who: int, flags: int, value: int) -> None:
+        where = (BASE, PAGES * PAGE)
+        assert self.both(who, "mmap", *where, READ | WRITE, flags | FIXED) == "0"
+        self.changed(0, PAGES, "anonymous")
+        assert self.both(who, "fill", *where, value) == "0"
+
+    @rule(who=sharers, prot=protections)
+    def protect_everything(self, who: int, prot: int) -> None:
+        self.both(who, "mprotect", BASE, PAGES * PAGE, prot)
+
     @rule(who=sharers, page=pages, length=lengths, flags=st.sampled_from([1, 4]))
     def sync(self, who: int, page: int, length: int, flags: int) -> None:
         words = ("msync", *self.place(page, length), flags)
