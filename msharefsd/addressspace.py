@@ -116,25 +116,29 @@ class AddressSpaces:
     async def _remove(self, region: Region, offset: int, length: int) -> None:
         """What MAP_FIXED and munmap() take away; file pages are written back first."""
         end = offset + length
-        region.leaving.add(offset, end)
+        leaving = any(item.written_back for item in region.objects.within(offset, length))
         try:
-            await self._write_back(region, offset, end)
+            if leaving:
+                region.leaving.add(offset, end)
+                await self._write_back(region, offset, end)
             _alive(region)
             assert region.backing is not None
             removed = region.objects.remove(offset, length)
             region.backing.discard(offset, length)
-            protection.unprotect(region, offset, end)
+            # Punching leaves the protection where a page was mapped.
+            if any(item.guarded for item in removed):
+                protection.unprotect(region, offset, end)
             for page in [page for page in region.dirty if offset <= page < end]:
                 del region.dirty[page]
             _let_go(region, removed)
         finally:
-            self._left(region, offset, end)
+            if leaving:
+                self._left(region, offset, end)
 
     @staticmethod
     def _left(region: Region, start: int, end: int) -> None:
         region.leaving = Ranges()
-        if region.armed:
-            protection.wake(region, start, end)
+        protection.wake(region, start, end)
 
     async def _write_back(self, region: Region, start: int, end: int) -> None:
         # As in the kernel: what a file does not take when it is unmapped is lost to

@@ -486,6 +486,7 @@ class PageServer:
         if outcome is Outcome.DONE:
             if len(sharer.poisoned) < MOST_POISONED:
                 sharer.poisoned.add(offset)
+                sharer.region.refused.add(sharer)
             elif self._seldom.now((sharer.region.id, "poisoned")):
                 log.warning(
                     "process %d touches holes of region %s all over: some of them stay holes "
@@ -525,7 +526,7 @@ class PageServer:
         there and punched out again.  Elsewhere it is the page itself.
         """
         end = offset + length
-        for sharer in list(region.sharers.values()):
+        for sharer in list(region.refused):
             if len(sharer.poisoned) <= length // kernel.PAGE:
                 pages = [page for page in sharer.poisoned if offset <= page < end]
             else:
@@ -537,6 +538,8 @@ class PageServer:
                     self._clear(sharer, page)
                 else:
                     self._repair(sharer, found, page)
+            if not sharer.poisoned:
+                region.refused.discard(sharer)
 
     def _clear(self, sharer: Sharer, page: int) -> None:
         backing = sharer.region.backing

@@ -23,9 +23,9 @@ the window or the ioctl, nothing is missed, and in the usual case nobody waits.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 from msharefsd import uffd
 from msharefsd.regions import Region, Sharer
@@ -36,14 +36,16 @@ def _writers(region: Region) -> Iterator[Sharer]:
     return (sharer for sharer in region.sharers.values() if sharer.writable)
 
 
-@contextlib.contextmanager
-def _its_own_affair() -> Iterator[None]:
-    # ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL: it has
-    # mapped something else there, or registered it elsewhere.
+# ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL, EBUSY: it has
+# mapped something else there, or registered it elsewhere.  All its own affair.
+_HARMLESS: Final = frozenset({errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBUSY})
+
+
+def _try(call: Callable[[int, int, int], None], sharer: Sharer, start: int, end: int) -> None:
     try:
-        yield
+        call(sharer.uffd, sharer.region.start + start, end - start)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBUSY):
+        if error.errno not in _HARMLESS:
             raise
 
 
@@ -62,8 +64,11 @@ def arm(region: Region, start: int, end: int) -> None:
 
 
 def _arm(sharer: Sharer, start: int, end: int) -> None:
-    with _its_own_affair():
-        uffd.register(sharer.uffd, sharer.region.start + start, end - start, Mode.MISSING | Mode.WP)
+    _try(_register, sharer, start, end)
+
+
+def _register(fd: int, start: int, length: int) -> None:
+    uffd.register(fd, start, length, Mode.MISSING | Mode.WP)
 
 
 def protect(region: Region, start: int, end: int, sharers: Iterable[Sharer] | None = None) -> None:
@@ -75,8 +80,7 @@ def protect(region: Region, start: int, end: int, sharers: Iterable[Sharer] | No
         # One that has been detached has no userfaultfd any more.
         if sharer.number in region.sharers:
             _tell(sharer)
-            with _its_own_affair():
-                uffd.write_protect(sharer.uffd, region.start + start, end - start)
+            _try(uffd.write_protect, sharer, start, end)
 
 
 def protect_present(region: Region, start: int, end: int) -> None:
@@ -90,8 +94,7 @@ def unprotect(region: Region, start: int, end: int) -> None:
     """Let writes through in every sharer, and wake who waits to write."""
     for first, last in region.armed.within(start, end):
         for sharer in _writers(region):
-            with _its_own_affair():
-                uffd.write_unprotect(sharer.uffd, region.start + first, last - first)
+            _try(uffd.write_unprotect, sharer, first, last)
 
 
 def admit(sharer: Sharer) -> None:
@@ -111,5 +114,4 @@ def admit(sharer: Sharer) -> None:
 def wake(region: Region, start: int, end: int) -> None:
     """Let every sharer's threads that wait in [start, end) look again."""
     for sharer in region.sharers.values():
-        with _its_own_affair():
-            uffd.wake(sharer.uffd, region.start + start, end - start)
+        _try(uffd.wake, sharer, start, end)

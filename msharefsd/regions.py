@@ -106,6 +106,8 @@ class Region:
     """Set when BUILDING ends, one way or the other."""
     change: trio.Lock = field(default_factory=trio.Lock)
     """Held while objects change: what mmap_lock is to an mm.  Faults do without."""
+    refused: set[Sharer] = field(default_factory=set)
+    """Sharers that have poisoned pages."""
     armed: Ranges = field(default_factory=Ranges)
     """Where windows are registered for write protection."""
     dirty: dict[int, set[Sharer]] = field(default_factory=dict)
@@ -255,6 +257,7 @@ class Regions:
         """A sharer is gone; a region without name and sharers goes with it."""
         region = sharer.region
         del region.sharers[sharer.number]
+        region.refused.discard(sharer)
         self._reap(region)
 
     def detach_and_unlink(self, sharer: Sharer) -> None:

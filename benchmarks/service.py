@@ -1,0 +1,79 @@
+"""A msharefsd for the benchmarks alone, which leaves nothing behind however they end."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from msharefsd import mounting
+from msharefsd.backing import remove_leftovers
+from msharefsd.daemon import _backing_prefix
+
+START_SECONDS = 20.0
+STOP_SECONDS = 20.0
+
+
+class ServiceError(Exception):
+    """The daemon did not start, or did not stop as it should; the text has its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running daemon."""
+
+    mountpoint: Path
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def running(directory: Path, alignment: int) -> Iterator[Service]:
+    """A daemon that mounts in `directory`, with regions aligned to `alignment` bytes.
+
+    Raises ServiceError.
+    """
+    mountpoint, run, log_file = directory / "mshare", directory / "run", directory / "log"
+    with log_file.open("ab") as log:
+        process = subprocess.Popen(
+            [
+                Path(sys.executable).parent / "msharefsd",
+                f"--mountpoint={mountpoint}",
+                f"--run-directory={run}",
+                f"--alignment={alignment}",
+            ],
+            stdout=log,
+            stderr=log,
+            cwd="/",
+        )
+    try:
+        _wait_ready(process, log_file)
+        yield Service(mountpoint, process)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        if process.poll() != 0:
+            raise ServiceError(f"msharefsd did not stop as it should:\n{_text(log_file)}")
+    finally:
+        # Killing it fails every request that waits in its mount, so this comes first.
+        process.kill()
+        process.wait()
+        mount = mounting.top_mount(str(mountpoint))
+        if mount is not None and mount.fstype == mounting.FSTYPE:
+            mounting.unmount(str(mountpoint))
+        remove_leftovers(_backing_prefix(run))
+
+
+def _wait_ready(process: subprocess.Popen[bytes], log_file: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while "ready:" not in _text(log_file):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise ServiceError(f"msharefsd did not start:\n{_text(log_file)}")
+        time.sleep(0.01)
+
+
+def _text(log_file: Path) -> str:
+    return log_file.read_text(errors="replace")
