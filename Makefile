@@ -2,6 +2,7 @@
 # make demo    the letter's donor and consumer on a real mount
 # make test    linters, type checker, tests
 # make bench   side by side with peers: a table, and JSON in benchmarks/results
+# make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make clean
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
 	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench clean
+.PHONY: setup demo test lint check bench oracle clean
 
 setup: $(VENV)/.project
 
@@ -49,6 +50,10 @@ test: lint check
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+PROGRAMS ?= 100000
+oracle: setup
+	MSHARE_ORACLE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest tests/test_oracle.py
 
 clean:
 	rm -rf $(VENV) build dist benchmarks/results
