@@ -83,6 +83,22 @@ QUICK: Final = Plan(
     mapped_rounds=2,
 )
 
+SMOKE: Final = Plan(
+    touch=16 * MiB,
+    warm=16 * MiB,
+    touch_rounds=1,
+    attach_rounds=1,
+    attaches=2,
+    fault_rounds=1,
+    faults=20,
+    file_rounds=1,
+    files=2,
+    sharers=3,
+    change_rounds=2,
+    mapped_rounds=1,
+)
+"""Enough to see that everything runs."""
+
 _names = (f"benchmark-{os.getpid()}-{number}" for number in itertools.count(1))
 
 

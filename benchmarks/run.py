@@ -111,7 +111,7 @@ def _say(progress: str) -> None:
     print(progress, file=sys.stderr, flush=True)
 
 
-def _write(rows: Sequence[table.Row], plan: measures.Plan, seconds: float) -> Path:
+def _write(rows: Sequence[table.Row], plan: measures.Plan, seconds: float, directory: Path) -> Path:
     """The results as JSON; returns where."""
     now = datetime.now(UTC)
     document: dict[str, Any] = {
@@ -126,8 +126,8 @@ def _write(rows: Sequence[table.Row], plan: measures.Plan, seconds: float) -> Pa
         "seconds": round(seconds, 1),
         "rows": [row.as_json() for row in rows],
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{now:%Y%m%dT%H%M%SZ}.json"
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{now:%Y%m%dT%H%M%SZ}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path
 
@@ -144,9 +144,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, less memory")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="fewer rounds, less memory")
+    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON")
     arguments = parser.parse_args()
-    plan = measures.QUICK if arguments.quick else measures.FULL
+    plan = measures.FULL
+    if arguments.quick:
+        plan = measures.QUICK
+    if arguments.smoke:
+        plan = measures.SMOKE
     # As an exception, so that everything is taken down.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     _check_memory(plan)
@@ -156,7 +163,7 @@ def main() -> None:
     except (service.ServiceError, worker.WorkerError, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmarks: {error}")
     print(table.render(rows))
-    print(f"\n{_write(rows, plan, time.monotonic() - since)}")
+    print(f"\n{_write(rows, plan, time.monotonic() - since, arguments.results)}")
 
 
 if __name__ == "__main__":

@@ -443,7 +443,11 @@ class FileSystem(_GuardedOperations):
 
     def _list(self, inode: int) -> list[tuple[int, bytes, int]]:
         if inode == ROOT:
-            names = list(FIXED.items())
+            names = [
+                (name, number)
+                for name, number in FIXED.items()
+                if name != CONTROL_NAME or self._control is not None
+            ]
             names += [(region.name, region_inode(region)) for region in self._regions]
         elif inode == REGIONS_INODE:
             names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._regions]

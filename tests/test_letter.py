@@ -73,3 +73,15 @@ def test_the_demo_runs_and_takes_everything_down() -> None:
     assert "Some random shared text" in done.stdout
     assert "0000000 0000020000000000 0000008000000000" in done.stdout
     assert sorted(os.listdir("/sys/fs")) == before
+
+
+def test_the_counter_counts(make_daemon: Callable[..., Daemon], directory: Path) -> None:
+    daemon = make_daemon().start()
+    counter = compile_c(EXAMPLES / "counter.c", directory / "counter", "-Wall", "-Wextra")
+    said = [
+        subprocess.run(
+            [counter], env={"MSHARE_ROOT": str(daemon.mount)}, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert said == [b"run 1 at 0x10000000000\n", b"run 2 at 0x10000000000\n"]

@@ -1,0 +1,290 @@
+"""The small modules: settings, texts, notification, liveness, capabilities."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from msharefsd import capabilities, config, kernel, liveness, notify, seldom, texts, uffd
+from msharefsd.config import ConfigError
+from msharefsd.errors import Refused
+from msharefsd.files import MappedFile, check_mappable
+from msharefsd.objects import Object
+from msharefsd.pageserver import Window
+from msharefsd.regions import Regions
+from msharefsd.uffd import Feature, Mode, Outcome
+
+KiB, MiB = 1 << 10, 1 << 20
+PAGE = kernel.PAGE
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4096", 4096), ("64K", 64 * KiB), ("2MiB", 2 * MiB), ("1TB", 1 << 40)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert config.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5G", "1X", "0x10"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a size"):
+        config.parse_size(text)
+
+
+def test_the_command_line_takes_precedence_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config"
+    file.write_text('alignment = "4M"\nlog_level = "debug"\nmountpoint = "/run/x"\n')
+    loaded = config.load(file, {"alignment": "2M"})
+    assert (loaded.alignment_bytes, loaded.log_level) == (2 * MiB, "debug")
+    assert (loaded.mountpoint, loaded.region_memory_bytes) == ("/run/x", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("nonsense = 1", "nonsense"),
+        ("alignment = 5", "alignment"),
+        ('alignment = "3M"', "power of two"),
+        ('alignment = "1M"', "power of two"),
+        ('log_level = "loud"', "loud"),
+        ('region_memory = "much"', "much"),
+        ("not toml", "config"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "config"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        config.load(file, {})
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        config.load(tmp_path / "missing", {})
+
+
+def test_defaults_depend_on_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    root = config.load(None, {})
+    assert (root.mountpoint, root.run_directory) == (
+        "/sys/fs/mshare",
+        "/run/msharefs/sys-fs-mshare",
+    )
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    user = config.load(None, {})
+    assert user.mountpoint == "/run/user/1000/mshare"
+    assert user.run_directory == "/run/user/1000/msharefs/run-user-1000-mshare"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(ConfigError, match="XDG_RUNTIME_DIR"):
+        config.load(None, {})
+
+
+@pytest.mark.parametrize("prefix", ["", "@"])
+def test_the_service_manager_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    address = f"@{tmp_path.name}" if prefix else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address.replace("@", "\0", 1) if prefix else address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        notify.notify("READY=1", "STATUS=x")
+        assert manager.recv(100) == b"READY=1\nSTATUS=x"
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    notify.notify("READY=1")
+
+
+async def test_a_process_that_ends_is_noticed_once() -> None:
+    deaths = liveness.Deaths()
+    ended: list[str] = []
+    with subprocess.Popen(["sleep", "60"]) as first, subprocess.Popen(["sleep", "60"]) as second:
+        pidfds = [os.pidfd_open(process.pid) for process in (first, second)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(deaths.run)
+            deaths.watch(pidfds[0], lambda: ended.append("first"))
+            deaths.watch(pidfds[1], lambda: ended.append("second"))
+            deaths.forget(pidfds[1])
+            assert not liveness.has_ended(pidfds[0])
+            for process in (second, first):
+                process.send_signal(signal.SIGKILL)
+            with trio.fail_after(20):
+                while not ended:
+                    await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        assert liveness.has_ended(pidfds[0])
+    assert ended == ["first"]
+    deaths.close()
+    for pidfd in pidfds:
+        os.close(pidfd)
+    assert liveness.read_proc(first.pid, "comm") == ""
+    assert liveness.read_proc(os.getpid(), "comm") != ""
+
+
+async def test_seldom_is_once_in_a_while(autojump_clock: trio.testing.MockClock) -> None:
+    some = seldom.Seldom()
+    assert some.now("a")
+    assert not some.now("a")
+    assert some.now("b")
+    await trio.sleep(seldom.INTERVAL)
+    assert some.now("a")
+    for key in range(seldom.MOST_KEYS):
+        some.now(key)
+    assert len(some._last) <= seldom.MOST_KEYS
+
+
+def test_a_feature_that_is_done_without_is_missing() -> None:
+    everything = capabilities.probe()
+    less = capabilities.probe(frozenset({"poison", "write_protect"}))
+    assert Feature.POISON in everything.features
+    assert Feature.POISON not in less.features
+    assert Feature.WP_HUGETLBFS_SHMEM not in less.features
+    assert len(less.missing()) == len(everything.missing()) + 2
+    with pytest.raises(capabilities.UnsupportedError, match="no such feature: magic"):
+        capabilities.probe(frozenset({"magic"}))
+
+
+def test_without_userfaultfd_it_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(uffd, "open_new", refuse)
+    monkeypatch.setattr(uffd, "open_by_system_call", refuse)
+    with pytest.raises(capabilities.UnsupportedError, match="CONFIG_USERFAULTFD"):
+        capabilities.probe()
+
+
+def test_the_texts_of_a_region() -> None:
+    regions = Regions(1 << 21, lambda *_: _backing(), lambda _: None)
+    region = regions.create(b"a b", 0o640, 1, 2)
+    assert "state:    no range" in texts.info(region)
+    regions.establish(region, 1 << 40, 1 << 21, read_only=False)
+    region.objects.insert(Object(0, PAGE, 1, True))
+    region.objects.insert(Object(PAGE, PAGE, 3, False))
+    regions.attach(region, os.getpid(), 7, -1, writable=False)
+    assert texts.maps(region).splitlines() == [
+        f"10000000000-10000001000 r--p 00000000 00:00 0{'':<28}[anon:a\\040b]",
+        f"10000001000-10000002000 rw-s 00000000 00:00 0{'':<28}[anon_shmem:a\\040b]",
+    ]
+    header, line = texts.sharers(region).splitlines()
+    assert header.split() == ["PID", "UID", "ACCESS", "SINCE", "COMMAND"]
+    assert line.split()[:3] == [str(os.getpid()), "7", "read-only"]
+    info = dict(row.split(":", 1) for row in texts.info(region).splitlines())
+    assert (info["name"].strip(), info["objects"].strip()) == ("a\\040b", "2")
+
+
+def _backing() -> Any:
+    identity = SimpleNamespace(major=1, minor=1, inode=1)
+    return SimpleNamespace(kind="shm", name="/x", identity=identity, allocated=lambda: 4096)
+
+
+def test_a_window_grows_while_a_thread_goes_on() -> None:
+    window = Window()
+    at, lengths = 0, []
+    for _ in range(8):
+        start, length = window.chunk(at)
+        assert start <= at < start + length
+        lengths.append(length // KiB)
+        at = start + length
+    assert lengths == [64, 128, 256, 512, 1024, 2048, 2048, 2048]
+    assert window.chunk(1 << 30) == (1 << 30, 64 * KiB)
+    assert window.chunk((1 << 30) + 200 * KiB)[1] == 64 * KiB
+
+
+def test_many_threads_have_each_their_window() -> None:
+    window = Window()
+    runs = [number << 30 for number in range(16)]
+    for _ in range(4):
+        runs = [sum(window.chunk(at)) for at in runs]
+    assert {window.chunk(at)[1] for at in runs} == {1024 * KiB}
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "shared", "write", "code"),
+    [
+        ("file", os.O_WRONLY, False, False, errno.EACCES),
+        ("file", os.O_RDONLY, True, True, errno.EACCES),
+        ("file", os.O_PATH, False, False, errno.EBADF),
+        (".", os.O_RDONLY, False, False, errno.ENODEV),
+        ("/dev/zero", os.O_RDONLY, False, False, errno.ENODEV),
+        ("file", os.O_RDONLY, False, True, None),
+        ("file", os.O_RDONLY, True, False, None),
+        ("file", os.O_RDWR, True, True, None),
+    ],
+)
+def test_what_can_be_mapped(
+    tmp_path: Path, path: str, mode: int, shared: bool, write: bool, code: int | None
+) -> None:
+    (tmp_path / "file").touch()
+    fd = os.open(tmp_path / path, mode)
+    try:
+        if code is None:
+            assert check_mappable(fd, shared=shared, write=write) == (mode == os.O_RDWR)
+        else:
+            with pytest.raises(Refused) as caught:
+                check_mappable(fd, shared=shared, write=write)
+            assert caught.value.code == code
+    finally:
+        os.close(fd)
+
+
+def test_a_sealed_memfd_is_not_written() -> None:
+    import fcntl
+
+    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    assert not check_mappable(fd, shared=True, write=False)
+    with pytest.raises(Refused, match="sealed"):
+        check_mappable(fd, shared=True, write=True)
+    os.close(fd)
+
+
+def test_a_mapped_file_is_closed_by_the_last_user_and_never_extended(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * (PAGE + 10))
+    closed: list[int] = []
+    file = MappedFile(os.open(path, os.O_RDWR), 0, may_write=True, close=closed.append)
+    buffer = bytearray(b"x" * 4 * PAGE)
+    assert file.read(memoryview(buffer), 0) == 2 * PAGE
+    assert buffer[: 2 * PAGE] == b"a" * (PAGE + 10) + bytes(PAGE - 10)
+    assert file.read(memoryview(buffer), 2 * PAGE) == 0
+    file.write(b"b" * 2 * PAGE, PAGE)
+    file.write(b"c" * PAGE, 8 * PAGE)
+    assert path.read_bytes() == b"a" * PAGE + b"b" * 10
+    file.hold()
+    file.let_go()
+    assert closed == []
+    fd = file.fd
+    file.let_go()
+    assert closed == [fd]
+    os.close(fd)
+
+
+def test_pages_come_whole_or_not_at_all() -> None:
+    """The ioctls on a mapping of our own."""
+    memory = os.memfd_create("x")
+    os.ftruncate(memory, 8 * PAGE)
+    fd = uffd.open_own()
+    uffd.handshake(fd, Feature.MISSING_SHMEM | Feature.POISON)
+    start = kernel.mmap(None, 8 * PAGE, 3, kernel.MAP_SHARED, memory, 0)
+    uffd.register(fd, start, 8 * PAGE, Mode.MISSING)
+    assert uffd.zeropage(fd, start, 2 * PAGE) == (2 * PAGE, Outcome.DONE)
+    assert uffd.zeropage(fd, start, PAGE) == (0, Outcome.PRESENT)
+    assert uffd.zeropage(fd, start + 9 * PAGE, PAGE) == (0, Outcome.RETRY)
+    assert uffd.poison(fd, start + 4 * PAGE, PAGE) == (PAGE, Outcome.DONE)
+    done, outcome = uffd.zeropage(fd, start + 3 * PAGE, 3 * PAGE)  # it replaces the poison
+    assert (done, outcome) == (3 * PAGE, Outcome.DONE)
+    assert os.pread(memory, PAGE, PAGE) == bytes(PAGE)
+    assert list(uffd.read_faults(fd)) == []
+    kernel.munmap(start, 8 * PAGE)
+    for each in (fd, memory):
+        os.close(each)
