@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <mshare.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
@@ -161,6 +162,51 @@ static void donate_under_writers(const char *name, char *start, size_t size, int
 	printf("0\n");
 }
 
+static void wait_for_both(int *barrier)
+{
+	int turn = __atomic_load_n(&barrier[1], __ATOMIC_SEQ_CST);
+
+	if (__atomic_add_fetch(&barrier[0], 1, __ATOMIC_SEQ_CST) == 2) {
+		__atomic_store_n(&barrier[0], 0, __ATOMIC_SEQ_CST);
+		__atomic_add_fetch(&barrier[1], 1, __ATOMIC_SEQ_CST);
+	} else {
+		while (__atomic_load_n(&barrier[1], __ATOMIC_SEQ_CST) == turn)
+			sched_yield();
+	}
+}
+
+/*
+ * Two sharers touch pages of a freshly mapped file at the same moment, COUNT times.
+ * No byte of the file is 0; they begin at both ends, so that they meet.
+ */
+static void race(char *start, size_t length, const char *path, unsigned long count)
+{
+	int *barrier = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	int fd = open(path, O_RDONLY | O_CLOEXEC), status = 0;
+	long empty = 0;
+	pid_t child = fork();
+
+	for (unsigned long i = 0; i < count; i++) {
+		if (child && mmap(start, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd,
+				  0) == MAP_FAILED) {
+			perror("mmap");
+			exit(1);
+		}
+		wait_for_both(barrier);
+		for (size_t at = 0; at < length; at += 4096) {
+			volatile char *page = start + (child || i % 2 ? at : length - 4096 - at);
+
+			empty += page[0] == 0 || page[4095] == 0;
+		}
+		wait_for_both(barrier);
+	}
+	if (child == 0)
+		_exit(empty != 0);
+	waitpid(child, &status, 0);
+	close(fd);
+	printf("%ld\n", empty + status);
+}
+
 static void run(char *line, const char *self)
 {
 	char *words[8] = { 0 }, *rest = NULL, *position;
@@ -202,6 +248,9 @@ static void run(char *line, const char *self)
 			printf("%s\n", got == (void *)n[1] ? "0" : "elsewhere");
 		if (fd >= 0)
 			close(fd);
+	} else if (IS("race")) { /* address length path count */
+		fflush(stdout);
+		race((char *)n[1], n[2], words[3], n[4]);
 	} else if (IS("munmap")) { /* address length */
 		say_errno(munmap((void *)n[1], n[2]));
 	} else if (IS("msync")) { /* address length flags */

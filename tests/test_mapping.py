@@ -6,12 +6,16 @@ import errno
 import mmap
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
+from conftest import ALIGNMENT, BASE, TESTS, Client, Daemon, eventually
+
+from msharefsd import mounting
 
 SIZE = 2 * ALIGNMENT
 PAGE = 4096
@@ -435,6 +439,96 @@ def test_maps_can_be_read_by_who_reads_proc_maps(pair: Pair, file: Path, daemon:
         str(file),
     ]
     assert rows[1][1:] == ["---p", "00000000", "00:00", "0", "[anon:r]"]
+
+
+def test_pages_of_a_file_are_never_seen_empty(pair: Pair, directory: Path) -> None:
+    path = directory / "full"
+    path.write_bytes(b"\xff" * 32 * PAGE)
+    assert pair[0].do("race", BASE, 32 * PAGE, path, 3000) == "0"
+
+
+def test_what_was_synced_is_in_the_file_whatever_happens_then(
+    pair: Pair, file: Path, daemon: Daemon
+) -> None:
+    first, second = pair
+    first.ok("mmap", BASE, 8 * PAGE, BOTH, SHARED | FIXED, file, os.O_RDWR, 0)
+    for page in range(7):
+        (first, second)[page % 2].ok("store", BASE + page * PAGE, 200 + page)
+    second.ok("msync", BASE, 8 * PAGE, MS_SYNC)
+    daemon.kill()
+    first.kill()
+    second.kill()
+    assert [file.read_bytes()[page * PAGE] for page in range(7)] == list(range(200, 207))
+
+
+@pytest.fixture
+def strange(directory: Path) -> Iterator[Path]:
+    """A file system whose files hang and fail."""
+    path = directory / "strange"
+    path.mkdir()
+    with subprocess.Popen(
+        [sys.executable, TESTS / "strange.py", path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield path
+        finally:
+            process.kill()
+            process.wait()
+            mounting.unmount(str(path))
+
+
+def test_a_file_that_hangs_stalls_its_own_range_only(
+    pair: Pair, strange: Path, file: Path, spawn: Spawn, daemon: Daemon
+) -> None:
+    first, second = pair
+    daemon.expected.append("cannot read")
+    first.ok("mmap", BASE, 8 * PAGE, BOTH, PRIVATE | FIXED, strange / "hangs", os.O_RDONLY, 0)
+    stuck = [spawn() for _ in range(12)]  # more than a user has threads
+    for number, client in enumerate(stuck):
+        client.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        client.ok("mmap", BASE + (16 + number) * PAGE, PAGE, BOTH, PRIVATE | FIXED,
+                  strange / "hangs", os.O_RDONLY, 0)  # fmt: skip
+        client.send("load", BASE + (16 + number) * PAGE)
+    first.ok("mmap", BASE + ALIGNMENT, 8 * PAGE, BOTH, SHARED | FIXED)
+    second.ok("store", BASE + ALIGNMENT, 1)
+    assert daemon.sharers("r") == 14
+    # Another user's files have threads of their own.
+    other = spawn(user=65534, group=65534, extra_groups=[])
+    other.ok("mshare", "q", BASE, SIZE, CREATE, 0o600)
+    other.ok("mmap", BASE, 8 * PAGE, READ, PRIVATE | FIXED, file, os.O_RDONLY, 0)
+    assert other.do("load", BASE + PAGE) == "2"
+    # Unmapping does not wait for it, and frees who waits.
+    second.ok("munmap", BASE, ALIGNMENT)
+    stuck[0].kill()
+    assert second.do("load", BASE) == "SIGBUS"
+    assert second.do("load", BASE + ALIGNMENT) == "1"
+
+
+def test_a_file_that_cannot_be_read_is_sigbus(pair: Pair, strange: Path, daemon: Daemon) -> None:
+    first, second = pair
+    daemon.expected.append("cannot read")
+    first.ok("mmap", BASE, 8 * PAGE, BOTH, PRIVATE | FIXED, strange / "fails", os.O_RDONLY, 0)
+    for client in pair:
+        assert client.do("load", BASE + PAGE) == "SIGBUS"
+        assert client.do("from_memory", BASE + 3 * PAGE, 1) == minus(errno.EFAULT)
+    assert second.do("load", BASE + 9 * PAGE) == "SIGBUS"
+
+
+def test_a_file_that_shrinks_is_sigbus_beyond_its_end_and_may_grow_again(
+    pair: Pair, file: Path
+) -> None:
+    first, second = pair
+    first.ok("mmap", BASE, 8 * PAGE, BOTH, PRIVATE | FIXED, file, os.O_RDONLY, 0)
+    os.truncate(file, PAGE)
+    assert first.do("load", BASE) == "1"
+    assert first.do("load", BASE + PAGE) == "SIGBUS"
+    assert second.do("load", BASE + 2 * PAGE) == "SIGBUS"
+    with file.open("ab") as grown:
+        grown.write(b"\x55" * 2 * PAGE)
+    assert first.do("load", BASE + PAGE) == str(0x55)
+    assert second.do("load", BASE + 2 * PAGE) == str(0x55)
 
 
 def test_a_killed_daemon_stops_nobody_on_protected_memory_that_is_there(

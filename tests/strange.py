@@ -1,0 +1,55 @@
+"""A file system of two strange files: `strange.py MOUNTPOINT`.
+
+`hangs`: a read of it never returns.  `fails`: a read of it is EIO.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from typing import Any
+
+import pyfuse3
+import trio
+
+NAMES = {b"hangs": 2, b"fails": 3}
+
+
+class Strange(pyfuse3.Operations):
+    async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode)
+        directory = inode == pyfuse3.ROOT_INODE
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755 if directory else stat.S_IFREG | 0o644)
+        entry.st_nlink = 1
+        entry.st_size = 0 if directory else 1 << 20
+        entry.entry_timeout = entry.attr_timeout = 60
+        return entry
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        if name not in NAMES:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return await self.getattr(NAMES[name], ctx)
+
+    async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), direct_io=True)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        if fh == NAMES[b"hangs"]:
+            await trio.sleep_forever()
+        raise pyfuse3.FUSEError(errno.EIO)
+
+
+def main() -> None:
+    pyfuse3.init(Strange(), sys.argv[1], {"fsname=strange"})
+    print("ready", flush=True)
+    try:
+        trio.run(pyfuse3.main)
+    finally:
+        pyfuse3.close(unmount=False)
+        os._exit(0)  # a read that hangs has a task that nobody ends
+
+
+main()
