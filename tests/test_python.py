@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,63 @@ def test_a_c_donor_and_a_python_consumer(spawn: Spawn, daemon: Daemon) -> None:
         memory.buf[8] = 8
     assert donor.do("load", BASE + 8) == "8"
     assert daemon.sharers("r") == 1
+
+
+def run_as(user: int, function: Callable[[], None]) -> None:
+    """Run it in a process of that user's; it must succeed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            # As after exec: a donor looks into its own /proc/self.
+            ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE
+            function()
+        except BaseException:  # noqa: BLE001 - it is told, and the child ends
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+@pytest.mark.parametrize("consumer", ["C", "Python"])
+@pytest.mark.parametrize("donor", ["C", "Python"])
+def test_every_donor_with_every_consumer(
+    spawn: Spawn, daemon: Daemon, donor: str, consumer: str, user: int
+) -> None:
+    who = {"user": user, "group": user, "extra_groups": []} if user else {}
+
+    def donate() -> None:
+        with create() as memory:
+            memory.buf[SIZE - 1] = 42
+
+    def consume() -> None:
+        with Region("r") as memory:
+            assert memory.buf[SIZE - 1] == 42
+            assert memory.buf[4096] == 0
+            memory.unlink()
+
+    if donor == "C":
+        client = spawn(**who)
+        client.ok("map", BASE, SIZE, mmap.MAP_SHARED)
+        client.ok("store", BASE + SIZE - 1, 42)
+        client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        client.ok("detach", "r")
+    else:
+        run_as(user, donate)
+    assert daemon.field("r", "owner") == f"{user}:{user}"
+    if consumer == "C":
+        client = spawn(**who)
+        client.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        assert client.do("load", BASE + SIZE - 1) == "42"
+        assert client.do("from_memory", BASE + 8192, 1) == "1"
+        client.ok("unlink", "r")
+    else:
+        run_as(user, consume)
+    assert not (daemon.mount / "r").exists()
 
 
 def test_the_functions_are_those_of_c() -> None:
