@@ -38,6 +38,12 @@ class Baseline:
         self.daemon = daemon
         self.regions = set(os.listdir(daemon.mount))
         self.held = self._held()
+        for _ in range(100):
+            # What is foreign is closed by a thread, in its own time.
+            time.sleep(0.05)
+            before, self.held = self.held, self._held()
+            if before == self.held:
+                break
 
     def _held(self) -> tuple[float, ...]:
         daemon = self.daemon
