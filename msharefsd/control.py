@@ -111,7 +111,8 @@ class Control:
         self.region_of_inode = region_of_inode
         self.mount_device = mount_device
         self._device: int | None = None
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare: int | None = None
+        self._reserve()
         self._seldom = Seldom()
         self._disposals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         threading.Thread(target=_close_each, args=[self._disposals], daemon=True).start()
@@ -141,13 +142,25 @@ class Control:
 
         It would wait for nothing otherwise.  Those that are served go on.
         """
+        self._reserve()
+        if self._spare is None:
+            await trio.sleep(0.1)
+            return
         os.close(self._spare)
+        self._spare = None
         try:
-            sock, _ = await listener.accept()
-            with sock:
-                await self._refuse(sock, code)
+            # Somebody else in this process may have been faster.
+            with contextlib.suppress(OSError):
+                sock, _ = await listener.accept()
+                with sock:
+                    await self._refuse(sock, code)
         finally:
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self._reserve()
+
+    def _reserve(self) -> None:
+        if self._spare is None:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     async def _refuse(self, sock: trio.socket.SocketType, code: int) -> None:
         if self._seldom.now(code):
@@ -195,7 +208,8 @@ class Control:
     def close(self) -> None:
         """Release what is not a connection's."""
         self._disposals.put(None)
-        os.close(self._spare)
+        if self._spare is not None:
+            os.close(self._spare)
         if self._device is not None:
             os.close(self._device)
 

@@ -122,7 +122,8 @@ class Outcome(Enum):
 # covers the range (unmapped meanwhile, or about to be registered).  EAGAIN: an
 # mmap change in progress.  ESRCH: the mm is gone.  shmem reports a full tmpfs as
 # ENOMEM, hugetlb an empty pool as ENOMEM, a size limit as ENOSPC; EFAULT is what a
-# failed memory-cgroup charge becomes on some paths.
+# failed memory-cgroup charge becomes on some paths.  Without descriptors there is no
+# host mapping.
 _OUTCOMES: Final = {
     errno.EEXIST: Outcome.PRESENT,
     errno.ENOENT: Outcome.RETRY,
@@ -131,6 +132,8 @@ _OUTCOMES: Final = {
     errno.ENOMEM: Outcome.NO_MEMORY,
     errno.ENOSPC: Outcome.NO_MEMORY,
     errno.EFAULT: Outcome.NO_MEMORY,
+    errno.EMFILE: Outcome.NO_MEMORY,
+    errno.ENFILE: Outcome.NO_MEMORY,
 }
 
 

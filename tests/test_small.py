@@ -17,6 +17,7 @@ import trio.testing
 
 from msharefsd import capabilities, config, kernel, liveness, notify, seldom, texts, uffd
 from msharefsd.config import ConfigError
+from msharefsd.control import Control
 from msharefsd.errors import Refused
 from msharefsd.files import MappedFile, check_mappable
 from msharefsd.objects import Object
@@ -288,3 +289,26 @@ def test_pages_come_whole_or_not_at_all() -> None:
     kernel.munmap(start, 8 * PAGE)
     for each in (fd, memory):
         os.close(each)
+
+
+async def test_no_descriptor_even_for_who_is_turned_away(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    control = Control.__new__(Control)
+    control._spare = None
+    listener: Any = SimpleNamespace(accept=None)  # not even asked
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", none_left)
+        await control._turn_away(listener, errno.EMFILE)
+    assert control._spare is None
+
+    async def accept() -> None:
+        none_left()
+
+    listener.accept = accept
+    await control._turn_away(listener, errno.EMFILE)
+    assert control._spare is not None
+    os.close(control._spare)
