@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PERCENTILES = 100
+CLOSE = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,7 @@ class Row:
     def verdict(self) -> str:
         """The target and whether it is met, if there is one.
 
-        Above it, but with the middle halves of both sides' samples not apart, is
-        noise.
+        Above it by little is said to be so: two runs of the same side differ as much.
         """
         if self.limit is not None:
             word = "met" if self.our_value <= self.limit else "MISSED"
@@ -60,8 +60,8 @@ class Row:
             return ""
         if self.ratio <= self.target:
             word = "met"
-        elif _quartile(self.ours, 0) <= self.target * _quartile(self.peers, 2):
-            word = "noise"
+        elif self.ratio <= self.target * CLOSE:
+            word = f"within {CLOSE - 1:.0%}"
         else:
             word = "MISSED"
         return f"<= {self.target:g} {word}"

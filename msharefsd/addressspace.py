@@ -11,6 +11,7 @@ between two awaits the map, the memory and the protection must fit together.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from dataclasses import replace
@@ -65,6 +66,8 @@ class AddressSpaces:
         """Put an object in; with `replace` in place of what is there, else EEXIST."""
         self.check(region, new.offset, new.length)
         self._check_prot(new, errno.EPERM)
+        if replace:
+            await self._write_back(region, new.offset, new.end)
         async with region.change:
             if region.objects.within(new.offset, new.length):
                 if not replace:
@@ -103,6 +106,8 @@ class AddressSpaces:
     async def munmap(self, region: Region, offset: int, length: int) -> None:
         """Make a hole; returns when nobody has the memory any more."""
         self.check(region, offset, length)
+        # Most of it now: a file that takes its time holds up nobody's calls.
+        await self._write_back(region, offset, offset + length)
         async with region.change:
             if len(region.objects) + 1 > MOST_OBJECTS:
                 raise Refused(errno.ENOMEM, "too many objects in the region")
@@ -128,8 +133,15 @@ class AddressSpaces:
             # Punching leaves the protection where a page was mapped.
             if any(item.guarded for item in removed):
                 protection.unprotect(region, offset, end)
-            for page in [page for page in region.dirty if offset <= page < end]:
+            lost = [page for page in region.dirty if offset <= page < end]
+            for page in lost:
                 del region.dirty[page]
+            if lost:  # as in the kernel, munmap() succeeds all the same
+                log.error(
+                    "region %s: unmapped %d bytes that a file did not take",
+                    region.label(),
+                    len(lost) * kernel.PAGE,
+                )
             _let_go(region, removed)
         finally:
             if leaving:
@@ -141,14 +153,8 @@ class AddressSpaces:
         protection.wake(region, start, end)
 
     async def _write_back(self, region: Region, start: int, end: int) -> None:
-        # As in the kernel: what a file does not take when it is unmapped is lost to
-        # it, and munmap() succeeds.
-        try:
+        with contextlib.suppress(OSError):  # it has been logged
             await self._writeback.flush(region, start, end)
-        except OSError as error:
-            log.error(
-                "region %s: unmapped what a file did not take: %s", region.label(), error.strerror
-            )
 
     async def mprotect(self, region: Region, offset: int, length: int, prot: int) -> None:
         """Change the protection; up to the first hole, then ENOMEM, as mprotect(2) does."""

@@ -86,6 +86,8 @@ class MappedFile:
         self.may_write = may_write
         self._close = close
         self._users = 1
+        self.flushing = trio.Lock()
+        """Held while dirty pages go to the file."""
         self.identity = kernel.identify(fd)
         # readlink asks the dentry cache, not the file system.
         self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))

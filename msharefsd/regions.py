@@ -113,8 +113,6 @@ class Region:
     dirty: dict[int, set[Sharer]] = field(default_factory=dict)
     """Pages of shared file mappings to be written back, and who may write them
     without our noticing again."""
-    flushing: trio.Lock = field(default_factory=trio.Lock)
-    """Held while dirty pages are written: msync() must not overtake it."""
     leaving: Ranges = field(default_factory=Ranges)
     """Ranges that are being unmapped: who writes there waits until they are gone."""
 

@@ -63,9 +63,21 @@ class Writeback:
         Raises OSError, the first that a file gave: what could not be written stays
         dirty.
         """
-        async with region.flushing:
+        failure: OSError | None = None
+        for file in _written_back(region, start, end):
+            try:
+                await self._flush_file(region, file, start, end)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def _flush_file(self, region: Region, file: MappedFile, start: int, end: int) -> None:
+        # Also for pages that are not dirty any more, because somebody else is writing
+        # them just now: msync() must not overtake that.
+        async with file.flushing:
             failure: OSError | None = None
-            for run in self._runs(region, start, end):
+            for run in self._runs(region, file, start, end):
                 try:
                     await self._write(region, run)
                 except OSError as error:
@@ -74,18 +86,19 @@ class Writeback:
             raise failure
 
     @staticmethod
-    def _runs(region: Region, start: int, end: int) -> list[_Run]:
+    def _runs(region: Region, file: MappedFile, start: int, end: int) -> list[_Run]:
         runs: list[_Run] = []
         for page in sorted(page for page in region.dirty if start <= page < end):
             item = region.objects.find(page)
-            if item is None or item.file is None or not item.written_back:
+            if item is None or not item.written_back:
                 del region.dirty[page]
+                continue
+            if item.file is not file:
                 continue
             file_offset = item.file_offset + page - item.offset
             last = runs[-1] if runs else None
             if (
                 last is not None
-                and last.file is item.file
                 and last.offset + last.length == page
                 and last.file_offset + last.length == file_offset
                 and last.length < BUFFER
@@ -93,8 +106,7 @@ class Writeback:
                 last.length += kernel.PAGE
                 last.writers |= region.dirty[page]
             else:
-                writers = set(region.dirty[page])
-                runs.append(_Run(item.file, page, kernel.PAGE, file_offset, writers))
+                runs.append(_Run(file, page, kernel.PAGE, file_offset, set(region.dirty[page])))
         return runs
 
     async def _write(self, region: Region, run: _Run) -> None:
@@ -127,10 +139,8 @@ class Writeback:
     async def sync(self, region: Region, start: int, end: int) -> None:
         """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""
         await self.flush(region, start, end)
-        parts = region.objects.within(start, end - start)
-        files = {id(part.file): part.file for part in parts if part.written_back}
-        for file in files.values():
-            if file is None or not file.may_write:
+        for file in _written_back(region, start, end):
+            if not file.may_write:
                 continue
             file.hold()
             try:
@@ -150,28 +160,34 @@ class Writeback:
             region.close_memory()
 
     async def run(self, regions: Callable[[], Iterable[Region]]) -> None:
-        """Write every few seconds, forever.  A file that hangs holds up its region only."""
+        """Write every few seconds, forever.  A file that hangs holds up nothing else."""
         async with trio.open_nursery() as nursery:
             while True:
                 with trio.move_on_after(INTERVAL):
                     await self._wanted.wait()
                 self._wanted = trio.Event()
                 for region in regions():
-                    if region.dirty and not region.flushing.locked():
-                        nursery.start_soon(self._round, region)
+                    for file in _written_back(region, 0, region.size) if region.dirty else ():
+                        if not file.flushing.locked():
+                            nursery.start_soon(self._round, region, file)
                 while self._released:
                     nursery.start_soon(self._last, self._released.pop())
 
-    async def _round(self, region: Region) -> None:
+    async def _round(self, region: Region, file: MappedFile) -> None:
         # Logged where it happened; tried again in the next round.
         try:
-            await self.flush(region, 0, region.size)
+            await self._flush_file(region, file, 0, region.size)
         except OSError:
             self._metrics.writeback_errors.inc()
 
+    async def _everything(self, region: Region) -> None:
+        async with trio.open_nursery() as nursery:
+            for file in _written_back(region, 0, region.size):
+                nursery.start_soon(self._round, region, file)
+
     async def _last(self, region: Region) -> None:
         try:
-            await self._round(region)
+            await self._everything(region)
             if region.dirty:
                 log.error(
                     "region %s is gone with %d bytes that its files did not take",
@@ -188,7 +204,13 @@ class Writeback:
             async with trio.open_nursery() as nursery:
                 for region in [*regions, *self._released]:
                     if region.dirty:
-                        nursery.start_soon(self._round, region)
+                        nursery.start_soon(self._everything, region)
         for region in self._released:
             region.close_memory()
         self._released = []
+
+
+def _written_back(region: Region, start: int, end: int) -> list[MappedFile]:
+    """The files in [start, end) that are mapped MAP_SHARED, each once."""
+    parts = region.objects.within(start, end - start)
+    return list({id(p.file): p.file for p in parts if p.file and p.written_back}.values())

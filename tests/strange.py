@@ -1,6 +1,7 @@
-"""A file system of two strange files: `strange.py MOUNTPOINT`.
+"""A file system of three strange files: `strange.py MOUNTPOINT`.
 
-`hangs`: a read of it never returns.  `fails`: a read of it is EIO.
+`hangs`: a read of it never returns.  `fails`: a read of it is EIO.  `full`: a read
+gives ones, a write never returns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-NAMES = {b"hangs": 2, b"fails": 3}
+NAMES = {b"hangs": 2, b"fails": 3, b"full": 4}
 
 
 class Strange(pyfuse3.Operations):
@@ -39,7 +40,13 @@ class Strange(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         if fh == NAMES[b"hangs"]:
             await trio.sleep_forever()
+        if fh == NAMES[b"full"]:
+            return b"\1" * size
         raise pyfuse3.FUSEError(errno.EIO)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        await trio.sleep_forever()
+        raise AssertionError
 
 
 def main() -> None:

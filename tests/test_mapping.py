@@ -506,6 +506,26 @@ def test_a_file_that_hangs_stalls_its_own_range_only(
     assert second.do("load", BASE + ALIGNMENT) == "1"
 
 
+def test_a_file_that_hangs_when_it_is_written_holds_up_no_other(
+    pair: Pair, strange: Path, file: Path, spawn: Spawn, daemon: Daemon
+) -> None:
+    daemon.expected.append("cannot write back|did not take")
+    first, second = pair
+    first.ok("mmap", BASE, 8 * PAGE, BOTH, SHARED | FIXED, strange / "full", os.O_RDWR, 0)
+    first.ok("mmap", BASE + 8 * PAGE, 8 * PAGE, BOTH, SHARED | FIXED, file, os.O_RDWR, 0)
+    first.ok("store", BASE, 7)
+    stuck = [spawn() for _ in range(2)]
+    for client, call in zip(stuck, ("munmap", "msync"), strict=True):
+        client.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        client.send(call, BASE, PAGE, MS_SYNC)
+    second.ok("store", BASE + 8 * PAGE, 9)
+    second.ok("msync", BASE + 8 * PAGE, PAGE, MS_SYNC)
+    assert file.read_bytes()[0] == 9
+    second.ok("mmap", BASE + 16 * PAGE, PAGE, BOTH, SHARED | FIXED)
+    second.ok("munmap", BASE + 8 * PAGE, 8 * PAGE)
+    assert first.do("load", BASE) == "7"
+
+
 def test_a_file_that_cannot_be_read_is_sigbus(pair: Pair, strange: Path, daemon: Daemon) -> None:
     first, second = pair
     daemon.expected.append("cannot read")
