@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backing", choices=["shm"], help="what holds the pages (shm)")
     parser.add_argument("--region-memory", metavar="SIZE", help="the most memory of a region")
     parser.add_argument(
+        "--collapse",
+        action=argparse.BooleanOptionalAction,
+        help="make huge pages of what several sharers have (yes)",
+    )
+    parser.add_argument(
         "--run-directory", metavar="DIR", help="for the lock and the like (in /run/msharefs)"
     )
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])

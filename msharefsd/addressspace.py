@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Final
 
 from msharefsd import kernel, protection
+from msharefsd.backing import HUGE_PAGE
 from msharefsd.capabilities import Capabilities
 from msharefsd.errors import Refused
 from msharefsd.objects import MOST_OBJECTS, Object
@@ -114,8 +115,7 @@ class AddressSpaces:
             await self._remove(region, offset, length)
 
     def _clear(self, region: Region, offset: int, length: int) -> None:
-        assert region.backing is not None
-        region.backing.discard(offset, length)
+        _discard(region, offset, length)
         self._pages.clear_poison(region, offset, length)
 
     async def _remove(self, region: Region, offset: int, length: int) -> None:
@@ -127,9 +127,8 @@ class AddressSpaces:
                 region.leaving.add(offset, end)
                 await self._write_back(region, offset, end)
             _alive(region)
-            assert region.backing is not None
             removed = region.objects.remove(offset, length)
-            region.backing.discard(offset, length)
+            _discard(region, offset, length)
             # Punching leaves the protection where a page was mapped.
             if any(item.guarded for item in removed):
                 protection.unprotect(region, offset, end)
@@ -241,9 +240,22 @@ class AddressSpaces:
                 return
             for item in region.objects.within(offset, length):
                 if item.private:
-                    region.backing.discard(item.offset, item.length)
+                    _discard(region, item.offset, item.length)
             if not region.objects.covers(offset, length):
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+
+def _discard(region: Region, offset: int, length: int) -> None:
+    """Free the memory of a range, whether it is in the backing or in the stash."""
+    assert region.backing is not None
+    region.backing.discard(offset, length)
+    first = offset - offset % HUGE_PAGE
+    if length // HUGE_PAGE < len(region.collapsed):
+        region.collapsed.difference_update(range(first, offset + length, HUGE_PAGE))
+    else:
+        region.collapsed = {
+            chunk for chunk in region.collapsed if not first <= chunk < offset + length
+        }
 
 
 def _alive(region: Region) -> None:

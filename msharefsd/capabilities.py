@@ -10,7 +10,8 @@ import os
 from dataclasses import dataclass, fields
 from typing import Final
 
-from msharefsd import uffd
+from msharefsd import kernel, uffd
+from msharefsd.backing import HUGE_PAGE
 from msharefsd.uffd import Feature
 
 WANTED: Final = (
@@ -46,6 +47,8 @@ class Capabilities:
     """Objects can be read-only (UFFD_FEATURE_WP_HUGETLBFS_SHMEM, Linux 5.19)."""
     exact_address: bool
     """A fault tells its byte, for si_addr (UFFD_FEATURE_EXACT_ADDRESS, Linux 5.18)."""
+    collapse: bool
+    """Small pages can be made huge ones (MADV_COLLAPSE, Linux 6.1)."""
     map_files: bool
     """A donor's shared anonymous memory can be looked into (/proc/PID/map_files)."""
 
@@ -82,6 +85,8 @@ _LACKING: Final = {
     "writable, and writable MAP_SHARED files, cannot be mapped",
     "exact_address": "no UFFD_FEATURE_EXACT_ADDRESS (Linux 5.18): si_addr of a SIGSEGV is the "
     "page's address",
+    "collapse": "no MADV_COLLAPSE of shared memory (Linux 6.1, CONFIG_TRANSPARENT_HUGEPAGE): each "
+    "sharer keeps its own page tables",
     "map_files": "no right to /proc/PID/map_files (CAP_CHECKPOINT_RESTORE): a donor's shared "
     "anonymous memory is searched page by page, slowly",
 }
@@ -125,6 +130,7 @@ def probe(without: frozenset[str] = frozenset()) -> Capabilities:
         "map_present": bool(features & Feature.MINOR_SHMEM),
         "write_protect": Feature.WP | Feature.WP_HUGETLBFS_SHMEM in features,
         "exact_address": Feature.EXACT_ADDRESS in features,
+        "collapse": _can_collapse(),
         "map_files": _can_read_map_files(),
     }
     unknown = without - found.keys()
@@ -143,3 +149,27 @@ def _can_read_map_files() -> bool:
     except OSError:
         pass
     return False
+
+
+def _can_collapse() -> bool:
+    size = 2 * HUGE_PAGE  # one aligned huge page lies in it
+    memory = os.memfd_create("msharefsd", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(memory, size)
+        os.pwrite(memory, bytes(size), 0)
+        prot = kernel.PROT_READ | kernel.PROT_WRITE
+        # The address must be as far from a boundary as the offset is: find a place first.
+        hint = kernel.mmap(None, size, 0, kernel.MAP_PRIVATE | kernel.MAP_ANONYMOUS, -1, 0)
+        start = hint + -hint % HUGE_PAGE
+        kernel.munmap(hint, size)
+        flags = kernel.MAP_SHARED | kernel.MAP_FIXED_NOREPLACE
+        start = kernel.mmap(start, HUGE_PAGE, prot, flags, memory, 0)
+        try:
+            kernel.madvise(start, HUGE_PAGE, kernel.MADV_COLLAPSE)
+        finally:
+            kernel.munmap(start, HUGE_PAGE)
+    except OSError:
+        return False
+    finally:
+        os.close(memory)
+    return True

@@ -25,6 +25,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     alignment: str = "512G"
     backing: Literal["shm"] = "shm"
     region_memory: str | None = None
+    collapse: bool = True
+    collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 5.0
     run_directory: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     without: Annotated[frozenset[str], msgspec.Meta(description="features not to use")] = (

@@ -280,6 +280,7 @@ class _Connection:
         # The number may be another file's in a moment, one of our own mount even, and
         # an ioctl on that would wait for ourselves.
         sharer.uffd = -1
+        sharer.pidfd = None
         how(sharer)
 
     async def _one_call(self) -> bool:
@@ -452,6 +453,7 @@ class _Connection:
             fds.pop(1),
             writable=writable,
             ended=self._peer.has_ended,
+            pidfd=self._peer.pidfd,
         )
         self._control.metrics.attaches.inc()
         self._serving = trio.CancelScope()

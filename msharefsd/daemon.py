@@ -25,6 +25,7 @@ from msharefsd import backing, capabilities, control, mounting, notify
 from msharefsd.addressspace import AddressSpaces
 from msharefsd.backing import ShmBacking
 from msharefsd.capabilities import Capabilities
+from msharefsd.collapse import Collapser
 from msharefsd.config import Config
 from msharefsd.control import Control
 from msharefsd.files import Threads
@@ -213,6 +214,9 @@ async def _serve(
             nursery.start_soon(deaths.run)
             nursery.start_soon(pages.run)
             nursery.start_soon(writeback.run, regions.alive)
+            if config.collapse and found.collapse:
+                collapser = Collapser(metrics, config.collapse_seconds)
+                nursery.start_soon(collapser.run, regions.alive)
             nursery.start_soon(server.run, listener)
             log.info("ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes)
             notify.notify("READY=1", f"STATUS=serving {config.mountpoint}")

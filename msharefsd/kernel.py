@@ -29,6 +29,7 @@ MAP_NORESERVE: Final = 0x4000
 MAP_FIXED_NOREPLACE: Final = 0x100000
 
 MADV_DONTFORK: Final = 10
+MADV_COLLAPSE: Final = 25
 
 MS_ASYNC: Final = 1
 MS_INVALIDATE: Final = 2
@@ -85,6 +86,8 @@ _libc.statx.argtypes = [
 _libc.syscall.restype = ctypes.c_long
 _SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
 _SYS_RT_TGSIGQUEUEINFO: Final = {"x86_64": 297, "aarch64": 240}
+_SYS_PROCESS_MADVISE: Final = 440
+_IOVEC: Final = struct.Struct("=QQ")
 # siginfo_t: signo, errno, code, padding, si_addr; 128 bytes in all.
 _SIGINFO: Final = struct.Struct("=iii4xQ104x")
 
@@ -105,6 +108,12 @@ def userfaultfd(flags: int) -> int:
     fd = int(_libc.syscall(number, flags))
     _check(fd)
     return fd
+
+
+def process_madvise(pidfd: int, address: int, length: int, advice: int) -> None:
+    """process_madvise(2) on one range of another process."""
+    vector = _IOVEC.pack(address, length)
+    _check(int(_libc.syscall(_SYS_PROCESS_MADVISE, pidfd, vector, 1, advice, 0)))
 
 
 def signal_fault(pid: int, thread: int, number: int, address: int) -> None:

@@ -26,6 +26,7 @@ class Metrics:
         self.sigbus = self._counter("sigbus", "faults answered with SIGBUS or EFAULT", "reason")
         self.written_back = self._counter("written_back_bytes", "written to mapped files, bytes")
         self.writeback_errors = self._counter("writeback_errors", "rounds that a file failed")
+        self.collapsed = self._counter("collapsed_chunks", "2 MiB chunks made huge pages")
         self.attaches = self._counter("attaches", "sharers attached")
         self.refused = self._counter("refused", "calls turned down", "errno")
         self._registry.register(_Current(regions))

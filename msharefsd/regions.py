@@ -70,6 +70,8 @@ class Sharer:
     """-1 once it has been detached."""
     ended: Callable[[], bool] = lambda: False
     """Whether the process is gone, although nobody has detached it yet."""
+    pidfd: int | None = None
+    """Its connection's; None for a process that this pid namespace does not see."""
     since: float = field(default_factory=time.time)
     poisoned: set[int] = field(default_factory=set)
     """Offsets of pages that raise SIGBUS in this process without asking us."""
@@ -106,6 +108,8 @@ class Region:
     """Set when BUILDING ends, one way or the other."""
     change: trio.Lock = field(default_factory=trio.Lock)
     """Held while objects change: what mmap_lock is to an mm.  Faults do without."""
+    collapsed: set[int] = field(default_factory=set)
+    """Offsets of chunks that are huge pages."""
     refused: set[Sharer] = field(default_factory=set)
     """Sharers that have poisoned pages."""
     armed: Ranges = field(default_factory=Ranges)
@@ -245,9 +249,11 @@ class Regions:
         *,
         writable: bool,
         ended: Callable[[], bool] = lambda: False,
+        pidfd: int | None = None,
     ) -> Sharer:
-        """A new sharer.  `uffd` stays the caller's to close."""
-        sharer = Sharer(next(self._sharer_numbers), region, pid, uid, writable, uffd, ended)
+        """A new sharer.  `uffd` and `pidfd` stay the caller's to close."""
+        number = next(self._sharer_numbers)
+        sharer = Sharer(number, region, pid, uid, writable, uffd, ended, pidfd)
         region.sharers[sharer.number] = sharer
         return sharer
 

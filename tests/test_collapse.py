@@ -1,0 +1,153 @@
+"""Huge pages take back the page tables of all sharers, and change nothing else."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
+
+from msharefsd import capabilities
+
+CHUNKS = 8
+SIZE = CHUNKS * ALIGNMENT
+PAGE = 4096
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
+READ, BOTH = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
+SHARED, PRIVATE = mmap.MAP_SHARED, mmap.MAP_PRIVATE
+FIXED = 0x10
+Pair = tuple[Client, Client]
+
+pytestmark = pytest.mark.skipif(
+    not capabilities.probe().collapse, reason="this kernel has no MADV_COLLAPSE of shared memory"
+)
+
+
+@pytest.fixture
+def eager(make_daemon: Callable[..., Daemon], directory: Path) -> Daemon:
+    """A daemon that looks for chunks all the time."""
+    (directory / "config").write_text("collapse_seconds = 0.05\n")
+    return make_daemon(f"--alignment={ALIGNMENT}", f"--config={directory / 'config'}").start()
+
+
+@pytest.fixture
+def pair(client_program: Path, eager: Daemon) -> Iterator[Pair]:
+    """Two sharers that have written all of a region."""
+    with clients(client_program, eager) as spawn:
+        first, second = spawn(), spawn()
+        first.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        first.ok("mmap", BASE, SIZE, BOTH, SHARED | FIXED)
+        first.ok("fill", BASE, SIZE, 7)
+        second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        second.ok("fill", BASE, SIZE, 8)
+        yield first, second
+
+
+def page_tables(client: Client) -> int:
+    """VmPTE in kB (proc_pid_status(5))."""
+    for line in Path(f"/proc/{client.pid}/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "VmPTE":
+            return int(value.split()[0])
+    raise AssertionError
+
+
+def collapsed(daemon: Daemon, chunks: int) -> None:
+    eventually(lambda: daemon.metric("collapsed_chunks_total") >= chunks, f"{chunks} collapsed")
+
+
+def test_page_tables_shrink_and_the_sharers_do_nothing_for_it(pair: Pair, eager: Daemon) -> None:
+    before = [page_tables(client) for client in pair]
+    collapsed(eager, CHUNKS)
+    after = [page_tables(client) for client in pair]
+    assert all(was - now >= 4 * CHUNKS for was, now in zip(before, after, strict=True))
+    for client in pair:
+        assert [client.do("load", BASE + n * ALIGNMENT + PAGE) for n in range(CHUNKS)] == ["8"] * 8
+    # A whole chunk is one fault now, and no page table of small pages.
+    faults = int(pair[0].do("faults"))
+    pair[0].ok("fill", BASE, SIZE, 9)
+    assert int(pair[0].do("faults")) - faults <= 4 * CHUNKS
+    assert page_tables(pair[0]) == after[0]
+    assert pair[1].do("load", BASE + SIZE - PAGE) == "9"
+
+
+def test_what_changes_afterwards_works_on_parts_of_a_huge_page(
+    pair: Pair, eager: Daemon, directory: Path
+) -> None:
+    first, second = pair
+    collapsed(eager, CHUNKS)
+    first.ok("munmap", BASE + PAGE, PAGE)
+    assert second.do("load", BASE + PAGE) == "SIGBUS"
+    assert second.do("load", BASE) == "8"
+    first.ok("mmap", BASE + PAGE, PAGE, BOTH, SHARED | FIXED)
+    assert second.do("load", BASE + PAGE) == "0"
+    second.ok("mprotect", BASE + ALIGNMENT + PAGE, PAGE, READ)
+    for client in pair:
+        assert client.do("store", BASE + ALIGNMENT + PAGE, 1) == "SIGSEGV"
+        assert client.do("load", BASE + ALIGNMENT + PAGE) == "8"
+        client.ok("store", BASE + ALIGNMENT, 5)
+    second.ok("mprotect", BASE + 2 * ALIGNMENT, PAGE, 0)
+    assert first.do("load", BASE + 2 * ALIGNMENT) == "SIGSEGV"
+    first.ok("mprotect", BASE + 2 * ALIGNMENT, PAGE, BOTH)
+    assert second.do("load", BASE + 2 * ALIGNMENT) == "8"
+    path = directory / "file"
+    path.write_bytes(b"\3" * PAGE)
+    first.ok("mmap", BASE + 3 * ALIGNMENT, PAGE, BOTH, SHARED | FIXED, path, os.O_RDWR, 0)
+    assert second.do("load", BASE + 3 * ALIGNMENT) == "3"
+    second.ok("store", BASE + 3 * ALIGNMENT, 4)
+    first.ok("msync", BASE + 3 * ALIGNMENT, PAGE, 4)
+    assert path.read_bytes()[0] == 4
+    assert first.do("check", BASE + 4 * ALIGNMENT, PAGE, 8).startswith("byte 1 is 0")
+
+
+def test_a_chunk_that_was_unmapped_is_collapsed_anew(pair: Pair, eager: Daemon) -> None:
+    first, second = pair
+    collapsed(eager, CHUNKS)
+    first.ok("mmap", BASE, ALIGNMENT, BOTH, PRIVATE | FIXED)
+    second.ok("fill", BASE, ALIGNMENT, 3)
+    collapsed(eager, CHUNKS + 1)
+    assert first.do("load", BASE + PAGE) == "3"
+
+
+def test_chunks_with_absent_or_protected_pages_and_lonely_sharers_are_left_alone(
+    client_program: Path, eager: Daemon
+) -> None:
+    with clients(client_program, eager) as spawn:
+        first, second = spawn(), spawn()
+        for name, start in (("r", BASE), ("alone", BASE + SIZE)):
+            first.ok("mshare", name, start, SIZE, CREATE, 0o600)
+            first.ok("mmap", start, SIZE, BOTH, SHARED | FIXED)
+        second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        first.ok("fill", BASE + SIZE, SIZE, 1)
+        first.ok("fill", BASE, ALIGNMENT, 1)
+        first.ok("mprotect", BASE, PAGE, READ)
+        first.ok("fill", BASE + ALIGNMENT, ALIGNMENT - 64 * PAGE, 1)
+        first.ok("fill", BASE + 4 * ALIGNMENT, ALIGNMENT, 1)  # the one that can be
+        collapsed(eager, 1)
+        before = eager.metric("collapsed_chunks_total")
+        first.ok("fill", BASE + 5 * ALIGNMENT, ALIGNMENT, 1)
+        collapsed(eager, 2)
+        assert (before, eager.metric("collapsed_chunks_total")) == (1, 2)
+        assert first.do("store", BASE, 2) == "SIGSEGV"
+
+
+def test_it_can_be_switched_off(
+    make_daemon: Callable[..., Daemon], directory: Path, client_program: Path
+) -> None:
+    (directory / "config").write_text("collapse_seconds = 0.01\n")
+    daemon = make_daemon(
+        f"--alignment={ALIGNMENT}", f"--config={directory / 'config'}", "--no-collapse"
+    ).start()
+    with clients(client_program, daemon) as spawn:
+        first, second = spawn(), spawn()
+        first.ok("mshare", "r", BASE, ALIGNMENT, CREATE, 0o600)
+        second.ok("mshare", "r", BASE, ALIGNMENT, os.O_RDWR, 0)
+        first.ok("mmap", BASE, ALIGNMENT, BOTH, SHARED | FIXED)
+        first.ok("fill", BASE, ALIGNMENT, 1)
+        second.ok("fill", BASE, ALIGNMENT, 1)
+        for _ in range(20):
+            assert second.do("load", BASE) == "1"
+        assert daemon.metric("collapsed_chunks_total") == 0
