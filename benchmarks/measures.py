@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.table import Row
-from benchmarks.worker import SHM_DIRECTORY, Side, Worker, Workers
+from benchmarks.worker import SHM_DIRECTORY, Side, Worker, WorkerError, Workers
 
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20
@@ -32,13 +32,14 @@ CHUNK: Final = 64 * KiB
 SHM: Final = "POSIX shared memory, 4 KiB pages"
 TMPFS: Final = "a file in /dev/shm"
 SETTLE_SECONDS: Final = 5.0
+COLLAPSE_SECONDS: Final = 120.0
 SETTLED: Final = 16 * MiB
 """Others use /dev/shm too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure.  `touch` and `warm` are bytes."""
+    """How much to measure.  `touch`, `warm` and `collapsed` are bytes."""
 
     touch: int
     warm: int
@@ -52,6 +53,8 @@ class Plan:
     sharers: int
     change_rounds: int
     mapped_rounds: int
+    collapsed: int
+    collapse_rounds: int
 
 
 FULL: Final = Plan(
@@ -67,6 +70,8 @@ FULL: Final = Plan(
     sharers=200,
     change_rounds=30,
     mapped_rounds=5,
+    collapsed=256 * MiB,
+    collapse_rounds=3,
 )
 QUICK: Final = Plan(
     touch=256 * MiB,
@@ -81,6 +86,8 @@ QUICK: Final = Plan(
     sharers=20,
     change_rounds=5,
     mapped_rounds=2,
+    collapsed=64 * MiB,
+    collapse_rounds=1,
 )
 
 SMOKE: Final = Plan(
@@ -96,6 +103,8 @@ SMOKE: Final = Plan(
     sharers=3,
     change_rounds=2,
     mapped_rounds=1,
+    collapsed=4 * MiB,
+    collapse_rounds=1,
 )
 """Enough to see that everything runs."""
 
@@ -365,3 +374,48 @@ def _read_file(
             for what, value in sample.items():
                 times[what][side].append(value)
     return times
+
+
+def collapsing(workers: Workers, plan: Plan) -> list[Row]:
+    """What a sharer has when the daemon has made huge pages of what several share."""
+    size = plan.collapsed
+    times: dict[str, dict[Side, list[float]]] = defaultdict(lambda: {"ours": [], "peer": []})
+    for side in _sides(plan.collapse_rounds):
+        with _created(workers, side) as (first, name), contextlib.ExitStack() as stack:
+            second, third = (stack.enter_context(workers.start(side)) for _ in range(2))
+            before = second.page_tables()
+            second.do("attach", name, START, GiB)
+            collapsed = _collapsed(workers)
+            for worker in (first, second):
+                worker.do("write", START, size)
+            if side == "ours":
+                _wait_until_collapsed(workers, collapsed + size // _CHANGED)
+            third.do("attach", name, START, GiB)
+            times["touch"][side].append(third.one("write", START, size) / 1e6)
+            second.do("write", START, size)
+            times["tables"][side].append((second.page_tables() - before) / KiB)
+    what = f"{size // MiB} MiB, collapsed"
+    return [
+        Row(f"{measure} {what}", unit, times[of]["ours"], times[of]["peer"], SHM, target)
+        for of, measure, unit, target in (
+            ("touch", "a further sharer's touch (write) of", "ms", 1.0),
+            ("tables", "page tables (VmPTE) of a sharer of", "kB", None),
+        )
+    ]
+
+
+def _collapsed(workers: Workers) -> int:
+    """How many chunks the daemon has collapsed so far."""
+    for line in (workers.directory("ours") / ".metrics").read_text().splitlines():
+        key, _, value = line.rpartition(" ")
+        if key == "msharefs_collapsed_chunks_total":
+            return int(float(value))
+    return 0
+
+
+def _wait_until_collapsed(workers: Workers, chunks: int) -> None:
+    deadline = time.monotonic() + COLLAPSE_SECONDS
+    while _collapsed(workers) < chunks:
+        if time.monotonic() > deadline:
+            raise WorkerError("the daemon did not collapse the region: see its log")
+        time.sleep(0.1)

@@ -103,6 +103,8 @@ def _measure(plan: measures.Plan) -> Iterator[table.Row]:
             yield from measures.files(workers, plan)
             _say("changing mappings ...")
             yield from measures.changing(workers, plan)
+            _say("collapsing ...")
+            yield from measures.collapsing(workers, plan)
             _say("mapped files ...")
             yield from measures.mapped_files(workers, plan, directory)
 

@@ -6,8 +6,8 @@ the 512 small ones of a 2 MiB chunk in the backing, and the kernel then removes 
 page tables of *all* who have it mapped (retract_page_tables(), mm/khugepaged.c), also
 where /dev/shm is mounted huge=never.  The next touch maps the huge page in one entry.
 
-It is asked for in a sharer's name, by process_madvise(2): so the huge page is charged
-to the sharer's memory cgroup, and not to the daemon's.  No code of the sharer runs.
+It is asked for by process_madvise(2) in the name of the sharer that populated the
+chunk: so the huge page is charged where the small ones were.  No code of the sharer runs.
 
 Left out are chunks that have a hole or an absent page (the kernel would have to fill
 it behind the page server's back, and refuses), and those where something is
@@ -74,7 +74,7 @@ class Collapser:
 
     async def _region(self, region: Region) -> None:
         offset = 0
-        while (sharer := _in_whose_name(region)) is not None and region.backing is not None:
+        while len(region.sharers) >= FEWEST_SHARERS and region.backing is not None:
             plain = [(item.offset, item.end) for item in region.objects if not item.guarded]
             fd = os.dup(region.backing.fd)  # the region may go while the thread looks
             try:
@@ -83,13 +83,15 @@ class Collapser:
                 os.close(fd)
             for chunk in chunks:
                 offset = chunk + HUGE_PAGE
-                if chunk not in region.collapsed and sharer.number in region.sharers:
-                    await self._chunk(region, sharer, chunk)
+                if chunk not in region.collapsed:
+                    await self._chunk(region, chunk)
             if len(chunks) < BATCH:
                 return
 
-    async def _chunk(self, region: Region, sharer: Sharer, chunk: int) -> None:
-        if sharer.pidfd is None or any(True for _ in region.armed.within(chunk, chunk + HUGE_PAGE)):
+    async def _chunk(self, region: Region, chunk: int) -> None:
+        sharer = _in_whose_name(region, chunk)
+        armed = any(True for _ in region.armed.within(chunk, chunk + HUGE_PAGE))
+        if sharer is None or sharer.pidfd is None or armed:
             return
         pidfd = os.dup(sharer.pidfd)
         address = region.start + chunk
@@ -115,11 +117,10 @@ class Collapser:
         return await trio.to_thread.run_sync(function, limiter=self._limiter)
 
 
-def _in_whose_name(region: Region) -> Sharer | None:
-    """The oldest sharer that writes; None if there is nobody to gain by it."""
-    if len(region.sharers) < FEWEST_SHARERS:
-        return None
-    return next((sharer for sharer in region.sharers.values() if sharer.writable), None)
+def _in_whose_name(region: Region, chunk: int) -> Sharer | None:
+    """Who pays for a chunk: who populated it, or the oldest sharer that writes."""
+    payer = region.sharers.get(region.payers.get(chunk, 0))
+    return payer or next((each for each in region.sharers.values() if each.writable), None)
 
 
 def _populated(fd: int, ranges: Iterable[tuple[int, int]], offset: int) -> list[int]:

@@ -343,6 +343,9 @@ class PageServer:
             return uffd.outcome_of(error)
         fd, base = (sharer.uffd, region.start) if host is None else (host.uffd, host.start)
         protected = guarded and host is None
+        if host is None:
+            for chunk in range(start - start % HUGE_PAGE, end, HUGE_PAGE):
+                region.payers[chunk] = sharer.number
         woken = host is None
         at = start
         while at < end:

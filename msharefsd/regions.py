@@ -108,6 +108,8 @@ class Region:
     """Set when BUILDING ends, one way or the other."""
     change: trio.Lock = field(default_factory=trio.Lock)
     """Held while objects change: what mmap_lock is to an mm.  Faults do without."""
+    payers: dict[int, int] = field(default_factory=dict)
+    """Offset of a 2 MiB chunk: number of the sharer that populated of it last."""
     collapsed: set[int] = field(default_factory=set)
     """Offsets of chunks that are huge pages."""
     refused: set[Sharer] = field(default_factory=set)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import resource
@@ -199,6 +200,38 @@ def test_the_sharer_that_touches_first_pays(
         daemon.stop()
 
 
+def test_huge_pages_are_charged_where_the_small_ones_were(
+    make_daemon: Callable[..., Daemon], client_program: Path, directory: Path
+) -> None:
+    (directory / "config").write_text("collapse_seconds = 0.1\n")
+    daemon = make_daemon("--alignment=256M", f"--config={directory / 'config'}")
+    size = 256 * MiB
+    with memory_groups("daemon", "donor", "second") as (of_daemon, of_donor, of_second):
+        daemon.start()
+        if "MADV_COLLAPSE" in daemon.log():
+            pytest.skip("this kernel has no MADV_COLLAPSE of shared memory")
+        of_daemon.add(daemon.pid)
+        with clients(client_program, daemon) as start:
+            donor, second = start(), start()
+            of_donor.add(donor.pid)
+            of_second.add(second.pid)
+            donor.ok("mshare", "r", BASE, size, CREATE, 0o600)
+            donor.ok("mmap", BASE, size, 3, mmap.MAP_SHARED | 0x10)
+            second.ok("mshare", "r", BASE, size, os.O_RDWR, 0)
+            groups = (of_daemon, of_donor, of_second)
+            before = [group.usage() for group in groups]
+            donor.ok("fill", BASE, CHARGED, 1)
+            second.ok("fill", BASE + CHARGED, CHARGED, 1)
+            chunks = 2 * CHARGED // (2 * MiB)
+            eventually(lambda: daemon.metric("collapsed_chunks_total") == chunks, "collapsed")
+            grown = [group.usage() - was for group, was in zip(groups, before, strict=True)]
+            slack = 8 * MiB
+            assert grown[0] < slack
+            assert CHARGED - slack < grown[1] < CHARGED + slack
+            assert CHARGED - slack < grown[2] < CHARGED + slack
+        daemon.stop()
+
+
 def test_a_sharer_over_its_limit_does_not_take_the_daemon_down(
     make_daemon: Callable[..., Daemon], client_program: Path
 ) -> None:
@@ -227,7 +260,18 @@ def test_a_sharer_over_its_limit_does_not_take_the_daemon_down(
 # -- a kernel with less --
 
 
-@pytest.mark.parametrize("without", ["poison", "map_present", "map_files", "device"])
+@pytest.mark.parametrize(
+    "without",
+    [
+        "poison",
+        "map_present",
+        "map_files",
+        "device",
+        "write_protect",
+        "exact_address",
+        "collapse",
+    ],
+)
 def test_without_a_kernel_feature(
     make_daemon: Callable[..., Daemon], client_program: Path, without: str
 ) -> None:
@@ -249,6 +293,30 @@ def test_without_a_kernel_feature(
         assert second.do("load", BASE + ALIGNMENT) == "SIGBUS"
         assert donor.do("thread", "store", BASE + SIZE - 1, 1) == "SIGBUS"
         assert int(daemon.field("r", "memory")) < ALIGNMENT
+
+
+def test_without_write_protection_what_needs_it_is_refused(
+    make_daemon: Callable[..., Daemon], client_program: Path, directory: Path
+) -> None:
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--without=write_protect")
+    daemon.expected.append("WARNING: no UFFD_FEATURE_WP")
+    daemon.start()
+    (directory / "file").write_bytes(b"x" * 8192)
+    with clients(client_program, daemon) as start:
+        client = start()
+        client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        unsupported = str(-errno.EOPNOTSUPP)
+        fixed = mmap.MAP_SHARED | 0x10
+        assert client.do("mmap", BASE, 4096, mmap.PROT_READ, fixed) == unsupported
+        file = (directory / "file", os.O_RDWR, 0)
+        assert client.do("mmap", BASE, 4096, 3, fixed, *file) == unsupported
+        client.ok("mmap", BASE, 8192, 3, mmap.MAP_PRIVATE | 0x10, *file)
+        client.ok("mmap", BASE + 8192, 4096, 0, fixed)
+        assert client.do("load", BASE) == str(ord("x"))
+        assert client.do("load", BASE + 8192) == "SIGSEGV"
+        assert client.do("mprotect", BASE, 4096, 0) == unsupported
+        client.ok("mprotect", BASE + 8192, 4096, 3)
+        client.ok("store", BASE + 8192, 1)
 
 
 def test_subprocesses_of_a_sharer_start_as_ever(spawn: Spawn, daemon: Daemon) -> None:
