@@ -126,7 +126,7 @@ def test_chunks_with_absent_or_protected_pages_and_lonely_sharers_are_left_alone
         first.ok("fill", BASE + 2 * ALIGNMENT, ALIGNMENT, 1)
         first.ok("munmap", BASE + 3 * ALIGNMENT - PAGE, PAGE)
         second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
-        first.ok("store", BASE + ALIGNMENT, 1)
+        first.ok("store", BASE + ALIGNMENT + 100 * PAGE, 1)
         first.ok("fill", BASE + 4 * ALIGNMENT, ALIGNMENT, 1)  # the one that can be
         collapsed(eager, 1)
         before = eager.metric("collapsed_chunks_total")
