@@ -14,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
+
+import trio
 
 from msharefsd import kernel, protection
 from msharefsd.backing import HUGE_PAGE
@@ -70,20 +73,24 @@ class AddressSpaces:
         if replace:
             await self._write_back(region, new.offset, new.end)
         async with region.change:
-            if region.objects.within(new.offset, new.length):
-                if not replace:
-                    raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
-                await self._remove(region, new.offset, new.length)
+            occupied = bool(region.objects.within(new.offset, new.length))
+            if occupied and not replace:
+                raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
             if len(region.objects) + 2 > MOST_OBJECTS:
                 raise Refused(errno.ENOMEM, "too many objects in the region")
-            _alive(region)
-            # A page that was there before, or is poison, must not show through.
-            self._clear(region, new.offset, new.length)
-            if new.file is not None:
-                new.file.hold()
-            region.objects.insert(new)
-            if new.guarded and new.accessible:
-                protection.arm(region, new.offset, new.end)
+            with _leaving(region, new.offset, new.end):
+                if occupied:
+                    await self._remove(region, new.offset, new.length)
+                _alive(region)
+                # A page that was there before, or is poison, must not show through.
+                await _discard(region, new.offset, new.length)
+                _alive(region)
+                self._pages.clear_poison(region, new.offset, new.length)
+                if new.file is not None:
+                    new.file.hold()
+                region.objects.insert(new)
+                if new.guarded and new.accessible:
+                    protection.arm(region, new.offset, new.end)
 
     async def donate(self, region: Region, new: Object) -> None:
         """Put an object in whose contents the donor has copied into the backing."""
@@ -98,11 +105,11 @@ class AddressSpaces:
             if new.guarded and new.accessible:
                 protection.arm(region, new.offset, new.end)
 
-    def hide_donated(self, region: Region) -> None:
+    async def hide_donated(self, region: Region) -> None:
         """The donor's PROT_NONE memory is copied: out of reach with it."""
-        for item in region.objects:
+        for item in list(region.objects):
             if not item.accessible:
-                self._hide(region, item)
+                await self._hide(region, item)
 
     async def munmap(self, region: Region, offset: int, length: int) -> None:
         """Make a hole; returns when nobody has the memory any more."""
@@ -112,44 +119,29 @@ class AddressSpaces:
         async with region.change:
             if len(region.objects) + 1 > MOST_OBJECTS:
                 raise Refused(errno.ENOMEM, "too many objects in the region")
-            await self._remove(region, offset, length)
-
-    def _clear(self, region: Region, offset: int, length: int) -> None:
-        _discard(region, offset, length)
-        self._pages.clear_poison(region, offset, length)
+            with _leaving(region, offset, offset + length):
+                await self._remove(region, offset, length)
 
     async def _remove(self, region: Region, offset: int, length: int) -> None:
         """What MAP_FIXED and munmap() take away; file pages are written back first."""
         end = offset + length
-        leaving = any(item.written_back for item in region.objects.within(offset, length))
-        try:
-            if leaving:
-                region.leaving.add(offset, end)
-                await self._write_back(region, offset, end)
-            _alive(region)
-            removed = region.objects.remove(offset, length)
-            _discard(region, offset, length)
-            # Punching leaves the protection where a page was mapped.
-            if any(item.guarded for item in removed):
-                protection.unprotect(region, offset, end)
-            lost = [page for page in region.dirty if offset <= page < end]
-            for page in lost:
-                del region.dirty[page]
-            if lost:  # as in the kernel, munmap() succeeds all the same
-                log.error(
-                    "region %s: unmapped %d bytes that a file did not take",
-                    region.label(),
-                    len(lost) * kernel.PAGE,
-                )
-            _let_go(region, removed)
-        finally:
-            if leaving:
-                self._left(region, offset, end)
-
-    @staticmethod
-    def _left(region: Region, start: int, end: int) -> None:
-        region.leaving = Ranges()
-        protection.wake(region, start, end)
+        await self._write_back(region, offset, end)
+        _alive(region)
+        removed = region.objects.remove(offset, length)
+        lost = [page for page in region.dirty if offset <= page < end]
+        for page in lost:
+            del region.dirty[page]
+        if lost:  # as in the kernel, munmap() succeeds all the same
+            log.error(
+                "region %s: unmapped %d bytes that a file did not take",
+                region.label(),
+                len(lost) * kernel.PAGE,
+            )
+        _let_go(region, removed)
+        await _discard(region, offset, length)
+        # Punching leaves the protection where a page was mapped.
+        if any(item.guarded for item in removed):
+            await protection.unprotect(region, offset, end)
 
     async def _write_back(self, region: Region, start: int, end: int) -> None:
         with contextlib.suppress(OSError):  # it has been logged
@@ -178,11 +170,8 @@ class AddressSpaces:
         if item.prot == prot:
             return
         if prot == kernel.PROT_NONE and item.written_back:
-            region.leaving.add(item.offset, item.end)
-            try:
+            with _leaving(region, item.offset, item.end):
                 await self._write_back(region, item.offset, item.end)
-            finally:
-                self._left(region, item.offset, item.end)
         _alive(region)
         assert region.backing is not None
         new = replace(item, prot=prot)
@@ -197,27 +186,33 @@ class AddressSpaces:
         if not new.accessible:
             self._pages.clear_poison(region, new.offset, new.length)
             try:
-                self._hide(region, new)
+                await self._hide(region, new)
             except Refused:
                 region.objects.protect(item.offset, item.length, item.prot)
                 if not item.guarded:
-                    protection.unprotect(region, item.offset, item.end)
+                    await protection.unprotect(region, item.offset, item.end)
                 raise
         elif new.guarded:
-            protection.protect_present(region, new.offset, new.end)
+            await protection.protect_present(region, new.offset, new.end)
         else:
-            protection.unprotect(region, new.offset, new.end)
+            await protection.unprotect(region, new.offset, new.end)
 
-    def _hide(self, region: Region, item: Object) -> None:
+    async def _hide(self, region: Region, item: Object) -> None:
         """PROT_NONE: nobody can reach the pages, and their contents stay."""
-        assert region.backing is not None
-        for start, end in list(region.backing.data(item.offset, item.length)):
+        runs = await protection.present(region, item.offset, item.end)
+        for start, end in runs:
             protection.arm(region, start, end)
-            protection.protect(region, start, end)
-            try:
-                region.backing.stash_pages(start, end - start)
-            except OSError as error:
-                raise Refused(error.errno or errno.ENOMEM, "no memory to move it to") from error
+        await protection.protect_present(region, item.offset, item.end)
+        for start, end in runs:
+            for at in range(start, end, HUGE_PAGE):
+                _alive(region)
+                assert region.backing is not None
+                try:
+                    region.backing.stash_pages(at, min(at + HUGE_PAGE, end) - at)
+                except OSError as error:
+                    code = error.errno or errno.ENOMEM
+                    raise Refused(code, "no memory to move it to") from error
+                await trio.lowlevel.checkpoint()
 
     async def msync(self, region: Region, offset: int, length: int) -> None:
         """Written data of MAP_SHARED files is in the files when this returns (MS_SYNC)."""
@@ -240,15 +235,29 @@ class AddressSpaces:
                 return
             for item in region.objects.within(offset, length):
                 if item.private:
-                    _discard(region, item.offset, item.length)
+                    _alive(region)
+                    await _discard(region, item.offset, item.length)
             if not region.objects.covers(offset, length):
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
 
-def _discard(region: Region, offset: int, length: int) -> None:
+@contextlib.contextmanager
+def _leaving(region: Region, start: int, end: int) -> Iterator[None]:
+    """Whoever faults in [start, end) waits until what is there has been replaced."""
+    region.leaving.add(start, end)
+    try:
+        yield
+    finally:
+        region.leaving = Ranges()
+        if region.held:
+            region.held = False
+            protection.wake(region, start, end)
+
+
+async def _discard(region: Region, offset: int, length: int) -> None:
     """Free the memory of a range, whether it is in the backing or in the stash."""
     assert region.backing is not None
-    region.backing.discard(offset, length)
+    await region.backing.discard(offset, length)
     first = offset - offset % HUGE_PAGE
     if length // HUGE_PAGE < len(region.collapsed):
         region.collapsed.difference_update(range(first, offset + length, HUGE_PAGE))

@@ -19,13 +19,17 @@ from collections.abc import Iterator
 from typing import Final
 
 import posix_ipc
+import trio
 
 from msharefsd import kernel, uffd
+from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.uffd import Mode
 
 SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - where shm_open(3) has its objects
 HUGE_PAGE: Final = 2 << 20
+AT_ONCE: Final = 64 << 20
+"""How much memory is worked on without letting anything else happen (bytes)."""
 
 
 class ShmObject:
@@ -67,22 +71,45 @@ class ShmObject:
 
     def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The runs of pages in the range that are there: (start, end), bytes."""
-        end = offset + length
-        while (start := self.next_data(offset)) < end:
-            offset = min(max(self.next_absent(start), start + kernel.PAGE), end)
-            yield start, offset
+        return data_of(self.fd, offset, offset + length)
 
     def punch(self, offset: int, length: int) -> None:
         """Make pages absent: freed, and unmapped in every process."""
-        if self.next_data(offset) < offset + length:
-            kernel.punch(self.fd, offset, length)
+        _punch(self.fd, offset, length)
 
-    def close(self) -> None:
+    def close(self, disposal: Disposal) -> None:
         """Remove the name and let go; the memory goes with its last mapping."""
-        os.close(self.fd)
+        disposal.close_fd(self.fd)
         # Somebody with the right to it (root) may have been faster.
         with contextlib.suppress(posix_ipc.ExistentialError):
             posix_ipc.unlink_shared_memory(self.name)
+
+
+def data_of(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """The runs of pages in [offset, end) that a file has: (start, end), bytes."""
+    while offset < end:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+            if start >= end:
+                return
+            absent = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing more, or truncated by a sharer
+                return
+            raise
+        offset = min(max(absent, start + kernel.PAGE), end)
+        yield start, offset
+
+
+def _punch(fd: int, offset: int, length: int) -> None:
+    try:
+        if os.lseek(fd, offset, os.SEEK_DATA) >= offset + length:
+            return
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return
+        raise
+    kernel.punch(fd, offset, length)
 
 
 class HostMapping:
@@ -124,9 +151,10 @@ class ShmBacking(ShmObject):
 
     kind: Final = "shm"
 
-    def __init__(self, name: str, size: int) -> None:
-        """As ShmObject does."""
+    def __init__(self, name: str, size: int, disposal: Disposal) -> None:
+        """As ShmObject does; `disposal` is who closes it."""
         super().__init__(name, size)
+        self._disposal = disposal
         self._host: HostMapping | None = None
         self._stash: ShmObject | None = None
         # Descriptions of their own for the sharers: they may seek and set flags.
@@ -183,23 +211,35 @@ class ShmBacking(ShmObject):
                 at += os.pwrite(self._stash.fd, content, at)
         self.punch(offset, length)
 
-    def discard(self, offset: int, length: int) -> None:
-        """The contents of the range are gone, wherever they were."""
-        self.punch(offset, length)
-        if self._stash is not None:
-            self._stash.punch(offset, length)
+    async def discard(self, offset: int, length: int) -> None:
+        """The contents of the range are gone, wherever they were.
 
-    def close(self) -> None:
-        """Remove the names and let go."""
+        Freeing gigabytes takes a while: that is done in a thread.
+        """
+        memories = [self.fd] + ([self._stash.fd] if self._stash else [])
+        if length <= AT_ONCE:
+            for fd in memories:
+                _punch(fd, offset, length)
+            return
+        mine = [os.dup(fd) for fd in memories]  # the region may go meanwhile
+        try:
+            for fd in mine:
+                await trio.to_thread.run_sync(_punch, fd, offset, length)
+        finally:
+            for fd in mine:
+                self._disposal.close_fd(fd)
+
+    def release(self) -> None:
+        """Remove the names now, and free the memory soon."""
         if self._host is not None:
-            self._host.close()
+            self._disposal.run(self._host.close)
             self._host = None
         if self._stash is not None:
-            self._stash.close()
+            self._stash.close(self._disposal)
             self._stash = None
         for fd in (self._writable, self._readable):
             os.close(fd)
-        super().close()
+        self.close(self._disposal)
 
 
 def stash_name(name: str) -> str:

@@ -17,11 +17,9 @@ import errno
 import fcntl
 import logging
 import os
-import queue
 import socket
 import stat
 import struct
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -31,6 +29,7 @@ import trio
 from msharefsd import files, kernel, liveness, protection, uffd, wire
 from msharefsd.addressspace import AddressSpaces
 from msharefsd.capabilities import Capabilities
+from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.files import MappedFile
 from msharefsd.liveness import Deaths
@@ -96,6 +95,7 @@ class Control:
         metrics: Metrics,
         region_of_inode: Callable[[int], Region | None],
         mount_device: tuple[int, int],
+        disposal: Disposal,
     ) -> None:
         """Serve `regions`.
 
@@ -110,12 +110,11 @@ class Control:
         self.metrics = metrics
         self.region_of_inode = region_of_inode
         self.mount_device = mount_device
+        self.disposal = disposal
         self._device: int | None = None
         self._spare: int | None = None
         self._reserve()
         self._seldom = Seldom()
-        self._disposals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        threading.Thread(target=_close_each, args=[self._disposals], daemon=True).start()
         # Anonymous shared memory and memfds lie on the same kernel-internal mount.
         probe = os.memfd_create("msharefsd", os.MFD_CLOEXEC)
         identity = kernel.identify(probe)
@@ -195,10 +194,6 @@ class Control:
             or self.regions.of_backing(*device, identity.inode) is not None
         )
 
-    def dispose(self, fd: int) -> None:
-        """Close a descriptor that may hang in close(2), in a thread."""
-        self._disposals.put(fd)
-
     def device(self) -> int:
         """/dev/userfaultfd, open."""
         if self._device is None:
@@ -207,17 +202,10 @@ class Control:
 
     def close(self) -> None:
         """Release what is not a connection's."""
-        self._disposals.put(None)
         if self._spare is not None:
             os.close(self._spare)
         if self._device is not None:
             os.close(self._device)
-
-
-def _close_each(fds: queue.SimpleQueue[int | None]) -> None:
-    while (fd := fds.get()) is not None:
-        with contextlib.suppress(OSError):
-            os.close(fd)
 
 
 def _check_attach(region: Region, request: Request) -> None:
@@ -330,7 +318,7 @@ class _Connection:
             if self._control.is_ours(kernel.identify(fd)):
                 os.close(fd)
             else:
-                self._control.dispose(fd)
+                self._control.disposal.close_fd(fd)
 
     async def _send(self, reply: Reply, fd: int | None) -> None:
         ancillary = (
@@ -411,7 +399,7 @@ class _Connection:
         write = bool(item.prot & kernel.PROT_WRITE)
         may_write = files.check_mappable(fds[0], shared=not private, write=write)
         file = MappedFile(
-            fds.pop(), self._peer.uid, may_write=may_write, close=self._control.dispose
+            fds.pop(), self._peer.uid, may_write=may_write, close=self._control.disposal.close_fd
         )
         try:
             new = Object(item.offset, item.length, item.prot, private, file, item.file_offset)
@@ -534,7 +522,7 @@ class _Connection:
             await self._control.spaces.donate(
                 region, Object(item.offset, item.length, item.prot, private)
             )
-        self._control.spaces.hide_donated(region)
+        await self._control.spaces.hide_donated(region)
         self._control.regions.commit(region)
         self._building = None
         assert region.backing is not None

@@ -28,6 +28,7 @@ from msharefsd.capabilities import Capabilities
 from msharefsd.collapse import Collapser
 from msharefsd.config import Config
 from msharefsd.control import Control
+from msharefsd.disposal import Disposal
 from msharefsd.files import Threads
 from msharefsd.filesystem import CONTROL_NAME, FileSystem
 from msharefsd.liveness import Deaths
@@ -156,16 +157,18 @@ async def run(config: Config) -> None:
         prefix = _backing_prefix(directory)
         for name in backing.remove_leftovers(prefix):
             log.warning("removed shared memory %s of a daemon that died", name)
+        disposal = Disposal()
         regions = Regions(
             config.alignment_bytes,
-            lambda number, size: ShmBacking(f"{prefix}{number}", size),
+            lambda number, size: ShmBacking(f"{prefix}{number}", size, disposal),
             _forget_name,
         )
         stack.callback(regions.close)
+        stack.callback(disposal.close)
         metrics = Metrics(regions.alive)
         operations = FileSystem(regions, metrics)
         stack.enter_context(_mounted(config, directory / "graft", operations))
-        await _serve(config, found, regions, metrics, operations)
+        await _serve(config, found, regions, metrics, operations, disposal)
 
 
 def _backing_prefix(directory: Path) -> str:
@@ -186,6 +189,7 @@ async def _serve(
     regions: Regions,
     metrics: Metrics,
     operations: FileSystem,
+    disposal: Disposal,
 ) -> None:
     mount = mounting.top_mount(config.mountpoint)
     assert mount is not None, "pyfuse3.init() returned without a mount"
@@ -196,7 +200,15 @@ async def _serve(
     spaces = AddressSpaces(found, pages, writeback)
     with contextlib.closing(Deaths()) as deaths, contextlib.ExitStack() as stack:
         server = Control(
-            regions, pages, spaces, found, deaths, metrics, operations.region_of_inode, mount.device
+            regions,
+            pages,
+            spaces,
+            found,
+            deaths,
+            metrics,
+            operations.region_of_inode,
+            mount.device,
+            disposal,
         )
         stack.callback(server.close)
         async with trio.open_nursery() as nursery:

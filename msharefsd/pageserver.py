@@ -174,6 +174,9 @@ class PageServer:
         if not 0 <= offset < region.size or region.backing is None:
             # The sharer registered or moved something else with our userfaultfd.
             return self._poison(sharer, page)
+        if region.leaving and region.leaving.contains(offset):
+            region.held = True  # to be woken by who changes it
+            return Outcome.DONE
         found = region.objects.find(offset)
         if fault.protected:
             return self._write_fault(sharer, found, offset, fault)
@@ -182,6 +185,12 @@ class PageServer:
             _, outcome = uffd.map_present(sharer.uffd, page, kernel.PAGE, protect=guarded)
             uffd.wake(sharer.uffd, page, kernel.PAGE)
             return outcome
+        return self._missing(sharer, window, fault, found, offset)
+
+    def _missing(
+        self, sharer: Sharer, window: Window, fault: Fault, found: Object | None, offset: int
+    ) -> Outcome:
+        """A touch of a page that is absent."""
         if found is None:
             self._metrics.faults.labels("hole").inc()
             self._metrics.sigbus.labels("hole").inc()
@@ -200,8 +209,6 @@ class PageServer:
         if found is not None and not found.writable:
             return self._violation(sharer, offset, fault)
         if found is not None and found.written_back:
-            if region.leaving.contains(offset):
-                return Outcome.DONE  # munmap() wakes it
             self._metrics.faults.labels("dirty").inc()
             region.dirty.setdefault(offset, set()).add(sharer)
         elif found is not None:

@@ -24,10 +24,15 @@ the window or the ioctl, nothing is missed, and in the usual case nobody waits.
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+import trio
+
 from msharefsd import uffd
+from msharefsd.backing import AT_ONCE, data_of
 from msharefsd.regions import Region, Sharer
 from msharefsd.uffd import Mode
 
@@ -39,6 +44,9 @@ def _writers(region: Region) -> Iterator[Sharer]:
 # ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL, EBUSY: it has
 # mapped something else there, or registered it elsewhere.  All its own affair.
 _HARMLESS: Final = frozenset({errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBUSY})
+
+
+BREATH_SECONDS: Final = 0.002
 
 
 def _try(call: Callable[[int, int, int], None], sharer: Sharer, start: int, end: int) -> None:
@@ -83,18 +91,59 @@ def protect(region: Region, start: int, end: int, sharers: Iterable[Sharer] | No
             _try(uffd.write_protect, sharer, start, end)
 
 
-def protect_present(region: Region, start: int, end: int) -> None:
-    """Protect the pages in [start, end) that are there; the others follow when they come."""
-    assert region.backing is not None
-    for first, last in region.backing.data(start, end - start):
-        protect(region, first, last)
+class _Breath:
+    """Lets other things happen when something has taken a while."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    async def take(self) -> None:
+        if time.monotonic() - self._since > BREATH_SECONDS:
+            await trio.lowlevel.checkpoint()
+            self._since = time.monotonic()
 
 
-def unprotect(region: Region, start: int, end: int) -> None:
+async def present(region: Region, start: int, end: int) -> list[tuple[int, int]]:
+    """The runs of pages in [start, end) that are there, in pieces of at most AT_ONCE."""
+    backing = region.backing
+    if backing is None:
+        return []
+    if end - start <= AT_ONCE:
+        return list(backing.data(start, end - start))
+    # Looking for the end of gigabytes of pages takes a while.
+    fd = os.dup(backing.fd)
+    try:
+        runs = await trio.to_thread.run_sync(lambda: list(data_of(fd, start, end)))
+    finally:
+        os.close(fd)
+    return [
+        (at, min(at + AT_ONCE, last)) for first, last in runs for at in range(first, last, AT_ONCE)
+    ]
+
+
+async def protect_present(region: Region, start: int, end: int) -> None:
+    """Protect the pages in [start, end) that are there; the others follow when they come.
+
+    Their object must say already that they are to be protected, because pages come
+    and sharers attach meanwhile.
+    """
+    breath = _Breath()
+    for first, last in await present(region, start, end):
+        for sharer in list(_writers(region)):
+            protect(region, first, last, [sharer])
+            await breath.take()
+
+
+async def unprotect(region: Region, start: int, end: int) -> None:
     """Let writes through in every sharer, and wake who waits to write."""
-    for first, last in region.armed.within(start, end):
-        for sharer in _writers(region):
-            _try(uffd.write_unprotect, sharer, first, last)
+    breath = _Breath()
+    for low, high in list(region.armed.within(start, end)):
+        for first in range(low, high, AT_ONCE):
+            last = min(first + AT_ONCE, high)
+            for sharer in list(_writers(region)):
+                if sharer.number in region.sharers:
+                    _try(uffd.write_unprotect, sharer, first, last)
+                await breath.take()
 
 
 def admit(sharer: Sharer) -> None:

@@ -119,8 +119,10 @@ class Region:
     dirty: dict[int, set[Sharer]] = field(default_factory=dict)
     """Pages of shared file mappings to be written back, and who may write them
     without our noticing again."""
+    held: bool = False
+    """Whether somebody waits in what is leaving."""
     leaving: Ranges = field(default_factory=Ranges)
-    """Ranges that are being unmapped: who writes there waits until they are gone."""
+    """Ranges that are being replaced: who faults there waits until that is done."""
 
     def allocated(self) -> int:
         """Bytes of memory that the region holds."""
@@ -134,7 +136,7 @@ class Region:
         self.armed = Ranges()
         self.dirty.clear()
         if self.backing is not None:
-            self.backing.close()
+            self.backing.release()
             self.backing = None
 
     def label(self) -> str:

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, TESTS, Client, Daemon, eventually
+from conftest import ALIGNMENT, BASE, TESTS, Client, Daemon, clients, eventually
 
 from msharefsd import mounting
+from msharefsd.backing import AT_ONCE
 
 SIZE = 2 * ALIGNMENT
 PAGE = 4096
@@ -421,6 +422,49 @@ def test_donated_files(spawn: Spawn, file: Path, directory: Path) -> None:
     content = other.read_bytes()
     assert (content[4 * PAGE], content[5 * PAGE], content[6 * PAGE]) == (98, 97, 96)
     assert file.read_bytes()[PAGE] == 2
+
+
+@pytest.fixture
+def large(make_daemon: Callable[..., Daemon], client_program: Path) -> Iterator[Pair]:
+    """Two sharers of a region that is worked on in parts, with 128 MiB of memory."""
+    daemon = make_daemon("--alignment=256M").start()
+    with clients(client_program, daemon) as spawn:
+        first, second = spawn(), spawn()
+        first.ok("mshare", "r", BASE, 2 * LARGE, CREATE, 0o600)
+        second.ok("mshare", "r", BASE, 2 * LARGE, os.O_RDWR, 0)
+        first.ok("mmap", BASE, LARGE, BOTH, SHARED | FIXED)
+        first.ok("fill", BASE, LARGE, 5)
+        yield first, second
+
+
+LARGE = 2 * AT_ONCE
+
+
+def test_changes_of_large_ranges(large: Pair) -> None:
+    first, second = large
+    second.ok("mprotect", BASE, LARGE, READ)
+    for client in large:
+        for place in (0, LARGE // 2, LARGE - PAGE):
+            assert client.do("store", BASE + place, 1) == "SIGSEGV"
+    second.ok("mprotect", BASE, LARGE, NONE)
+    assert first.do("load", BASE + LARGE - PAGE) == "SIGSEGV"
+    first.ok("mprotect", BASE, LARGE, BOTH)
+    for client in large:
+        assert client.do("scan", BASE, LARGE) == "5"
+        client.ok("fill", BASE, LARGE, 5)
+    second.ok("munmap", BASE, LARGE)
+    for client in large:
+        for place in (0, LARGE // 2, LARGE - PAGE):
+            assert client.do("load", BASE + place) == "SIGBUS"
+
+
+def test_nobody_sees_the_moment_in_which_a_mapping_is_replaced(large: Pair) -> None:
+    first, second = large
+    for _ in range(8):
+        second.send("scan", BASE, LARGE)
+        first.ok("mmap", BASE, LARGE, BOTH, SHARED | FIXED)
+        first.ok("fill", BASE, LARGE, 5)
+        assert second.result() in ("0", "5")
 
 
 def test_maps_can_be_read_by_who_reads_proc_maps(pair: Pair, file: Path, daemon: Daemon) -> None:

@@ -28,7 +28,7 @@ class Backings:
         self.open.add(number)
         return SimpleNamespace(
             identity=SimpleNamespace(major=1, minor=2, inode=number),
-            close=lambda: self.open.remove(number),
+            release=lambda: self.open.remove(number),
             allocated=lambda: size,
         )
 
