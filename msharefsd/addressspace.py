@@ -78,6 +78,8 @@ class AddressSpaces:
                 raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
             if len(region.objects) + 2 > MOST_OBJECTS:
                 raise Refused(errno.ENOMEM, "too many objects in the region")
+            if new.guarded and new.accessible:
+                protection.arm(region, new.offset, new.end)
             with _leaving(region, new.offset, new.end):
                 if occupied:
                     await self._remove(region, new.offset, new.length)
@@ -89,8 +91,6 @@ class AddressSpaces:
                 if new.file is not None:
                     new.file.hold()
                 region.objects.insert(new)
-                if new.guarded and new.accessible:
-                    protection.arm(region, new.offset, new.end)
 
     async def donate(self, region: Region, new: Object) -> None:
         """Put an object in whose contents the donor has copied into the backing."""
@@ -101,9 +101,9 @@ class AddressSpaces:
                 raise Refused(errno.EINVAL, "the donor's mappings overlap")
             if len(region.objects) + 1 > MOST_OBJECTS:
                 raise Refused(errno.ENOMEM, "too many objects in the region")
-            region.objects.insert(new)
             if new.guarded and new.accessible:
                 protection.arm(region, new.offset, new.end)
+            region.objects.insert(new)
 
     async def hide_donated(self, region: Region) -> None:
         """The donor's PROT_NONE memory is copied: out of reach with it."""

@@ -27,6 +27,7 @@ A fault that the object's protection forbids is violation.py's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -149,13 +150,30 @@ class PageServer:
             while True:
                 await trio.lowlevel.wait_readable(sharer.uffd)
                 for fault in uffd.read_faults(sharer.uffd):
-                    if self._answer(sharer, window, fault) is Outcome.GONE:
+                    try:
+                        outcome = self._answer(sharer, window, fault)
+                    except OSError as error:
+                        outcome = self._failed(sharer, fault, error)
+                    if outcome is Outcome.GONE:
                         return
         except OSError as error:
             # The descriptor misbehaves: only its own process suffers.
             log.warning("sharer %d: userfaultfd failed: %s", sharer.pid, error)
         finally:
             self.forget(sharer)
+
+    def _failed(self, sharer: Sharer, fault: Fault, error: OSError) -> Outcome:
+        """A fault that cannot be answered ends in SIGBUS, and not in waiting forever."""
+        if error.errno == errno.ESRCH:
+            return Outcome.GONE
+        if self._seldom.now(("failed", sharer.region.id)):
+            log.error(
+                "region %s: a fault of process %d: %s",
+                sharer.region.label(),
+                sharer.pid,
+                error.strerror,
+            )
+        return self._poison(sharer, fault.address - fault.address % kernel.PAGE)
 
     def forget(self, sharer: Sharer) -> None:
         """A sharer is going: whoever waits there looks again (and finds no server)."""
@@ -342,9 +360,9 @@ class PageServer:
         region = sharer.region
         backing = region.backing
         assert backing is not None
-        if guarded:  # before anybody can see the pages
-            protection.protect(region, start, end)
         try:
+            if guarded:  # before anybody can see the pages
+                protection.protect(region, start, end)
             host = None if sharer.writable else backing.host
         except OSError as error:
             return uffd.outcome_of(error)

@@ -33,6 +33,7 @@ import trio
 
 from msharefsd import uffd
 from msharefsd.backing import AT_ONCE, data_of
+from msharefsd.errors import Refused
 from msharefsd.regions import Region, Sharer
 from msharefsd.uffd import Mode
 
@@ -63,16 +64,28 @@ def _tell(sharer: Sharer) -> None:
 
 
 def arm(region: Region, start: int, end: int) -> None:
-    """Make it possible to protect [start, end); offsets in the region."""
-    if not region.armed.add(start, end):
+    """Make it possible to protect [start, end); offsets in the region.
+
+    Raises Refused(ENOMEM) when a sharer has no room for another VMA.
+    """
+    if any(low <= start and end <= high for low, high in region.armed):
         return
     for sharer in _writers(region):
         _tell(sharer)
         _arm(sharer, start, end)
+    region.armed.add(start, end)
 
 
 def _arm(sharer: Sharer, start: int, end: int) -> None:
-    _try(_register, sharer, start, end)
+    try:
+        _try(_register, sharer, start, end)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        if not uffd.is_gone(sharer.uffd):
+            raise Refused(
+                errno.ENOMEM, f"process {sharer.pid} has no room for a VMA: see vm.max_map_count"
+            ) from error
 
 
 def _register(fd: int, start: int, length: int) -> None:

@@ -17,10 +17,8 @@ class Ranges:
     def __bool__(self) -> bool:
         return bool(self._ranges)
 
-    def add(self, start: int, end: int) -> bool:
-        """Add [start, end); whether any of it is new."""
-        if any(low <= start and end <= high for low, high in self._ranges):
-            return False
+    def add(self, start: int, end: int) -> None:
+        """Add [start, end)."""
         kept = []
         for low, high in self._ranges:
             if high < start or low > end:
@@ -28,7 +26,6 @@ class Ranges:
             else:
                 start, end = min(start, low), max(end, high)
         self._ranges = sorted([*kept, (start, end)])
-        return True
 
     def within(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """The parts that lie in [start, end)."""

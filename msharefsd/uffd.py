@@ -268,6 +268,15 @@ def write_unprotect(fd: int, start: int, length: int, *, wake: bool = True) -> N
     fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, _PROTECT.pack(start, length, mode))
 
 
+def is_gone(fd: int) -> bool:
+    """Whether the address space behind a userfaultfd no longer exists.
+
+    UFFDIO_REGISTER says ENOMEM for that, as for other things; filling says ESRCH.
+    """
+    nowhere = (1 << 47) - 16 * kernel.PAGE  # never registered
+    return zeropage(fd, nowhere, kernel.PAGE)[1] is Outcome.GONE
+
+
 def _fill(
     fd: int, number: int, request: bytearray, result_at: int, length: int
 ) -> tuple[int, Outcome]:

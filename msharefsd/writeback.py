@@ -138,18 +138,25 @@ class Writeback:
 
     async def sync(self, region: Region, start: int, end: int) -> None:
         """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""
-        await self.flush(region, start, end)
-        for file in _written_back(region, start, end):
-            if not file.may_write:
-                continue
+        # Held, because somebody may unmap them meanwhile.
+        files = _written_back(region, start, end)
+        for file in files:
             file.hold()
-            try:
-                await self._threads.run(file.uid, file.sync)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # a file system without fsync
-                    raise
-            finally:
+        try:
+            await self.flush(region, start, end)
+            for file in files:
+                if file.may_write:
+                    await self._sync_file(file)
+        finally:
+            for file in files:
                 file.let_go()
+
+    async def _sync_file(self, file: MappedFile) -> None:
+        try:
+            await self._threads.run(file.uid, file.sync)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system without fsync
+                raise
 
     def release(self, region: Region) -> None:
         """Close the memory of a region that is gone, when all of it is written."""

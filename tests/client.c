@@ -207,6 +207,68 @@ static void race(char *start, size_t length, const char *path, unsigned long cou
 	printf("%ld\n", empty + status);
 }
 
+/*
+ * Random calls and touches in [start, start + length), until killed: what comes of
+ * each does not matter, only that it comes.
+ */
+static void churn(char *start, size_t length, const char *path, unsigned seed)
+{
+	static const int prots[] = { 0, 1, 3, 3 };
+	size_t pages = length / 4096;
+
+	srand(seed);
+	for (;;) {
+		size_t page = (size_t)rand() % pages, count = 1 + (size_t)rand() % 64;
+		char *at = start + page * 4096;
+		size_t size = (page + count > pages ? pages - page : count) * 4096;
+		int prot = prots[rand() % 4], fd;
+
+		switch (rand() % 10) {
+		case 0:
+			mmap(at, size, prot, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+			break;
+		case 1:
+		case 2:
+			fd = open(path, O_RDWR | O_CLOEXEC);
+			mmap(at, size, prot, (rand() % 2 ? MAP_SHARED : MAP_PRIVATE) | MAP_FIXED, fd,
+			     (off_t)(rand() % 64) * 4096);
+			close(fd);
+			break;
+		case 3:
+			munmap(at, size);
+			break;
+		case 4:
+			mprotect(at, size, prot);
+			break;
+		case 5:
+			msync(at, size, MS_SYNC);
+			break;
+		case 6:
+			madvise(at, size, MADV_DONTNEED);
+			break;
+		case 7:
+			if (fork() == 0) {
+				if (!sigsetjmp(landing, 1))
+					*(volatile char *)at = 1;
+				_exit(0);
+			}
+			wait(NULL);
+			break;
+		case 8:
+			(void)!write(-1, at, 1);
+			fd = open("/dev/zero", O_RDONLY | O_CLOEXEC);
+			(void)!read(fd, at, size);
+			close(fd);
+			break;
+		default:
+			for (size_t i = 0; i < size; i += 4096) {
+				if (!sigsetjmp(landing, 1))
+					*(volatile char *)(at + i) += 1;
+			}
+		}
+	}
+}
+
 static void run(char *line, const char *self)
 {
 	char *words[8] = { 0 }, *rest = NULL, *position;
@@ -251,6 +313,8 @@ static void run(char *line, const char *self)
 	} else if (IS("race")) { /* address length path count */
 		fflush(stdout);
 		race((char *)n[1], n[2], words[3], n[4]);
+	} else if (IS("churn")) { /* address length path seed */
+		churn((char *)n[1], n[2], words[3], (unsigned)n[4]);
 	} else if (IS("munmap")) { /* address length */
 		say_errno(munmap((void *)n[1], n[2]));
 	} else if (IS("msync")) { /* address length flags */

@@ -31,6 +31,9 @@ def donate(client: Client, name: str = "r") -> None:
     client.ok("mshare", name, BASE, SIZE, CREATE, 0o600)
 
 
+CHURN_SECONDS = int(os.environ.get("MSHARE_CHURN_SECONDS", "10"))
+
+
 class Baseline:
     """What the daemon holds when nobody is there."""
 
@@ -134,6 +137,46 @@ def test_sharers_killed_at_random_leave_no_reference(spawn: Spawn, daemon: Daemo
             victim.kill()
     baseline.check()
     assert donor.do("load", BASE) == "1"
+
+
+@pytest.mark.timeout(60 + CHURN_SECONDS)
+def test_sharers_that_change_everything_and_are_killed(
+    spawn: Spawn, daemon: Daemon, directory: Path
+) -> None:
+    """What is mapped changes under everybody's hands, and some die in the middle of it."""
+    path = directory / "file"
+    path.write_bytes(b"\1" * 128 * 4096)
+    donor = spawn()
+    donor.ok("mshare", "r", BASE, SIZE, os.O_CREAT | os.O_RDWR, 0o600)
+    donor.ok("mmap", BASE, 4096, 3, 0x11)
+    donor.ok("store", BASE, 1)
+    donor.ok("mprotect", BASE, 4096, 0)  # the stash stays, once there is one
+    donor.ok("munmap", BASE, 4096)
+    baseline = Baseline(daemon)
+    dice = random.Random(2)
+    until = time.monotonic() + CHURN_SECONDS
+    sharers: list[Client] = []
+    while time.monotonic() < until:
+        while len(sharers) < 5:
+            sharers.append(spawn())
+            sharers[-1].ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+            sharers[-1].send("churn", BASE, SIZE, path, dice.randrange(1 << 30))
+        time.sleep(dice.random() * 0.2)
+        victim = sharers.pop(dice.randrange(len(sharers)))
+        if dice.random() < 0.3:
+            os.kill(victim.pid, signal.SIGSTOP)
+        assert victim.process.poll() is None, "it ended by itself"
+        victim.kill()
+    for sharer in sharers:
+        sharer.kill()
+    donor.ok("munmap", BASE, SIZE)
+    assert daemon.info("r", "maps") == ""
+    eventually(lambda: int(daemon.field("r", "memory")) == 0, "all memory is free")
+    assert donor.do("load", BASE) == "SIGBUS"
+    donor.ok("mmap", BASE, SIZE, 3, 0x11)
+    donor.ok("fill", BASE, SIZE, 2)
+    donor.ok("munmap", BASE, SIZE)
+    baseline.check()
 
 
 def test_a_donor_killed_while_it_donates_frees_the_name(spawn: Spawn, daemon: Daemon) -> None:
