@@ -40,6 +40,7 @@ _library.mshare.argtypes = [
     ctypes.c_int,
     ctypes.c_uint,
 ]
+_library.mshare_backed.argtypes = [*_library.mshare.argtypes, ctypes.c_char_p]
 _library.mshare_attach.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Info)]
 _library.mshare_unlink.argtypes = [ctypes.c_char_p]
 _library.mshare_detach.argtypes = [ctypes.c_char_p]
@@ -85,13 +86,22 @@ def _check(result: int, name: str) -> None:
         raise OSError(code, os.strerror(code), name)
 
 
-def mshare(name: str, addr: int, length: int, oflags: int, mode: int = 0o600) -> None:
+def mshare(
+    name: str,
+    addr: int,
+    length: int,
+    oflags: int,
+    mode: int = 0o600,
+    backing: str | None = None,
+) -> None:
     """Create or attach the region `name` at [addr, addr + length), in bytes.
 
-    `oflags` is os.O_RDONLY or os.O_RDWR, with os.O_CREAT and os.O_EXCL.  Raises
-    OSError with the errno that mshare(3) lists.
+    `oflags` is os.O_RDONLY or os.O_RDWR, with os.O_CREAT and os.O_EXCL.  `backing` is
+    what holds a new region's pages, "shm" or "hugetlb"; None leaves it to
+    $MSHARE_BACKING and the daemon.  Raises OSError with the errno that mshare(3) lists.
     """
-    _check(_library.mshare(_encode(name), addr, length, oflags, mode), name)
+    kind = None if backing is None else _encode(backing)
+    _check(_library.mshare_backed(_encode(name), addr, length, oflags, mode, kind), name)
 
 
 def mshare_attach(name: str, oflags: int) -> RegionInfo:

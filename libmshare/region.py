@@ -85,8 +85,12 @@ class Region:
         readonly: bool = False,
         empty: bool = False,
         mode: int = 0o600,
+        backing: str | None = None,
     ) -> None:
         """Attach or create the region; with `empty` create it with nothing mapped in it.
+
+        `backing` is what holds a new region's pages: "shm", "hugetlb", or None for what
+        $MSHARE_BACKING or the daemon says.
 
         Raises OSError with the errno of mshare(3), and ValueError when `start` or
         `size` (bytes) are missing to create it.
@@ -95,7 +99,9 @@ class Region:
         with _lock:
             known = _attachments.get(name)
             if known is None:
-                known = _attach(name, create, exclusive, start, size, readonly, empty, mode)
+                known = _attach(
+                    name, create, exclusive, start, size, readonly, empty, mode, backing
+                )
                 _attachments[name] = known
             elif exclusive:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
@@ -291,6 +297,7 @@ def _attach(
     readonly: bool,  # noqa: FBT001
     empty: bool,  # noqa: FBT001
     mode: int,
+    backing: str | None,
 ) -> _Attachment:
     access = os.O_RDONLY if readonly else os.O_RDWR
     if not (create and exclusive):
@@ -304,7 +311,7 @@ def _attach(
     if not empty:
         core.map_anonymous(start, size)
     try:
-        core.mshare(name, start, size, access | os.O_CREAT | os.O_EXCL, mode)
+        core.mshare(name, start, size, access | os.O_CREAT | os.O_EXCL, mode, backing)
     except BaseException as error:
         if not empty:
             core.mshare_munmap(start, size)

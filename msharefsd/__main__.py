@@ -38,7 +38,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="what addresses and sizes of regions are multiples of (512G)",
     )
-    parser.add_argument("--backing", choices=["shm"], help="what holds the pages (shm)")
+    parser.add_argument(
+        "--backing",
+        choices=["shm", "hugetlb"],
+        help="what holds the pages of regions that do not ask (shm)",
+    )
+    parser.add_argument(
+        "--huge-page", metavar="SIZE", help="the pages of the hugetlb backing: 2M or 1G (2M)"
+    )
     parser.add_argument("--region-memory", metavar="SIZE", help="the most memory of a region")
     parser.add_argument(
         "--collapse",

@@ -49,14 +49,10 @@ class AddressSpaces:
 
     def check(self, region: Region, offset: int, length: int) -> None:
         """Raise Refused(EINVAL) for a range that is not whole pages of the region."""
-        if (
-            length == 0
-            or offset % kernel.PAGE
-            or length % kernel.PAGE
-            or offset < 0
-            or offset + length > region.size
-        ):
-            raise Refused(errno.EINVAL, "the range does not lie in the region, in whole pages")
+        if length == 0 or offset < 0 or offset + length > region.size:
+            raise Refused(errno.EINVAL, "the range does not lie in the region")
+        if offset % region.page or length % region.page:
+            raise Refused(errno.EINVAL, f"not in whole pages of the region: {region.page} bytes")
 
     def _check_prot(self, new: Object, code: int) -> None:
         if new.prot & kernel.PROT_EXEC:
@@ -135,7 +131,7 @@ class AddressSpaces:
             log.error(
                 "region %s: unmapped %d bytes that a file did not take",
                 region.label(),
-                len(lost) * kernel.PAGE,
+                len(lost) * region.page,
             )
         _let_go(region, removed)
         await _discard(region, offset, length)
@@ -204,11 +200,12 @@ class AddressSpaces:
             protection.arm(region, start, end)
         await protection.protect_present(region, item.offset, item.end)
         for start, end in runs:
-            for at in range(start, end, HUGE_PAGE):
+            step = max(HUGE_PAGE, region.page)
+            for at in range(start, end, step):
                 _alive(region)
                 assert region.backing is not None
                 try:
-                    region.backing.stash_pages(at, min(at + HUGE_PAGE, end) - at)
+                    region.backing.stash_pages(at, min(at + step, end) - at)
                 except OSError as error:
                     code = error.errno or errno.ENOMEM
                     raise Refused(code, "no memory to move it to") from error

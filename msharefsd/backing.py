@@ -7,16 +7,20 @@ to attach: a child after fork shows it to prove that its parent was a sharer.
 The daemon never reads or writes the pages by pointer.  A sharer with write
 permission can truncate the object, and a pointer would then be SIGBUS in the
 daemon; a system call just fails.
+
+Here is what all backings have in common, and POSIX shared memory; hugetlb.py has
+the other one.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 import os
 import re
 from collections.abc import Iterator
-from typing import Final
+from typing import ClassVar, Final
 
 import posix_ipc
 import trio
@@ -24,7 +28,7 @@ import trio
 from msharefsd import kernel, uffd
 from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
-from msharefsd.uffd import Mode
+from msharefsd.uffd import Feature, Mode
 
 SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - where shm_open(3) has its objects
 HUGE_PAGE: Final = 2 << 20
@@ -32,22 +36,17 @@ AT_ONCE: Final = 64 << 20
 """How much memory is worked on without letting anything else happen (bytes)."""
 
 
-class ShmObject:
-    """A sparse POSIX shared memory object."""
+class SparseFile(abc.ABC):
+    """A file in memory of which each page is there or absent."""
 
-    def __init__(self, name: str, size: int) -> None:
-        """Create the object `name` of `size` bytes, all of them absent.
+    page: int = kernel.PAGE
+    """Its page size: what comes, goes and is protected as a whole (bytes)."""
 
-        Raises Refused (EMFILE, ENFILE, ENOSPC, ENOMEM as the kernel says).
-        """
+    def __init__(self, name: str, size: int, fd: int) -> None:
+        """`fd` is taken over."""
         self.name = name
         self.size = size
-        try:
-            memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
-        except (OSError, posix_ipc.Error, ValueError) as error:
-            code = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
-            raise Refused(code, f"cannot create shared memory {name}: {error}") from error
-        self.fd: int = memory.fd
+        self.fd = fd
 
     def allocated(self) -> int:
         """Bytes of memory that it holds."""
@@ -71,22 +70,24 @@ class ShmObject:
 
     def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The runs of pages in the range that are there: (start, end), bytes."""
-        return data_of(self.fd, offset, offset + length)
+        return _data_of(self.fd, offset, offset + length)
 
     def punch(self, offset: int, length: int) -> None:
         """Make pages absent: freed, and unmapped in every process."""
         _punch(self.fd, offset, length)
 
+    @abc.abstractmethod
+    def _unlink(self) -> None:
+        """Remove the name, if it is still there.  Raises OSError."""
+
     def close(self, disposal: Disposal) -> None:
         """Remove the name and let go; the memory goes with its last mapping."""
         disposal.close_fd(self.fd)
-        # Somebody with the right to it (root) may have been faster.
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(self.name)
+        with contextlib.suppress(OSError):
+            self._unlink()
 
 
-def data_of(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """The runs of pages in [offset, end) that a file has: (start, end), bytes."""
+def _data_of(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
     while offset < end:
         try:
             start = os.lseek(fd, offset, os.SEEK_DATA)
@@ -112,25 +113,60 @@ def _punch(fd: int, offset: int, length: int) -> None:
     kernel.punch(fd, offset, length)
 
 
+def _create_shm(name: str, size: int) -> int:
+    try:
+        memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+    except (OSError, posix_ipc.Error, ValueError) as error:
+        code = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
+        raise Refused(code, f"cannot create shared memory {name}: {error}") from error
+    return int(memory.fd)
+
+
+def _unlink_shm(name: str) -> None:
+    # Somebody with the right to it (root) may have been faster.
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(name)
+
+
+class ShmObject(SparseFile):
+    """A sparse POSIX shared memory object."""
+
+    def __init__(self, name: str, size: int) -> None:
+        """Create the object `name` of `size` bytes, all of them absent.
+
+        Raises Refused (EMFILE, ENFILE, ENOSPC, ENOMEM as the kernel says).
+        """
+        super().__init__(name, size, _create_shm(name, size))
+
+    def _unlink(self) -> None:
+        _unlink_shm(self.name)
+
+
 class HostMapping:
     """The daemon's own mapping of a backing.
 
     It stands for the page table that a kernel would keep for the region.  It has a
     userfaultfd of its own, so that pages come into it as they come into a sharer:
-    whole, or not at all.  Nobody touches it by pointer.
+    whole, or not at all.  Nobody touches it by pointer; a system call that touches
+    an absent page of it fails (UFFD_FEATURE_SIGBUS) and never waits for us.
     """
 
-    def __init__(self, memory: ShmObject) -> None:
-        """Raises OSError when there is no room in the address space."""
+    def __init__(self, memory: SparseFile, feature: Feature, address: int | None = None) -> None:
+        """Map all of `memory`, at `address` if that is given.
+
+        `feature` is that of a userfaultfd on such memory.  Raises OSError: ENOMEM when
+        there is no room in the address space, EEXIST when `address` is taken.
+        """
         self._size = memory.size
+        fixed = 0 if address is None else kernel.MAP_FIXED_NOREPLACE
         self.uffd = uffd.open_own()
         try:
-            uffd.handshake(self.uffd, uffd.Feature.MISSING_SHMEM)
+            uffd.handshake(self.uffd, feature | Feature.SIGBUS)
             self.start = kernel.mmap(
-                None,
+                address,
                 memory.size,
                 kernel.PROT_READ | kernel.PROT_WRITE,
-                kernel.MAP_SHARED | kernel.MAP_NORESERVE,
+                kernel.MAP_SHARED | kernel.MAP_NORESERVE | fixed,
                 memory.fd,
                 0,
             )
@@ -146,24 +182,56 @@ class HostMapping:
         os.close(self.uffd)
 
 
-class ShmBacking(ShmObject):
-    """POSIX shared memory: 4 KiB pages on /dev/shm, whoever touches first pays."""
+class Backing(SparseFile):
+    """A region's memory: what sharers map, the host mapping, the stash."""
 
-    kind: Final = "shm"
+    kind: ClassVar[str]
+    """Its name in settings and texts."""
+    charges_sharer: ClassVar[bool]
+    """Whether memory is charged to the process that a page is populated through."""
+    largest_chunk: int = HUGE_PAGE
+    """How much is populated for one fault at the most (bytes)."""
+    smallest_chunk: int = 64 << 10
+    """And for a fault at a random place."""
 
-    def __init__(self, name: str, size: int, disposal: Disposal) -> None:
-        """As ShmObject does; `disposal` is who closes it."""
-        super().__init__(name, size)
+    def __init__(self, name: str, size: int, fd: int, disposal: Disposal) -> None:
+        """`fd` is taken over; `disposal` is who closes what takes its time to close."""
+        super().__init__(name, size, fd)
         self._disposal = disposal
         self._host: HostMapping | None = None
         self._stash: ShmObject | None = None
+        self.identity = kernel.identify(fd)
         # Descriptions of their own for the sharers: they may seek and set flags.
         self._writable = self._open(os.O_RDWR)
         self._readable = self._open(os.O_RDONLY)
-        self.identity = kernel.identify(self.fd)
 
+    @abc.abstractmethod
     def _open(self, access: int) -> int:
-        return os.open(SHM_DIRECTORY + self.name, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+        """A new open file description by its name."""
+
+    @abc.abstractmethod
+    def _map_host(self) -> HostMapping:
+        """Map all of it.  Raises OSError."""
+
+    @property
+    @abc.abstractmethod
+    def stash_name(self) -> str:
+        """The name of the stash, which is POSIX shared memory."""
+
+    def shared_slot(self, offset: int) -> tuple[int, int] | None:  # noqa: ARG002 - not here
+        """The range around `offset` that has one page table in all writers and the host.
+
+        None if there is none.  Where something is armed the writers have left it.
+        """
+        return None
+
+    def believes_present(self, offset: int) -> bool:  # noqa: ARG002 - EEXIST is plain here
+        """Whether EEXIST for the page at `offset` means that it is there."""
+        return True
+
+    def check_room(self, size: int) -> None:  # noqa: ARG002 - nobody knows
+        """Raise Refused(ENOMEM) if it is known that `size` bytes more cannot be had."""
+        return
 
     def descriptor(self, *, writable: bool) -> int:
         """The descriptor to send to a sharer; it stays the backing's."""
@@ -180,7 +248,7 @@ class ShmBacking(ShmObject):
         Raises OSError (ENOMEM).
         """
         if self._host is None:
-            self._host = HostMapping(self)
+            self._host = self._map_host()
         return self._host
 
     @property
@@ -201,7 +269,7 @@ class ShmBacking(ShmObject):
         Raises OSError: ENOSPC, ENOMEM.
         """
         if self._stash is None:
-            self._stash = ShmObject(stash_name(self.name), self.size)
+            self._stash = ShmObject(self.stash_name, self.size)
         for start, end in self.data(offset, length):
             at = start
             while at < end:
@@ -210,6 +278,24 @@ class ShmBacking(ShmObject):
                     break  # truncated by a sharer
                 at += os.pwrite(self._stash.fd, content, at)
         self.punch(offset, length)
+
+    async def runs(self, start: int, end: int) -> list[tuple[int, int]]:
+        """As `data`, and other things go on meanwhile; in pieces of at most AT_ONCE."""
+        if end - start <= AT_ONCE:
+            return list(self.data(start, end - start))
+        # Looking for the end of gigabytes of pages takes a while.
+        fd = os.dup(self.fd)
+        try:
+            runs = await trio.to_thread.run_sync(lambda: list(_data_of(fd, start, end)))
+        finally:
+            os.close(fd)
+        return self._in_pieces(runs)
+
+    def _in_pieces(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        step = max(AT_ONCE, self.page)
+        return [
+            (at, min(at + step, last)) for first, last in runs for at in range(first, last, step)
+        ]
 
     async def discard(self, offset: int, length: int) -> None:
         """The contents of the range are gone, wherever they were.
@@ -242,8 +328,33 @@ class ShmBacking(ShmObject):
         self.close(self._disposal)
 
 
+class ShmBacking(Backing):
+    """POSIX shared memory: 4 KiB pages on /dev/shm, whoever touches first pays."""
+
+    kind = "shm"
+    charges_sharer = True
+
+    def __init__(self, name: str, size: int, disposal: Disposal) -> None:
+        """Create it, without a page.  Raises Refused as ShmObject does."""
+        super().__init__(name, size, _create_shm(name, size), disposal)
+
+    def _open(self, access: int) -> int:
+        return os.open(SHM_DIRECTORY + self.name, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def _map_host(self) -> HostMapping:
+        return HostMapping(self, Feature.MISSING_SHMEM)
+
+    def _unlink(self) -> None:
+        _unlink_shm(self.name)
+
+    @property
+    def stash_name(self) -> str:
+        """The name of the stash."""
+        return stash_name(self.name)
+
+
 def stash_name(name: str) -> str:
-    """The name of a backing's stash."""
+    """The name of the stash of a backing that has its name in /dev/shm."""
     return f"{name}-stash"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Final
 
 from msharefsd import kernel, uffd
@@ -23,6 +24,8 @@ WANTED: Final = (
     | Feature.WP
     | Feature.WP_HUGETLBFS_SHMEM
     | Feature.EXACT_ADDRESS
+    | Feature.MISSING_HUGETLBFS
+    | Feature.MINOR_HUGETLBFS
 )
 """What is asked for on every sharer's userfaultfd, as far as the kernel has it."""
 
@@ -49,6 +52,8 @@ class Capabilities:
     """A fault tells its byte, for si_addr (UFFD_FEATURE_EXACT_ADDRESS, Linux 5.18)."""
     collapse: bool
     """Small pages can be made huge ones (MADV_COLLAPSE, Linux 6.1)."""
+    hugetlb: bool
+    """Regions can be of huge pages (hugetlbfs, and the right to mount it)."""
     map_files: bool
     """A donor's shared anonymous memory can be looked into (/proc/PID/map_files)."""
 
@@ -62,16 +67,18 @@ class Capabilities:
             features &= ~Feature.MINOR_SHMEM
         if not self.write_protect:
             features &= ~(Feature.WP | Feature.WP_HUGETLBFS_SHMEM)
+        if not self.hugetlb:
+            features &= ~(Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS)
         if not self.exact_address:
             features &= ~Feature.EXACT_ADDRESS
         return features
 
     def missing(self) -> list[str]:
         """A sentence for each feature that is not there."""
-        return [_LACKING[item.name] for item in fields(self) if not getattr(self, item.name)]
+        return [LACKING[item.name] for item in fields(self) if not getattr(self, item.name)]
 
 
-_LACKING: Final = {
+LACKING: Final = {
     "device": "/dev/userfaultfd cannot be opened (Linux 6.1, or its mode): sharers need "
     "vm.unprivileged_userfaultfd=1 or access to the device of their own",
     "kernel_faults": "no right to a full userfaultfd: a system call on a page that was never "
@@ -87,6 +94,8 @@ _LACKING: Final = {
     "page's address",
     "collapse": "no MADV_COLLAPSE of shared memory (Linux 6.1, CONFIG_TRANSPARENT_HUGEPAGE): each "
     "sharer keeps its own page tables",
+    "hugetlb": "no hugetlbfs, no UFFD_FEATURE_MINOR_HUGETLBFS (Linux 5.13), or no right to mount: "
+    "the backing hugetlb cannot be had",
     "map_files": "no right to /proc/PID/map_files (CAP_CHECKPOINT_RESTORE): a donor's shared "
     "anonymous memory is searched page by page, slowly",
 }
@@ -131,6 +140,11 @@ def probe(without: frozenset[str] = frozenset()) -> Capabilities:
         "write_protect": Feature.WP | Feature.WP_HUGETLBFS_SHMEM in features,
         "exact_address": Feature.EXACT_ADDRESS in features,
         "collapse": _can_collapse(),
+        "hugetlb": (
+            Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS in features
+            and os.geteuid() == 0
+            and "hugetlbfs" in Path("/proc/filesystems").read_text().split()
+        ),
         "map_files": _can_read_map_files(),
     }
     unknown = without - found.keys()

@@ -29,7 +29,7 @@ from typing import Final, TypeVar
 import trio
 
 from msharefsd import kernel
-from msharefsd.backing import HUGE_PAGE
+from msharefsd.backing import HUGE_PAGE, ShmBacking
 from msharefsd.metrics import Metrics
 from msharefsd.regions import Region, Sharer
 
@@ -63,6 +63,8 @@ class Collapser:
         while True:
             await trio.sleep(self._interval)
             for region in list(regions()):
+                if not isinstance(region.backing, ShmBacking):
+                    continue  # its pages are huge already
                 try:
                     await self._region(region)
                 except PermissionError:

@@ -9,6 +9,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from msharefsd.hugetlb import Pool
+
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST_ALIGNMENT: Final = 2 << 20
 LARGEST_ALIGNMENT: Final = 1 << 46
@@ -23,7 +25,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
     mountpoint: str = ""
     alignment: str = "512G"
-    backing: Literal["shm"] = "shm"
+    backing: Literal["shm", "hugetlb"] = "shm"
+    huge_page: str = "2M"
     region_memory: str | None = None
     collapse: bool = True
     collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 5.0
@@ -46,6 +49,16 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         """The most memory that a region may hold."""
         return None if self.region_memory is None else parse_size(self.region_memory)
 
+    @property
+    def huge_page_bytes(self) -> int:
+        """The size of the pages of the `hugetlb` backing."""
+        value = parse_size(self.huge_page)
+        sizes = Pool.sizes()
+        if sizes and value not in sizes:
+            known = ", ".join(f"{size >> 20}M" for size in sizes)
+            raise ConfigError(f"no huge pages of {self.huge_page}: this kernel has {known}")
+        return value
+
     def resolved(self) -> Config:
         """With the defaults that depend on who runs the daemon; and checked."""
         root = os.geteuid() == 0
@@ -63,7 +76,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             name = mountpoint.strip("/").replace("-", "--").replace("/", "-")
             run = f"{'/run' if root else runtime}/msharefs/{name}"
         config = msgspec.structs.replace(self, mountpoint=mountpoint, run_directory=run)
-        _ = config.alignment_bytes, config.region_memory_bytes
+        _ = config.alignment_bytes, config.region_memory_bytes, config.huge_page_bytes
         return config
 
 

@@ -26,29 +26,42 @@ from typing import Final
 
 import trio
 
-from msharefsd import files, kernel, liveness, protection, uffd, wire
+from msharefsd import files, hugetlb, kernel, liveness, protection, uffd, wire
 from msharefsd.addressspace import AddressSpaces
 from msharefsd.capabilities import Capabilities
 from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.files import MappedFile
+from msharefsd.hugetlb import HugetlbBacking
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
 from msharefsd.pageserver import PageServer
 from msharefsd.regions import Region, Regions, Sharer, State, writes
 from msharefsd.seldom import Seldom
-from msharefsd.wire import Op, Reply, ReplyFlag, Request, RequestFlag
+from msharefsd.wire import BackingKind, Op, Reply, ReplyFlag, Request, RequestFlag
 
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 4096
+_SO_PEERGROUPS: Final = 59
+_MOST_GROUPS: Final = 1 << 16
+"""NGROUPS_MAX."""
 _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("=iII")
 _PROTECTIONS: Final = kernel.PROT_READ | kernel.PROT_WRITE | kernel.PROT_EXEC
 _MMAP_FLAGS: Final = (
-    kernel.MAP_SHARED | kernel.MAP_PRIVATE | kernel.MAP_FIXED | kernel.MAP_ANONYMOUS
+    kernel.MAP_SHARED
+    | kernel.MAP_PRIVATE
+    | kernel.MAP_FIXED
+    | kernel.MAP_ANONYMOUS
+    | kernel.MAP_NORESERVE
 )
+_KINDS: Final = {
+    BackingKind.BACKING_DEFAULT: "",
+    BackingKind.BACKING_SHM: "shm",
+    BackingKind.BACKING_HUGETLB: "hugetlb",
+}
 _LARGEST_FILE: Final = (1 << 63) - 1
 
 
@@ -61,6 +74,8 @@ class Peer:
     gid: int
     pidfd: int | None
     """None for a process that this pid namespace does not see."""
+
+    groups: tuple[int, ...] = ()
 
     def has_ended(self) -> bool:
         """Whether the process is gone."""
@@ -79,7 +94,16 @@ def _peer_of(sock: trio.socket.SocketType) -> Peer:
             pidfd = os.pidfd_open(pid)
         except OSError:
             pidfd = None
-    return Peer(pid, uid, gid, pidfd)
+    return Peer(pid, uid, gid, pidfd, (gid, *_groups_of(sock)))
+
+
+def _groups_of(sock: trio.socket.SocketType) -> tuple[int, ...]:
+    """The supplementary groups of who connected (SO_PEERGROUPS, Linux 4.13)."""
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * 4)
+    except OSError:
+        return ()
+    return tuple(array.array("I", data))
 
 
 class Control:
@@ -96,6 +120,7 @@ class Control:
         region_of_inode: Callable[[int], Region | None],
         mount_device: tuple[int, int],
         disposal: Disposal,
+        default_backing: str,
     ) -> None:
         """Serve `regions`.
 
@@ -111,6 +136,7 @@ class Control:
         self.region_of_inode = region_of_inode
         self.mount_device = mount_device
         self.disposal = disposal
+        self.default_backing = default_backing
         self._device: int | None = None
         self._spare: int | None = None
         self._reserve()
@@ -344,6 +370,8 @@ class _Connection:
                 return self._userfaultfd(request)
             case Op.VMA_FILE:
                 return self._vma_file(request, fds)
+            case Op.NEED:
+                self._need(request.size)
             case Op.READY:
                 protection.admit(self._need_sharer())
             case Op.DETACH:
@@ -388,6 +416,8 @@ class _Connection:
         fixed = bool(item.flags & kernel.MAP_FIXED)
         new = Object(item.offset, item.length, item.prot, private)
         if item.flags & kernel.MAP_ANONYMOUS:
+            if not item.flags & kernel.MAP_NORESERVE and region.backing is not None:
+                region.backing.check_room(item.length)
             await self._control.spaces.mmap(region, new, replace=fixed)
             return
         if len(fds) != 1:
@@ -471,7 +501,11 @@ class _Connection:
         try:
             self._adopt(uffd_fd)
             regions.establish(
-                region, request.start, request.size, read_only=not writes(request.oflags)
+                region,
+                request.start,
+                request.size,
+                kind=self._kind_of_backing(request),
+                read_only=not writes(request.oflags),
             )
         except Refused:
             if made_file:
@@ -482,6 +516,17 @@ class _Connection:
             return ReplyFlag.CREATED | ReplyFlag.DONATE
         regions.commit(region)
         return ReplyFlag.CREATED
+
+    def _kind_of_backing(self, request: Request) -> str:
+        kind = _KINDS[request.backing] or self._control.default_backing
+        if kind == HugetlbBacking.kind:
+            hugetlb.may_use(self._peer.uid, self._peer.groups)
+        return kind
+
+    def _need(self, size: int) -> None:
+        if self._building is None or self._building.backing is None:
+            raise Refused(errno.EINVAL, "nothing is being donated")
+        self._building.backing.check_room(size)
 
     async def _serve_faults(self, sharer: Sharer, scope: trio.CancelScope) -> None:
         with scope:

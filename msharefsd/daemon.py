@@ -7,6 +7,7 @@ is undone: no mount, no shared memory, no graft stays behind.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -23,14 +24,16 @@ import trio
 
 from msharefsd import backing, capabilities, control, mounting, notify
 from msharefsd.addressspace import AddressSpaces
-from msharefsd.backing import ShmBacking
+from msharefsd.backing import Backing, ShmBacking
 from msharefsd.capabilities import Capabilities
 from msharefsd.collapse import Collapser
 from msharefsd.config import Config
 from msharefsd.control import Control
 from msharefsd.disposal import Disposal
+from msharefsd.errors import Refused
 from msharefsd.files import Threads
 from msharefsd.filesystem import CONTROL_NAME, FileSystem
+from msharefsd.hugetlb import HugetlbBacking, Pool
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.pageserver import PageServer
@@ -157,18 +160,48 @@ async def run(config: Config) -> None:
         prefix = _backing_prefix(directory)
         for name in backing.remove_leftovers(prefix):
             log.warning("removed shared memory %s of a daemon that died", name)
+        pool = stack.enter_context(_huge_pages(config, found, directory))
         disposal = Disposal()
-        regions = Regions(
-            config.alignment_bytes,
-            lambda number, size: ShmBacking(f"{prefix}{number}", size, disposal),
-            _forget_name,
-        )
+
+        def make_backing(number: int, start: int, size: int, kind: str) -> Backing:
+            name = f"{prefix}{number}"
+            if (kind or config.backing) == ShmBacking.kind:
+                return ShmBacking(name, size, disposal)
+            if pool is None:
+                raise Refused(errno.EOPNOTSUPP, capabilities.LACKING["hugetlb"])
+            return HugetlbBacking(pool, number, start, size, backing.stash_name(name), disposal)
+
+        regions = Regions(config.alignment_bytes, make_backing, _forget_name)
         stack.callback(regions.close)
         stack.callback(disposal.close)
         metrics = Metrics(regions.alive)
         operations = FileSystem(regions, metrics)
         stack.enter_context(_mounted(config, directory / "graft", operations))
         await _serve(config, found, regions, metrics, operations, disposal)
+
+
+@contextlib.contextmanager
+def _huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator[Pool | None]:
+    """The pool of the hugetlb backing, if there can be one."""
+    if not found.hugetlb:
+        if config.backing == HugetlbBacking.kind:
+            raise StartError(capabilities.LACKING["hugetlb"])
+        yield None
+        return
+    pool = Pool(directory / "huge", config.huge_page_bytes)
+    try:
+        pool.mount()
+    except OSError as error:
+        raise StartError(f"cannot mount hugetlbfs: {error}") from error
+    try:
+        for name in pool.leftovers():
+            log.warning("removed huge pages %s of a daemon that died", name)
+            (pool.directory / name).unlink()
+        if config.backing == HugetlbBacking.kind and pool.total() == 0:
+            log.warning("no huge pages are reserved: %s", pool.command())
+        yield pool
+    finally:
+        pool.unmount()
 
 
 def _backing_prefix(directory: Path) -> str:
@@ -209,6 +242,7 @@ async def _serve(
             operations.region_of_inode,
             mount.device,
             disposal,
+            config.backing,
         )
         stack.callback(server.close)
         async with trio.open_nursery() as nursery:

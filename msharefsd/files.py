@@ -47,11 +47,30 @@ class Threads:
         return await trio.to_thread.run_sync(function, limiter=limiter, abandon_on_cancel=True)
 
 
+class Zeros:
+    """Zeros to copy from: memory that is never written, and so takes none."""
+
+    def __init__(self) -> None:
+        self._length = 0
+        self._start = 0
+
+    def address(self, length: int) -> int:
+        """Where `length` bytes of zeros are.  Raises OSError (ENOMEM)."""
+        if length > self._length:
+            flags = kernel.MAP_PRIVATE | kernel.MAP_ANONYMOUS | kernel.MAP_NORESERVE
+            start = kernel.mmap(None, length, kernel.PROT_READ, flags, -1, 0)
+            if self._length:
+                kernel.munmap(self._start, self._length)
+            self._start, self._length = start, length
+        return self._start
+
+
 class Buffer:
     """Memory of the daemon that file contents pass through on their way to UFFDIO_COPY."""
 
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, BUFFER)
+    def __init__(self, size: int) -> None:
+        """`size` in bytes."""
+        self._memory = mmap.mmap(-1, size)
         self.view = memoryview(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
@@ -62,13 +81,15 @@ class Buffers:
     def __init__(self) -> None:
         self._idle: list[Buffer] = []
 
-    def take(self) -> Buffer:
-        """A buffer with anything in it."""
-        return self._idle.pop() if self._idle else Buffer()
+    def take(self, size: int) -> Buffer:
+        """A buffer of at least `size` bytes, with anything in it."""
+        if size > BUFFER:
+            return Buffer(size)
+        return self._idle.pop() if self._idle else Buffer(BUFFER)
 
     def give_back(self, buffer: Buffer) -> None:
         """Nobody reads it any more."""
-        if len(self._idle) < MOST_BUFFERS:
+        if len(buffer.view) == BUFFER and len(self._idle) < MOST_BUFFERS:
             self._idle.append(buffer)
 
 
@@ -103,11 +124,11 @@ class MappedFile:
             self._close(self.fd)
             self.fd = -1
 
-    def read(self, buffer: memoryview, offset: int) -> int:
+    def read(self, buffer: memoryview, offset: int, page: int) -> int:
         """Fill `buffer` from the file; what lies beyond its end is zeros.
 
-        Returns how many bytes are before the end, rounded up to pages: the rest has
-        no memory (SIGBUS, mmap(2)).  May block.  Raises OSError.
+        Returns how many bytes are before the end, rounded up to pages of `page` bytes:
+        the rest has no memory (SIGBUS, mmap(2)).  May block.  Raises OSError.
         """
         done = 0
         while done < len(buffer):
@@ -115,7 +136,7 @@ class MappedFile:
             if got == 0:
                 break
             done += got
-        usable = min(done + -done % kernel.PAGE, len(buffer))
+        usable = min(done + -done % page, len(buffer))
         buffer[done:usable] = bytes(usable - done)
         return usable
 

@@ -29,6 +29,7 @@ MAP_NORESERVE: Final = 0x4000
 MAP_FIXED_NOREPLACE: Final = 0x100000
 
 MADV_DONTFORK: Final = 10
+MADV_POPULATE_READ: Final = 22
 MADV_COLLAPSE: Final = 25
 
 MS_ASYNC: Final = 1
@@ -66,6 +67,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mount.argtypes = [
     ctypes.c_char_p,
@@ -149,6 +151,11 @@ def munmap(address: int, length: int) -> None:
 def madvise(address: int, length: int, advice: int) -> None:
     """madvise(2)."""
     _check(_libc.madvise(address, length, advice))
+
+
+def mincore(address: int, length: int, vector: ctypes.Array[ctypes.c_ubyte]) -> None:
+    """mincore(2): a byte for each page of PAGE bytes into `vector`, bit 0 if it is there."""
+    _check(_libc.mincore(address, length, vector))
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:

@@ -40,9 +40,9 @@ from typing import Final
 import trio
 
 from msharefsd import kernel, protection, uffd, violation
-from msharefsd.backing import HUGE_PAGE, ShmBacking, ShmObject
+from msharefsd.backing import HUGE_PAGE, Backing, ShmObject
 from msharefsd.capabilities import Capabilities
-from msharefsd.files import BUFFER, Buffers, MappedFile, Threads
+from msharefsd.files import BUFFER, Buffers, MappedFile, Threads, Zeros
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
 from msharefsd.regions import Region, Sharer
@@ -51,8 +51,6 @@ from msharefsd.uffd import Fault, Mode, Outcome
 
 log = logging.getLogger(__name__)
 
-SMALLEST_CHUNK: Final = 64 << 10
-LARGEST_CHUNK: Final = HUGE_PAGE
 STREAMS: Final = 16
 MOST_POISONED: Final = 1 << 16
 MEND_INTERVAL: Final = 1.0
@@ -67,12 +65,15 @@ class Window:
     and one there must not be given memory that it never uses.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, smallest: int, largest: int) -> None:
+        """`smallest` and `largest` chunk, in bytes, powers of two."""
+        self._smallest = smallest
+        self._largest = largest
         self._runs: OrderedDict[int, int] = OrderedDict()
 
     def chunk(self, offset: int) -> tuple[int, int]:
         """Where to populate for a fault at `offset`: (start, length) in bytes."""
-        length = min(self._runs.pop(offset, SMALLEST_CHUNK // 2) * 2, LARGEST_CHUNK)
+        length = min(self._runs.pop(offset, self._smallest // 2) * 2, self._largest)
         start = offset - offset % length
         self._runs[start + length] = length
         if len(self._runs) > STREAMS:
@@ -116,7 +117,7 @@ class PageServer:
         self._region_memory = region_memory
         self._threads = threads
         self._buffers = Buffers()
-        self._zeros = self._buffers.take()
+        self._zeros = Zeros()
         self._fills: dict[int, list[_Fill]] = {}
         """By region id."""
         self._starving: set[Sharer] = set()
@@ -145,7 +146,10 @@ class PageServer:
 
     async def serve(self, sharer: Sharer) -> None:
         """Answer a sharer's faults until its address space is gone or we are cancelled."""
-        window = Window()
+        region = sharer.region
+        if region.backing is None:
+            return
+        window = Window(region.backing.smallest_chunk, region.backing.largest_chunk)
         try:
             while True:
                 await trio.lowlevel.wait_readable(sharer.uffd)
@@ -173,7 +177,7 @@ class PageServer:
                 sharer.pid,
                 error.strerror,
             )
-        return self._poison(sharer, fault.address - fault.address % kernel.PAGE)
+        return self._poison(sharer, fault.address - fault.address % sharer.region.page)
 
     def forget(self, sharer: Sharer) -> None:
         """A sharer is going: whoever waits there looks again (and finds no server)."""
@@ -187,7 +191,7 @@ class PageServer:
 
     def _answer(self, sharer: Sharer, window: Window, fault: Fault) -> Outcome:
         region = sharer.region
-        page = fault.address - fault.address % kernel.PAGE
+        page = fault.address - fault.address % region.page
         offset = page - region.start
         if not 0 <= offset < region.size or region.backing is None:
             # The sharer registered or moved something else with our userfaultfd.
@@ -200,8 +204,8 @@ class PageServer:
             return self._write_fault(sharer, found, offset, fault)
         if fault.minor:  # a page that had to be registered for that: see _remap
             guarded = found is not None and found.guarded and sharer.writable
-            _, outcome = uffd.map_present(sharer.uffd, page, kernel.PAGE, protect=guarded)
-            uffd.wake(sharer.uffd, page, kernel.PAGE)
+            _, outcome = uffd.map_present(sharer.uffd, page, region.page, protect=guarded)
+            uffd.wake(sharer.uffd, page, region.page)
             return outcome
         return self._missing(sharer, window, fault, found, offset)
 
@@ -223,7 +227,7 @@ class PageServer:
     ) -> Outcome:
         """A write to a page that is present and write-protected."""
         region = sharer.region
-        start, end = offset, offset + kernel.PAGE
+        start, end = offset, offset + region.page
         if found is not None and not found.writable:
             return self._violation(sharer, offset, fault)
         if found is not None and found.written_back:
@@ -231,15 +235,16 @@ class PageServer:
             region.dirty.setdefault(offset, set()).add(sharer)
         elif found is not None:
             # Left over from a protection that is gone: of the whole chunk at once.
-            start = max(offset - offset % HUGE_PAGE, found.offset)
-            end = min(offset - offset % HUGE_PAGE + HUGE_PAGE, found.end)
+            chunk = max(HUGE_PAGE, region.page)
+            start = max(offset - offset % chunk, found.offset)
+            end = min(offset - offset % chunk + chunk, found.end)
         try:
             uffd.write_unprotect(sharer.uffd, region.start + start, end - start)
         except OSError as error:
-            uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
+            uffd.wake(sharer.uffd, region.start + offset, region.page)
             return uffd.outcome_of(error)
         # Not every part of the range need be registered: at least it looks again.
-        uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
+        uffd.wake(sharer.uffd, region.start + offset, region.page)
         return Outcome.DONE
 
     def _violation(self, sharer: Sharer, offset: int, fault: Fault) -> Outcome:
@@ -266,20 +271,20 @@ class PageServer:
             found = region.objects.find(offset)
             page = region.start + offset
             if found is not None and found.writable:
-                uffd.wake(sharer.uffd, page, kernel.PAGE)  # allowed meanwhile
+                uffd.wake(sharer.uffd, page, region.page)  # allowed meanwhile
                 return
             if not self._capabilities.poison:
                 violation.kill(sharer.pid)  # it would try again for ever
                 return
             try:
                 if found is not None:
-                    region.backing.stash_pages(offset, kernel.PAGE)
+                    region.backing.stash_pages(offset, region.page)
                 with contextlib.suppress(OSError):
-                    uffd.write_unprotect(sharer.uffd, page, kernel.PAGE, wake=False)
+                    uffd.write_unprotect(sharer.uffd, page, region.page, wake=False)
                 self._sigbus(sharer, offset, None)
                 await trio.sleep(violation.SYSTEM_CALL_SECONDS)
                 if sharer.number in region.sharers and region.backing is not None:
-                    self.clear_poison(region, offset, kernel.PAGE)
+                    self.clear_poison(region, offset, region.page)
             except OSError as error:
                 log.warning("process %d: cannot fail a system call: %s", sharer.pid, error)
 
@@ -300,48 +305,37 @@ class PageServer:
         start, end = max(chunk[0], found.offset), min(chunk[0] + chunk[1], found.end)
         if self._region_memory is not None:
             left = self._region_memory - backing.allocated()
-            if left < kernel.PAGE:
+            if left < backing.page:
                 return self._starve(sharer, offset, fault.thread)
             if left < end - start:
-                start, end = offset, min(end, offset + left - left % kernel.PAGE)
-        stashed = False
-        if backing.stash is not None:
-            following = backing.stash.next_data(offset)
-            stashed = following == offset
-            end = min(end, backing.stash.next_absent(offset) if stashed else following)
-            if backing.stash.next_data(start) < offset:
-                start = offset
+                start, end = offset, min(end, offset + left - left % backing.page)
+        start, end, stashed = _of_one_source(backing, found, start, end, offset)
         if found.file is not None and not stashed:
             self._read_file(found, start, end, _Waiting(sharer, offset, fault))
             return Outcome.DONE
         source = backing.stash if stashed else None
         outcome = self._fill(sharer, found, start, end, source)
-        whole = (start, end) == (offset, offset + kernel.PAGE)
+        whole = (start, end) == (offset, offset + backing.page)
         if outcome in (Outcome.NO_MEMORY, Outcome.RETRY) and not whole:
             # Not enough memory for the chunk, or it lies in several VMAs; the page
             # that somebody waits for may be had.
-            outcome = self._fill(sharer, found, offset, offset + kernel.PAGE, source)
+            outcome = self._fill(sharer, found, offset, offset + backing.page, source)
         if outcome is Outcome.NO_MEMORY:
             return self._starve(sharer, offset, fault.thread)
         if outcome is not Outcome.DONE:
-            uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
+            uffd.wake(sharer.uffd, region.start + offset, backing.page)
         return outcome
 
     def _fill(
         self, sharer: Sharer, found: Object, start: int, end: int, source: ShmObject | None
     ) -> Outcome:
         """Populate what is absent in [start, end), with zeros or from the stash."""
-        if source is None and not found.guarded:
-            return self._put(sharer, start, end, None, guarded=False)
-        # In pieces of the buffer's size.
-        if end - start > BUFFER:
-            end = start + BUFFER
         if source is None:
-            return self._put(sharer, start, end, self._zeros.address, guarded=True)
-        buffer = self._buffers.take()
+            return self._put(sharer, start, end, None, guarded=found.guarded)
+        buffer = self._buffers.take(end - start)
         try:
             got = os.preadv(source.fd, [buffer.view[: end - start]], start)
-            end = start + got - got % kernel.PAGE
+            end = start + got - got % sharer.region.page
             outcome = self._put(sharer, start, end, buffer.address, guarded=found.guarded)
             if outcome in (Outcome.DONE, Outcome.PRESENT):
                 source.punch(start, end - start)
@@ -354,8 +348,8 @@ class PageServer:
     ) -> Outcome:
         """Populate what is absent in [start, end) from `address`, or with zeros.
 
-        Into the sharer, or for a reader into the host mapping.  DONE when nothing is
-        absent and whoever waited there has been woken.
+        Into the sharer if it pays; for a reader, and where nobody pays, into the host
+        mapping.  DONE when nothing is absent and whoever waited there has been woken.
         """
         region = sharer.region
         backing = region.backing
@@ -363,7 +357,10 @@ class PageServer:
         try:
             if guarded:  # before anybody can see the pages
                 protection.protect(region, start, end)
-            host = None if sharer.writable else backing.host
+            host = None if sharer.writable and backing.charges_sharer else backing.host
+            # UFFDIO_ZEROPAGE protects nothing, and hugetlb does not have it.
+            if address is None and (guarded or not backing.charges_sharer):
+                address = self._zeros.address(end - start)
         except OSError as error:
             return uffd.outcome_of(error)
         fd, base = (sharer.uffd, region.start) if host is None else (host.uffd, host.start)
@@ -371,30 +368,51 @@ class PageServer:
         if host is None:
             for chunk in range(start - start % HUGE_PAGE, end, HUGE_PAGE):
                 region.payers[chunk] = sharer.number
-        woken = host is None
+        outcome = self._put_absent(backing, (fd, base), start, end, address, protect=protected)
+        if outcome not in (Outcome.DONE, Outcome.PRESENT):
+            return outcome
+        if host is not None:
+            uffd.wake(sharer.uffd, region.start + start, end - start)
+            return Outcome.DONE
+        return outcome
+
+    def _put_absent(
+        self,
+        backing: Backing,
+        target: tuple[int, int],
+        start: int,
+        end: int,
+        address: int | None,
+        *,
+        protect: bool,
+    ) -> Outcome:
+        """Populate what is absent in [start, end) in one address space.
+
+        `target`: its userfaultfd, and where it has the region.  The kernel wakes who
+        waits in a part that was populated, not who waits for a page that turned out
+        to be present: PRESENT if there was one.
+        """
+        fd, base = target
+        result = Outcome.DONE
         at = start
         while at < end:
             if address is None:
                 done, outcome = uffd.zeropage(fd, base + at, end - at)
             else:
-                done, outcome = uffd.copy(
-                    fd, base + at, address + at - start, end - at, protect=protected
-                )
+                source = address + at - start
+                done, outcome = uffd.copy(fd, base + at, source, end - at, protect=protect)
             self._metrics.populated.inc(done)
             at += done
             if outcome is Outcome.PRESENT:
                 # The backing may call a page absent that this sharer has something
                 # for all the same (it mapped the window in a way of its own).
-                at = max(backing.next_absent(at), at + kernel.PAGE)
-                woken = False
+                if not backing.believes_present(at):
+                    return Outcome.NO_MEMORY
+                at = max(backing.next_absent(at), at + backing.page)
+                result = outcome
             elif outcome is not Outcome.DONE and done == 0:
                 return outcome
-        if host is not None:
-            uffd.wake(sharer.uffd, region.start + start, end - start)
-            return Outcome.DONE
-        # The kernel wakes who waits in a part that was populated, not who waits for
-        # a page that turned out to be present.
-        return Outcome.DONE if woken else Outcome.PRESENT
+        return result
 
     # -- files --
 
@@ -413,11 +431,11 @@ class PageServer:
         self._start(self._run_fill, region, fill)
 
     async def _run_fill(self, region: Region, fill: _Fill) -> None:
-        buffer = self._buffers.take()
+        buffer = self._buffers.take(fill.end - fill.start)
         view = buffer.view[: fill.end - fill.start]
         try:
             usable = await self._threads.run(
-                fill.file.uid, partial(fill.file.read, view, fill.file_offset)
+                fill.file.uid, partial(fill.file.read, view, fill.file_offset, region.page)
             )
         except OSError as error:
             usable = 0
@@ -472,7 +490,7 @@ class PageServer:
                     self._mapped(
                         sharer, offset, by_others=sharer is not target or offset in present
                     )
-                uffd.wake(sharer.uffd, region.start + offset, kernel.PAGE)
+                uffd.wake(sharer.uffd, region.start + offset, region.page)
 
     def _put_read(
         self,
@@ -488,7 +506,8 @@ class PageServer:
             # As in _populate: at least the pages that somebody waits for.
             for each in waiting:
                 if start <= each.offset < end:
-                    at, last = address + each.offset - start, each.offset + kernel.PAGE
+                    at = address + each.offset - start
+                    last = each.offset + target.region.page
                     single = self._put(each.sharer, each.offset, last, at, guarded=item.guarded)
                     outcome = single if single is Outcome.NO_MEMORY else outcome
         return outcome
@@ -527,9 +546,9 @@ class PageServer:
     def _poison(self, sharer: Sharer, page: int) -> Outcome:
         outcome = Outcome.RETRY
         if self._capabilities.poison:
-            _, outcome = uffd.poison(sharer.uffd, page, kernel.PAGE)
+            _, outcome = uffd.poison(sharer.uffd, page, sharer.region.page)
         # PRESENT: poisoned or populated meanwhile.
-        uffd.wake(sharer.uffd, page, kernel.PAGE)
+        uffd.wake(sharer.uffd, page, sharer.region.page)
         return outcome
 
     def _signal(self, sharer: Sharer, page: int, thread: int | None) -> Outcome:
@@ -543,7 +562,7 @@ class PageServer:
             # The thread's number is one of its own pid namespace: tell the process.
             with contextlib.suppress(OSError):
                 os.kill(sharer.pid, signal.SIGBUS)
-        uffd.wake(sharer.uffd, page, kernel.PAGE)
+        uffd.wake(sharer.uffd, page, sharer.region.page)
         return Outcome.DONE
 
     def clear_poison(self, region: Region, offset: int, length: int) -> None:
@@ -555,10 +574,10 @@ class PageServer:
         """
         end = offset + length
         for sharer in list(region.refused):
-            if len(sharer.poisoned) <= length // kernel.PAGE:
+            if len(sharer.poisoned) <= length // region.page:
                 pages = [page for page in sharer.poisoned if offset <= page < end]
             else:
-                some = range(offset, end, kernel.PAGE)
+                some = range(offset, end, region.page)
                 pages = [page for page in some if page in sharer.poisoned]
             for page in sorted(pages):
                 found = region.objects.find(page)
@@ -572,10 +591,13 @@ class PageServer:
     def _clear(self, sharer: Sharer, page: int) -> None:
         backing = sharer.region.backing
         assert backing is not None
-        outcome = self._put(sharer, page, page + kernel.PAGE, None, guarded=False)
-        if outcome is not Outcome.NO_MEMORY:
-            self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
-            backing.punch(page, kernel.PAGE)
+        outcome = self._put(sharer, page, page + backing.page, None, guarded=False)
+        if outcome is Outcome.NO_MEMORY:
+            # Something may be mapped there in a moment: then the page is the region's.
+            self._starved(sharer, page)
+            return
+        self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
+        backing.punch(page, backing.page)
 
     def _repair(self, sharer: Sharer, found: Object, page: int) -> None:
         """Populate a poisoned page of an object in this sharer; or not, for want of memory."""
@@ -587,9 +609,9 @@ class PageServer:
         stash = backing.stash
         stashed = stash is not None and stash.next_data(page) == page
         if found.file is not None and not stashed:
-            self._read_file(found, page, page + kernel.PAGE, _Waiting(sharer, page, None))
+            self._read_file(found, page, page + backing.page, _Waiting(sharer, page, None))
             return
-        outcome = self._fill(sharer, found, page, page + kernel.PAGE, stash if stashed else None)
+        outcome = self._fill(sharer, found, page, page + backing.page, stash if stashed else None)
         if outcome is not Outcome.NO_MEMORY:
             self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
 
@@ -601,15 +623,24 @@ class PageServer:
         """
         sharer.poisoned.discard(offset)
         sharer.starved.discard(offset)
-        if not self._capabilities.map_present or (sharer.writable and not by_others):
+        region = sharer.region
+        backing = region.backing
+        assert backing is not None
+        if sharer.writable:
+            slot = backing.shared_slot(offset)
+            if slot is not None and not any(True for _ in region.armed.within(*slot)):
+                return  # what came into one page table came into all of them
+            if not by_others and backing.charges_sharer:
+                return
+        if not self._capabilities.map_present:
             return
-        address = sharer.region.start + offset
-        found = sharer.region.objects.find(offset)
+        address = region.start + offset
+        found = region.objects.find(offset)
         guarded = found is not None and found.guarded and sharer.writable
         mode = Mode.MISSING | Mode.MINOR | (Mode.WP if guarded else Mode(0))
         with contextlib.suppress(OSError):  # the window is gone, or the process
-            uffd.register(sharer.uffd, address, kernel.PAGE, mode)
-            uffd.map_present(sharer.uffd, address, kernel.PAGE, protect=guarded)
+            uffd.register(sharer.uffd, address, backing.page, mode)
+            uffd.map_present(sharer.uffd, address, backing.page, protect=guarded)
 
     # -- want of memory --
 
@@ -618,10 +649,13 @@ class PageServer:
         self._log_starvation(sharer)
         outcome = self._sigbus(sharer, offset, thread)
         if offset in sharer.poisoned:
-            sharer.starved.add(offset)
-            self._starving.add(sharer)
-            self._starvation.set()
+            self._starved(sharer, offset)
         return outcome
+
+    def _starved(self, sharer: Sharer, offset: int) -> None:
+        sharer.starved.add(offset)
+        self._starving.add(sharer)
+        self._starvation.set()
 
     def _log_starvation(self, sharer: Sharer) -> None:
         if self._seldom.now(sharer.region.id):
@@ -653,7 +687,7 @@ class PageServer:
                 sharer.starved.discard(offset)  # the poison is right now
                 continue
             if self._region_memory is not None and (
-                region.backing.allocated() + kernel.PAGE > self._region_memory
+                region.backing.allocated() + region.page > self._region_memory
             ):
                 return
             self._repair(sharer, found, offset)
@@ -661,7 +695,28 @@ class PageServer:
                 return
 
 
-def _not_stashed(backing: ShmBacking, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _of_one_source(
+    backing: Backing, found: Object, start: int, end: int, offset: int
+) -> tuple[int, int, bool]:
+    """The part of [start, end) around `offset` that comes from where that page comes from.
+
+    And whether that is the stash.  What passes through a buffer fits in it.
+    """
+    if found.file is not None or backing.stash is not None:
+        most = max(BUFFER, backing.page)
+        start = max(start, offset - offset % most)
+        end = min(end, offset - offset % most + most)
+    if backing.stash is None:
+        return start, end, False
+    following = backing.stash.next_data(offset)
+    stashed = following == offset
+    end = min(end, backing.stash.next_absent(offset) if stashed else following)
+    if backing.stash.next_data(start) < offset:
+        start = offset
+    return start, end, stashed
+
+
+def _not_stashed(backing: Backing, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The parts of [start, end) that are not in the stash."""
     if backing.stash is None:
         yield start, end

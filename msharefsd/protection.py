@@ -24,7 +24,6 @@ the window or the ioctl, nothing is missed, and in the usual case nobody waits.
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -32,7 +31,7 @@ from typing import Final
 import trio
 
 from msharefsd import uffd
-from msharefsd.backing import AT_ONCE, data_of
+from msharefsd.backing import AT_ONCE
 from msharefsd.errors import Refused
 from msharefsd.regions import Region, Sharer
 from msharefsd.uffd import Mode
@@ -117,21 +116,8 @@ class _Breath:
 
 
 async def present(region: Region, start: int, end: int) -> list[tuple[int, int]]:
-    """The runs of pages in [start, end) that are there, in pieces of at most AT_ONCE."""
-    backing = region.backing
-    if backing is None:
-        return []
-    if end - start <= AT_ONCE:
-        return list(backing.data(start, end - start))
-    # Looking for the end of gigabytes of pages takes a while.
-    fd = os.dup(backing.fd)
-    try:
-        runs = await trio.to_thread.run_sync(lambda: list(data_of(fd, start, end)))
-    finally:
-        os.close(fd)
-    return [
-        (at, min(at + AT_ONCE, last)) for first, last in runs for at in range(first, last, AT_ONCE)
-    ]
+    """The runs of pages in [start, end) that are there, in pieces to be worked on at once."""
+    return await region.backing.runs(start, end) if region.backing else []
 
 
 async def protect_present(region: Region, start: int, end: int) -> None:
@@ -151,8 +137,9 @@ async def unprotect(region: Region, start: int, end: int) -> None:
     """Let writes through in every sharer, and wake who waits to write."""
     breath = _Breath()
     for low, high in list(region.armed.within(start, end)):
-        for first in range(low, high, AT_ONCE):
-            last = min(first + AT_ONCE, high)
+        step = max(AT_ONCE, region.page)
+        for first in range(low, high, step):
+            last = min(first + step, high)
             for sharer in list(_writers(region)):
                 if sharer.number in region.sharers:
                     _try(uffd.write_unprotect, sharer, first, last)

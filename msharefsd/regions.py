@@ -29,7 +29,8 @@ from typing import Final
 
 import trio
 
-from msharefsd.backing import ShmBacking
+from msharefsd import kernel
+from msharefsd.backing import Backing
 from msharefsd.errors import Refused
 from msharefsd.objects import ObjectMap
 from msharefsd.ranges import Ranges
@@ -102,7 +103,7 @@ class Region:
     read_only: bool = False
     """Created O_RDONLY: "read only access by everyone"."""
     objects: ObjectMap = field(default_factory=ObjectMap)
-    backing: ShmBacking | None = None
+    backing: Backing | None = None
     sharers: dict[int, Sharer] = field(default_factory=dict)
     settled: trio.Event = field(default_factory=trio.Event)
     """Set when BUILDING ends, one way or the other."""
@@ -123,6 +124,11 @@ class Region:
     """Whether somebody waits in what is leaving."""
     leaving: Ranges = field(default_factory=Ranges)
     """Ranges that are being replaced: who faults there waits until that is done."""
+
+    @property
+    def page(self) -> int:
+        """The size of its pages: what is mapped, protected and populated as a whole (bytes)."""
+        return self.backing.page if self.backing else kernel.PAGE
 
     def allocated(self) -> int:
         """Bytes of memory that the region holds."""
@@ -153,13 +159,13 @@ class Regions:
     def __init__(
         self,
         alignment: int,
-        make_backing: Callable[[int, int], ShmBacking],
+        make_backing: Callable[[int, int, int, str], Backing],
         on_name_gone: Callable[[bytes], None],
         release: Callable[[Region], None] = Region.close_memory,
     ) -> None:
         """Start without regions.
 
-        `make_backing(region id, size in bytes)` makes memory; `on_name_gone(name)` is
+        `make_backing(region id, start, size, kind)` makes memory; `on_name_gone(name)` is
         told when the daemon itself, not unlink(2), took a name away; `release(region)`
         sees to it that the memory of a region that nobody uses any more is closed.
         """
@@ -213,11 +219,16 @@ class Regions:
         if start == 0 or start + size > TASK_SIZE:
             raise Refused(errno.EINVAL, "the range is not in user space")
 
-    def establish(self, region: Region, start: int, size: int, *, read_only: bool) -> None:
-        """Give a region its range and an empty backing (FILE to BUILDING)."""
+    def establish(
+        self, region: Region, start: int, size: int, *, kind: str = "", read_only: bool
+    ) -> None:
+        """Give a region its range and an empty backing (FILE to BUILDING).
+
+        `kind` of backing, or "" for the daemon's default.
+        """
         assert region.state is State.FILE
         self.check_range(start, size)
-        backing = self._make_backing(region.id, size)
+        backing = self._make_backing(region.id, start, size, kind)
         region.start, region.size, region.read_only = start, size, read_only
         region.backing = backing
         region.settled = trio.Event()
@@ -313,7 +324,7 @@ class Regions:
             self.release(region)
 
 
-def _key(backing: ShmBacking) -> tuple[int, int, int]:
+def _key(backing: Backing) -> tuple[int, int, int]:
     identity = backing.identity
     return identity.major, identity.minor, identity.inode
 

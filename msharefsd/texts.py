@@ -25,6 +25,7 @@ def info(region: Region) -> str:
     ]
     if region.backing is not None:
         rows.insert(7, ("backing", f"{region.backing.kind} {region.backing.name}"))
+        rows.insert(8, ("page", region.page))
     return "".join(f"{key + ':':<9} {value}\n" for key, value in rows)
 
 

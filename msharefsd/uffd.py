@@ -50,7 +50,9 @@ class Feature(IntFlag):
     EVENT_REMAP = 1 << 2
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
+    SIGBUS = 1 << 7
     THREAD_ID = 1 << 8
+    MINOR_HUGETLBFS = 1 << 9
     MINOR_SHMEM = 1 << 10
     EXACT_ADDRESS = 1 << 11
     WP_HUGETLBFS_SHMEM = 1 << 12

@@ -16,7 +16,7 @@ from typing import Final
 from msharefsd.errors import Refused
 
 MAGIC: Final = 0x4D534852
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_OBJECTS: Final = 1024
 
 REQUEST: Final = struct.Struct("=IHHQQIIII")
@@ -43,6 +43,7 @@ class Op(IntEnum):
     MPROTECT = 10
     MSYNC = 11
     DISCARD = 12
+    NEED = 13
 
 
 NOTE: Final = 0x4E
@@ -60,6 +61,14 @@ class RequestFlag(IntFlag):
 
 
 _ALL_FLAGS: Final = sum(RequestFlag)
+
+
+class BackingKind(IntEnum):
+    """What holds the pages of a region that ATTACH creates."""
+
+    BACKING_DEFAULT = 0
+    BACKING_SHM = 1
+    BACKING_HUGETLB = 2
 
 
 class ReplyFlag(IntFlag):
@@ -95,6 +104,7 @@ class Request:
     oflags: int
     flags: RequestFlag
     objects: tuple[WireObject, ...] = ()
+    backing: BackingKind = BackingKind.BACKING_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +134,7 @@ def parse_request(data: bytes) -> Request:
     """
     if len(data) < REQUEST.size:
         raise Refused(errno.EPROTO, "message too short: is this libmshare?")
-    magic, version, op, start, size, oflags, flags, count, reserved = REQUEST.unpack_from(data)
+    magic, version, op, start, size, oflags, flags, count, kind = REQUEST.unpack_from(data)
     if magic != MAGIC:
         raise Refused(errno.EPROTO, "not a message of libmshare")
     if version != VERSION:
@@ -133,11 +143,17 @@ def parse_request(data: bytes) -> Request:
         operation = Op(op)
     except ValueError:
         raise Refused(errno.EINVAL, f"no operation has the number {op}") from None
-    if reserved or flags & ~_ALL_FLAGS:
+    if flags & ~_ALL_FLAGS:
         raise Refused(errno.EINVAL, "unknown request flags")
+    try:
+        backing = BackingKind(kind)
+    except ValueError:
+        raise Refused(errno.EINVAL, f"no backing has the number {kind}") from None
+    if backing and operation is not Op.ATTACH:
+        raise Refused(errno.EINVAL, "only ATTACH takes a backing")
     if count > MAX_OBJECTS or len(data) != REQUEST.size + count * OBJECT.size:
         raise Refused(errno.EINVAL, "object count and message length differ")
     if operation is not Op.COMMIT and count != (1 if operation in _ONE_OBJECT else 0):
         raise Refused(errno.EINVAL, "this operation does not take that many objects")
     objects = tuple(WireObject(*item) for item in OBJECT.iter_unpack(data[REQUEST.size :]))
-    return Request(operation, start, size, oflags, RequestFlag(flags), objects)
+    return Request(operation, start, size, oflags, RequestFlag(flags), objects, backing)

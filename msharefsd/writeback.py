@@ -22,7 +22,7 @@ from typing import Final
 
 import trio
 
-from msharefsd import kernel, protection
+from msharefsd import protection
 from msharefsd.files import BUFFER, MappedFile, Threads
 from msharefsd.metrics import Metrics
 from msharefsd.regions import Region, Sharer
@@ -103,17 +103,17 @@ class Writeback:
                 and last.file_offset + last.length == file_offset
                 and last.length < BUFFER
             ):
-                last.length += kernel.PAGE
+                last.length += region.page
                 last.writers |= region.dirty[page]
             else:
-                runs.append(_Run(file, page, kernel.PAGE, file_offset, set(region.dirty[page])))
+                runs.append(_Run(file, page, region.page, file_offset, set(region.dirty[page])))
         return runs
 
     async def _write(self, region: Region, run: _Run) -> None:
         backing = region.backing
         if backing is None:
             return
-        pages = range(run.offset, run.offset + run.length, kernel.PAGE)
+        pages = range(run.offset, run.offset + run.length, region.page)
         protection.protect(region, run.offset, run.offset + run.length, run.writers)
         for page in pages:
             region.dirty.pop(page, None)
@@ -199,7 +199,7 @@ class Writeback:
                 log.error(
                     "region %s is gone with %d bytes that its files did not take",
                     region.label(),
-                    len(region.dirty) * kernel.PAGE,
+                    len(region.dirty) * region.page,
                 )
         finally:
             if region.backing is not None:

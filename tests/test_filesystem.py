@@ -22,7 +22,7 @@ ROOT = int(pyfuse3.ROOT_INODE)
 CONTEXT: Any = SimpleNamespace(pid=1, uid=1000, gid=1000, umask=0)
 
 
-def no_backing(number: int, size: int) -> Any:
+def no_backing(number: int, start: int, size: int, kind: str) -> Any:
     raise AssertionError("no range is given here")
 
 

@@ -23,7 +23,7 @@ class Backings:
     def __init__(self) -> None:
         self.open: set[int] = set()
 
-    def make(self, number: int, size: int) -> Any:
+    def make(self, number: int, start: int, size: int, kind: str) -> Any:
         assert number not in self.open, "a region has one backing"
         self.open.add(number)
         return SimpleNamespace(

@@ -189,7 +189,7 @@ def _backing() -> Any:
 
 
 def test_a_window_grows_while_a_thread_goes_on() -> None:
-    window = Window()
+    window = Window(64 << 10, 2 << 20)
     at, lengths = 0, []
     for _ in range(8):
         start, length = window.chunk(at)
@@ -202,7 +202,7 @@ def test_a_window_grows_while_a_thread_goes_on() -> None:
 
 
 def test_many_threads_have_each_their_window() -> None:
-    window = Window()
+    window = Window(64 << 10, 2 << 20)
     runs = [number << 30 for number in range(16)]
     for _ in range(4):
         runs = [sum(window.chunk(at)) for at in runs]
@@ -255,9 +255,9 @@ def test_a_mapped_file_is_closed_by_the_last_user_and_never_extended(tmp_path: P
     closed: list[int] = []
     file = MappedFile(os.open(path, os.O_RDWR), 0, may_write=True, close=closed.append)
     buffer = bytearray(b"x" * 4 * PAGE)
-    assert file.read(memoryview(buffer), 0) == 2 * PAGE
+    assert file.read(memoryview(buffer), 0, PAGE) == 2 * PAGE
     assert buffer[: 2 * PAGE] == b"a" * (PAGE + 10) + bytes(PAGE - 10)
-    assert file.read(memoryview(buffer), 2 * PAGE) == 0
+    assert file.read(memoryview(buffer), 2 * PAGE, PAGE) == 0
     file.write(b"b" * 2 * PAGE, PAGE)
     file.write(b"c" * PAGE, 8 * PAGE)
     assert path.read_bytes() == b"a" * PAGE + b"b" * 10

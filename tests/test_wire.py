@@ -24,7 +24,7 @@ HEADER = TESTS.parent / "libmshare" / "core" / "wire.h"
 STRUCTS = {
     "request": (
         wire.REQUEST,
-        "magic version op start size oflags flags object_count reserved",
+        "magic version op start size oflags flags object_count backing",
     ),
     "object": (wire.OBJECT, "offset length file_offset prot flags"),
     "reply": (wire.REPLY, "magic version op error flags start size message"),
@@ -35,7 +35,7 @@ CONSTANTS = {
     "MAX_OBJECTS": wire.MAX_OBJECTS,
     "NOTE": wire.NOTE,
 }
-ENUMS: tuple[type[IntEnum | IntFlag], ...] = (Op, RequestFlag, wire.ReplyFlag)
+ENUMS: tuple[type[IntEnum | IntFlag], ...] = (Op, RequestFlag, wire.BackingKind, wire.ReplyFlag)
 
 
 def offsets(layout: struct.Struct, fields: str) -> dict[str, tuple[int, int]]:
@@ -101,10 +101,10 @@ def message(
     version: int = wire.VERSION,
     flags: int = 0,
     count: int = 0,
-    reserved: int = 0,
+    backing: int = 0,
     tail: bytes = b"",
 ) -> bytes:
-    return wire.REQUEST.pack(magic, version, op, 1, 2, 3, flags, count, reserved) + tail
+    return wire.REQUEST.pack(magic, version, op, 1, 2, 3, flags, count, backing) + tail
 
 
 OBJECT = wire.OBJECT.pack(4096, 8192, 0, 3, 1)
@@ -121,7 +121,8 @@ OBJECT = wire.OBJECT.pack(4096, 8192, 0, 3, 1)
         (message(99), errno.EINVAL),
         (message(wire.NOTE), errno.EINVAL),
         (message(flags=8), errno.EINVAL),
-        (message(reserved=1), errno.EINVAL),
+        (message(backing=1), errno.EINVAL),
+        (message(Op.ATTACH, backing=3), errno.EINVAL),
         (message(tail=b"x"), errno.EINVAL),
         (message(count=1, tail=OBJECT), errno.EINVAL),
         (message(Op.COMMIT, count=2, tail=OBJECT), errno.EINVAL),
@@ -156,10 +157,10 @@ def test_random_bytes_are_refused(data: bytes) -> None:
     st.binary(max_size=100), st.integers(0, 3),
 )  # fmt: skip
 def test_messages_that_are_nearly_right(
-    op: int, flags: int, count: int, reserved: int, noise: bytes, whole: int
+    op: int, flags: int, count: int, backing: int, noise: bytes, whole: int
 ) -> None:
     tail = OBJECT * whole + (noise if whole == 0 else b"")
-    data = message(op, flags=flags, count=count, reserved=reserved, tail=tail)
+    data = message(op, flags=flags, count=count, backing=backing, tail=tail)
     try:
         request = wire.parse_request(data)
     except Refused:

@@ -208,13 +208,14 @@ static int open_region(const char *path, int oflags, mode_t mode, bool *made)
  *
  * An attachment without a size takes the region where it lies, which the reply says.
  */
-static int attach(struct attachment *attachment, int oflags, mode_t mode)
+static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind)
 {
 	struct mshare_wire_request request = {
 		.op = MSHARE_WIRE_ATTACH,
 		.start = (uintptr_t)attachment->start,
 		.size = attachment->size,
 		.oflags = (uint32_t)oflags,
+		.backing = kind,
 	};
 	struct mshare_wire_reply reply;
 	char path[PATH_MAX];
@@ -301,7 +302,7 @@ static struct attachment **find(const char *name)
 }
 
 /* Takes the lock.  On success *info, if it is given, tells where the region lies. */
-static int add(const char *name, char *start, size_t size, int oflags, mode_t mode,
+static int add(const char *name, char *start, size_t size, int oflags, mode_t mode, uint32_t kind,
 	       struct mshare_info *info)
 {
 	struct attachment *attachment = calloc(1, sizeof *attachment);
@@ -327,7 +328,7 @@ static int add(const char *name, char *start, size_t size, int oflags, mode_t mo
 			goto out;
 		}
 	}
-	result = attach(attachment, oflags, mode);
+	result = attach(attachment, oflags, mode, kind);
 out:
 	if (result < 0) {
 		int saved = errno;
@@ -354,16 +355,43 @@ static bool known_flags(int oflags, int more)
 	       !(oflags & ~(O_ACCMODE | O_CLOEXEC | more));
 }
 
+/* A backing by its name; the empty name stands for the daemon's default. */
+static int kind_of(const char *backing, uint32_t *kind)
+{
+	if (!backing || *backing == '\0')
+		*kind = MSHARE_WIRE_BACKING_DEFAULT;
+	else if (strcmp(backing, "shm") == 0)
+		*kind = MSHARE_WIRE_BACKING_SHM;
+	else if (strcmp(backing, "hugetlb") == 0)
+		*kind = MSHARE_WIRE_BACKING_HUGETLB;
+	else
+		return -1;
+	return 0;
+}
+
 MSHARE_EXPORT int mshare(const char *name, void *addr, size_t length, int oflags, mode_t mode)
 {
+	return mshare_backed(name, addr, length, oflags, mode, NULL);
+}
+
+MSHARE_EXPORT int mshare_backed(const char *name, void *addr, size_t length, int oflags,
+				mode_t mode, const char *backing)
+{
+	uint32_t kind = MSHARE_WIRE_BACKING_DEFAULT;
+
 	if (check_name(name) < 0)
 		return -1;
+	if ((oflags & O_CREAT) &&
+	    kind_of(backing ? backing : secure_getenv("MSHARE_BACKING"), &kind) < 0) {
+		errno = EINVAL;
+		return -1;
+	}
 	if (!known_flags(oflags, O_CREAT | O_EXCL) || ((oflags & O_EXCL) && !(oflags & O_CREAT)) ||
 	    length == 0 || (uintptr_t)addr + length < (uintptr_t)addr) {
 		errno = EINVAL;
 		return -1;
 	}
-	return add(name, addr, length, oflags, mode, NULL);
+	return add(name, addr, length, oflags, mode, kind, NULL);
 }
 
 MSHARE_EXPORT int mshare_attach(const char *name, int oflags, struct mshare_info *info)
@@ -374,7 +402,7 @@ MSHARE_EXPORT int mshare_attach(const char *name, int oflags, struct mshare_info
 		errno = EINVAL;
 		return -1;
 	}
-	return add(name, NULL, 0, oflags, 0, info);
+	return add(name, NULL, 0, oflags, 0, MSHARE_WIRE_BACKING_DEFAULT, info);
 }
 
 /* ---- detach ---- */

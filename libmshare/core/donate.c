@@ -27,6 +27,10 @@
  * UFFD_FEATURE_SIGBUS a system call on an absent page fails instead of sleeping.
  * mincore(2) would be quicker but reports swapped pages as absent.
  *
+ * On huge pages the last step is not one step: the window is closed for a moment before
+ * it opens, and a thread that touches the range just then has SIGSEGV.  (Only mremap()
+ * replaces a mapping in one step, and a hugetlb mapping must not be moved: window.c.)
+ *
  * Files are opened anew, by the donor and with the donor's rights: the daemon gets a
  * descriptor and no path.  What is left to copy are the pages that the donor wrote to
  * a private mapping, which pagemap tells, too.  These cannot be frozen (userfaultfd
@@ -35,6 +39,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <linux/magic.h>
 #include <linux/userfaultfd.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,6 +47,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define COPY_AT_ONCE ((size_t)16 << 20)
@@ -65,6 +71,10 @@ struct donation {
 	int backing;
 	int memory; /* /proc/self/mem, for what is not readable */
 	size_t page;
+	size_t huge; /* the backing's pages, if it is of huge pages; or 0 */
+	bool counting;
+	size_t counted; /* huge pages that will be needed */
+	uintptr_t last_counted;
 };
 
 /*
@@ -218,6 +228,51 @@ static int map_files(const struct donation *donation, int connection)
 	return 0;
 }
 
+/*
+ * hugetlbfs has no write(2).  Its pages are made by fallocate(2), which can fail, and
+ * then written through a mapping, which cannot any more.
+ *
+ * A page that is partly the donor's and partly absent is made whole: with zeros, or of a
+ * file with what the donor sees there.  So a private file's page is copied as a whole.
+ */
+static int copy_huge(const struct donation *donation, const struct vma *vma, const char *from,
+		     const char *to)
+{
+	size_t mask = donation->huge - 1;
+	uintptr_t first = (uintptr_t)from & ~mask, end = ((uintptr_t)to + mask) & ~mask;
+
+	for (uintptr_t page = first; page < end; page += donation->huge) {
+		off_t at = (off_t)(page - (uintptr_t)donation->start);
+		const char *start = vma->mapped || (char *)page > from ? (char *)page : from;
+		const char *until = vma->mapped || (char *)page + donation->huge < to ?
+					    (char *)page + donation->huge :
+					    to;
+		char *window;
+		ssize_t got;
+
+		if (fallocate(donation->backing, 0, at, (off_t)donation->huge) < 0) {
+			if (errno == ENOSPC)
+				errno = ENOMEM;
+			return -1;
+		}
+		window = raw_mmap(NULL, donation->huge, PROT_READ | PROT_WRITE, MAP_SHARED,
+				  donation->backing, at);
+		if (window == MAP_FAILED)
+			return -1;
+		/* It stops, and does not fail, at the end of a file. */
+		while (start < until && (got = pread(donation->memory, window + (start - (char *)page),
+						     (size_t)(until - start),
+						     (off_t)(uintptr_t)start)) > 0)
+			start += got;
+		raw_munmap(window, donation->huge);
+		if (start < until && !vma->mapped) {
+			errno = EFAULT;
+			return -1;
+		}
+	}
+	return 0;
+}
+
 /* Memory that is not readable, by a way that does not mind. */
 static int copy_unreadable(const struct donation *donation, const char *from, const char *to)
 {
@@ -240,9 +295,12 @@ out:
 	return result;
 }
 
-static int copy(const struct donation *donation, int prot, const char *from, const char *to)
+static int copy(const struct donation *donation, const struct vma *vma, const char *from,
+		const char *to)
 {
-	if (!(prot & PROT_READ))
+	if (donation->huge)
+		return copy_huge(donation, vma, from, to);
+	if (!(vma->prot & PROT_READ))
 		return copy_unreadable(donation, from, to);
 	while (from < to) {
 		size_t left = (size_t)(to - from);
@@ -262,17 +320,30 @@ static int copy(const struct donation *donation, int prot, const char *from, con
 	return 0;
 }
 
+static void count(struct donation *donation, const char *from, const char *to)
+{
+	for (uintptr_t page = (uintptr_t)from & ~(donation->huge - 1); page < (uintptr_t)to;
+	     page += donation->huge) {
+		donation->counted += page != donation->last_counted;
+		donation->last_counted = page;
+	}
+}
+
 /* Stop writers, then copy.  A kernel that cannot write-protect copies anyway. */
-static int freeze_and_copy(const struct donation *donation, int freezer, const struct vma *vma,
+static int freeze_and_copy(struct donation *donation, int freezer, const struct vma *vma,
 			   char *from, char *to)
 {
+	if (donation->counting) {
+		count(donation, from, to);
+		return 0;
+	}
 	if (!vma->mapped && uffd_write_protect(freezer, from, (size_t)(to - from)) < 0 &&
 	    errno != EINVAL && errno != ENOENT)
 		return -1;
-	return copy(donation, vma->prot, from, to);
+	return copy(donation, vma, from, to);
 }
 
-static int copy_by_seek(const struct donation *donation, int freezer, const struct vma *vma)
+static int copy_by_seek(struct donation *donation, int freezer, const struct vma *vma)
 {
 	off_t at = vma->offset + (vma->start - vma->vma_start);
 	off_t end = vma->offset + (vma->end - vma->vma_start);
@@ -299,7 +370,7 @@ static int copy_by_seek(const struct donation *donation, int freezer, const stru
  * The trial is a write of one byte to a scratch file, not to the backing: newer
  * kernels allocate the page they write to before they look at the source.
  */
-static int copy_by_trying(const struct donation *donation, int freezer, const struct vma *vma)
+static int copy_by_trying(struct donation *donation, int freezer, const struct vma *vma)
 {
 	int scratch = memfd_create("libmshare", MFD_CLOEXEC), result = -1, saved;
 
@@ -327,7 +398,7 @@ out:
 	return result;
 }
 
-static int copy_by_pagemap(const struct donation *donation, int freezer, const struct vma *vma)
+static int copy_by_pagemap(struct donation *donation, int freezer, const struct vma *vma)
 {
 	enum { ENTRIES = 8192 };
 	uint64_t *entries = malloc(ENTRIES * sizeof *entries);
@@ -370,7 +441,7 @@ out:
 	return result;
 }
 
-static int copy_contents(const struct donation *donation, int freezer)
+static int copy_contents(struct donation *donation, int freezer)
 {
 	for (size_t i = 0; i < donation->count; i++) {
 		const struct vma *vma = &donation->vmas[i];
@@ -379,7 +450,7 @@ static int copy_contents(const struct donation *donation, int freezer)
 
 		if (vma->mapped && vma->shared)
 			continue; /* its pages are the file's */
-		if (!vma->mapped &&
+		if (!vma->mapped && !donation->counting &&
 		    uffd_register(freezer, vma->start, length, UFFD_MISSING | UFFD_WRITE_PROTECT) < 0 &&
 		    uffd_register(freezer, vma->start, length, UFFD_MISSING) < 0)
 			return -1;
@@ -387,12 +458,30 @@ static int copy_contents(const struct donation *donation, int freezer)
 			result = copy_by_pagemap(donation, freezer, vma);
 		else if (vma->file >= 0)
 			result = copy_by_seek(donation, freezer, vma);
-		else
+		else if (!donation->counting) /* too slow to be done twice */
 			result = copy_by_trying(donation, freezer, vma);
+		else
+			result = 0;
 		if (result < 0)
 			return -1;
 	}
 	return 0;
+}
+
+/* Have the daemon say now if there are not enough huge pages, and how many it takes. */
+static int check_room(struct donation *donation, int connection)
+{
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_NEED };
+	struct mshare_wire_reply reply;
+	int ignored, result;
+
+	donation->counting = true;
+	result = copy_contents(donation, -1);
+	donation->counting = false;
+	request.size = donation->counted * donation->huge;
+	if (result < 0 || request.size == 0)
+		return result;
+	return connection_call(connection, &request, NULL, NULL, 0, &reply, &ignored);
 }
 
 static int commit(const struct donation *donation, int connection, int *window_fd)
@@ -440,18 +529,26 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 	struct donation donation = {
 		.start = start,
 		.backing = backing,
+		.last_counted = UINTPTR_MAX,
 		.memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC),
 		.page = (size_t)sysconf(_SC_PAGESIZE),
 	};
 	bool try_each_page = false, protect = false;
 	int freezer = -1, result = -1, saved;
+	struct statfs file_system;
 
 	*window_fd = -1;
+	if (fstatfs(backing, &file_system) < 0)
+		goto out;
+	if (file_system.f_type == HUGETLBFS_MAGIC)
+		donation.huge = (size_t)file_system.f_bsize;
 	if (find_vmas(&donation, start + size) < 0)
 		goto out;
 	if (open_files(&donation, connection, &try_each_page) < 0)
 		goto out;
 	if (map_files(&donation, connection) < 0)
+		goto out;
+	if (donation.huge && check_room(&donation, connection) < 0)
 		goto out;
 	for (size_t i = 0; i < donation.count; i++) {
 		const struct vma *vma = &donation.vmas[i];
@@ -467,8 +564,15 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 		goto out;
 	if (commit(&donation, connection, window_fd) < 0)
 		goto out;
-	result = window_replace(start, size, *window_fd >= 0 ? *window_fd : backing, uffd, writable,
-				protect);
+	if (*window_fd >= 0)
+		backing = *window_fd;
+	if (donation.huge) {
+		/* Such a window must not be moved (see window.c), so it is closed at first. */
+		result = window_map(start, size, backing, uffd, writable, connection,
+				    MSHARE_WIRE_PROTECTED);
+		goto out;
+	}
+	result = window_replace(start, size, backing, uffd, writable, protect);
 	/* The window is open already: what is protected is so from now on. */
 	if (result == 0)
 		result = connection_ready(connection, MSHARE_WIRE_PROTECTED);

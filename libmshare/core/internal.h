@@ -94,7 +94,8 @@ int window_reserve(char *start, size_t size);
 int window_map(char *start, size_t size, int backing, int uffd, bool writable, int connection,
 	       uint32_t flags);
 /*
- * The same over mappings that other threads may be using; see donate.c.  protect:
+ * The same over mappings that other threads may be using, and not of huge pages; see
+ * donate.c.  protect:
  * some of its pages will be write-protected.
  */
 int window_replace(char *start, size_t size, int backing, int uffd, bool writable, bool protect);

@@ -128,7 +128,7 @@ static void *map_in(struct attachment *in, char *start, size_t length, int prot,
 		.file_offset = flags & MAP_ANONYMOUS ? 0 : (uint64_t)offset,
 		.prot = (uint32_t)prot & (PROT_READ | PROT_WRITE | PROT_EXEC),
 		.flags = (uint32_t)(type == MAP_PRIVATE ? MAP_PRIVATE : MAP_SHARED) |
-			 ((uint32_t)flags & (MAP_FIXED | MAP_ANONYMOUS)),
+			 ((uint32_t)flags & (MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE)),
 	};
 
 	if (flags & MAP_FIXED_NOREPLACE)

@@ -72,6 +72,10 @@ int window_map(char *start, size_t size, int backing, int uffd, bool writable, i
  * and the registration moves with it because the daemon has asked for
  * UFFD_EVENT_REMAP (fs/userfaultfd.c drops it otherwise), which it reads.
  *
+ * Not for huge pages: the kernel's mremap() of a populated shared hugetlb mapping waits
+ * for a lock that it holds itself (move_hugetlb_page_tables(), huge_pmd_share(); seen on
+ * Linux 6.18), for ever, and with it whoever uses the file.
+ *
  * mremap() moves one VMA, and what is to be write-protected cannot be told apart
  * yet: so the whole window is registered for that, if any of it is.
  */

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define MSHARE_WIRE_MAGIC 0x4d534852u /* "MSHR", the patches' super block magic */
-#define MSHARE_WIRE_VERSION 1
+#define MSHARE_WIRE_VERSION 2
 #define MSHARE_WIRE_MAX_OBJECTS 1024
 
 enum mshare_wire_op {
@@ -57,6 +57,11 @@ enum mshare_wire_op {
 	MSHARE_WIRE_MPROTECT = 10,
 	MSHARE_WIRE_MSYNC = 11,
 	MSHARE_WIRE_DISCARD = 12,
+	/*
+	 * size: so many bytes of memory are about to be donated.  Fails with ENOMEM if
+	 * it can be known that they cannot be had.
+	 */
+	MSHARE_WIRE_NEED = 13,
 };
 
 /* The op of a message that answers no call: see READY. */
@@ -73,6 +78,11 @@ enum mshare_wire_op {
 #define MSHARE_WIRE_USER_MODE_ONLY 4u /* USERFAULTFD: none to be had; user-mode faults only */
 #define MSHARE_WIRE_PROTECTED 8u      /* ATTACH, COMMIT: ask READY before opening the window */
 
+/* What holds the pages of a region that ATTACH creates */
+#define MSHARE_WIRE_BACKING_DEFAULT 0u /* what the daemon is set to */
+#define MSHARE_WIRE_BACKING_SHM 1u
+#define MSHARE_WIRE_BACKING_HUGETLB 2u
+
 struct mshare_wire_request {
 	uint32_t magic;
 	uint16_t version;
@@ -82,7 +92,7 @@ struct mshare_wire_request {
 	uint32_t oflags;
 	uint32_t flags;
 	uint32_t object_count; /* that many objects follow */
-	uint32_t reserved;     /* zero */
+	uint32_t backing;      /* ATTACH: MSHARE_WIRE_BACKING_*; else zero */
 };
 
 struct mshare_wire_object {

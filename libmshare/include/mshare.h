@@ -56,6 +56,20 @@ struct mshare_info {
 int mshare(const char *name, void *addr, size_t length, int oflags, mode_t mode);
 
 /*
+ * The same, with a choice of what holds a new region's pages: "shm", POSIX shared
+ * memory; "hugetlb", huge pages that the administrator has reserved, whose page tables
+ * the sharers really share; or NULL: what $MSHARE_BACKING says, as with mshare(), else
+ * the daemon's default.  What exists already is attached as it is.
+ *
+ * EINVAL  no such backing; addr or length not a multiple of the huge page
+ * ENOMEM  not enough huge pages; the daemon's log tells how many are needed
+ * EPERM   huge pages are for root and the group of vm.hugetlb_shm_group
+ * EOPNOTSUPP  the daemon cannot have huge pages
+ */
+int mshare_backed(const char *name, void *addr, size_t length, int oflags, mode_t mode,
+		  const char *backing);
+
+/*
  * End this process's use of a region: its window is unmapped.  By the last
  * sharer, or by a process that is not attached, also remove the name, as
  * unlink(2) does; the memory is freed when the last sharer is gone.
