@@ -34,7 +34,14 @@ WATCHDOG_SECONDS = 60.0
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 SUSPICIOUS = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|exception|never awaited", re.IGNORECASE)
 MiB = 1 << 20
-ALIGNMENT = 2 * MiB
+BACKING = os.environ.get("MSHARE_TEST_BACKING", "shm")
+"""What holds the pages: the tests of regions and objects are one corpus for all."""
+PAGE = {"shm": 4096, "hugetlb": 2 * MiB}[BACKING]
+LARGEST_CHUNK = {"shm": 2 * MiB, "hugetlb": 16 * MiB}[BACKING]
+"""The most that is populated for one fault."""
+ALIGNMENT = 512 * PAGE
+CORPUS_HUGE_PAGES = 1600
+"""What the corpus needs of them, if that is the backing."""
 BASE = 0x2000_0000_0000
 """Where the tests put their regions."""
 
@@ -53,6 +60,50 @@ def pytest_configure() -> None:
     mounting.ungraft()
     if mounting.top_mount(str(CONNECTIONS)) is None:
         kernel.mount("none", str(CONNECTIONS), "fusectl", 0)
+
+
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """So many free huge pages of 2 MiB more than there were, given back at the end."""
+    setting = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = int(setting.read_text())
+    setting.write_text(str(before + count))
+    try:
+        if int(setting.read_text()) < before + count:
+            pytest.skip(f"this machine cannot reserve {count} huge pages")
+        yield
+    finally:
+        setting.write_text(str(before))
+
+
+@contextlib.contextmanager
+def huge_pages_for_group(group: int) -> Iterator[None]:
+    """Let a group have huge pages: vm.hugetlb_shm_group."""
+    setting = Path("/proc/sys/vm/hugetlb_shm_group")
+    before = setting.read_text()
+    setting.write_text(str(group))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _huge_pages_of_the_corpus() -> Iterator[None]:
+    if BACKING == "shm":
+        yield
+        return
+    nogroup = 65534  # the ordinary user of the tests
+    with huge_pages(CORPUS_HUGE_PAGES), huge_pages_for_group(nogroup):
+        yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is about one backing alone does not run with another one."""
+    other = [item for item in items if BACKING != "shm" and item.get_closest_marker("shm_only")]
+    items[:] = [item for item in items if item not in other]
+    if other:
+        config.hook.pytest_deselected(items=other)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +143,7 @@ class Daemon:
                     f"--mountpoint={self.mount}",
                     f"--run-directory={self.run}",
                     "--log-level=info",
+                    f"--backing={BACKING}",
                     *self.arguments,
                 ],
                 stdout=log,
@@ -148,10 +200,18 @@ class Daemon:
         self.process = None
 
     def shm_objects(self) -> list[str]:
+        """What regions have in /dev/shm: their memory, or what stashes it."""
         from msharefsd.daemon import _backing_prefix
 
         prefix = _backing_prefix(self.run).lstrip("/")
         return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
+
+    def backings(self) -> list[Path]:
+        """The files that hold the pages of regions."""
+        if BACKING == "shm":
+            return [Path("/dev/shm", name) for name in self.shm_objects()]
+        huge = self.run / "huge"
+        return list(huge.iterdir()) if huge.exists() else []
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
@@ -205,6 +265,8 @@ class Daemon:
             self.process.wait()
         while mounting.is_mounted(str(self.mount)):
             mounting.unmount(str(self.mount))
+        while (huge := mounting.top_mount(str(self.run / "huge"))) is not None:
+            mounting.unmount(huge.target)
         for name in self.shm_objects():
             os.unlink(f"/dev/shm/{name}")
         mounting.ungraft()

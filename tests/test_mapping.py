@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, TESTS, Client, Daemon, clients, eventually
+from conftest import ALIGNMENT, BASE, PAGE, TESTS, Client, Daemon, clients, eventually
 
 from msharefsd import mounting
 from msharefsd.backing import AT_ONCE
 
 SIZE = 2 * ALIGNMENT
-PAGE = 4096
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
 READ, WRITE, NONE = mmap.PROT_READ, mmap.PROT_WRITE, 0
 BOTH = READ | WRITE
@@ -290,7 +289,7 @@ def test_dirty_pages_outlive_the_region(pair: Pair, file: Path, daemon: Daemon, 
     else:
         daemon.stop()
     eventually(lambda: file.read_bytes()[0] == 202, "written back")
-    eventually(lambda: daemon.shm_objects() == [], "the memory is free")
+    eventually(lambda: daemon.backings() == [], "the memory is free")
 
 
 def test_the_files_own_rules_hold(pair: Pair, file: Path, directory: Path) -> None:

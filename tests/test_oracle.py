@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import pytest
-from conftest import ALIGNMENT, BASE, Client, Daemon, clients
+from conftest import ALIGNMENT, BASE, PAGE, Client, Daemon, clients
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -28,7 +28,6 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 PROGRAMS = int(os.environ.get("MSHARE_ORACLE_PROGRAMS", "2000"))
 STEPS = 40
 SHARERS = 3
-PAGE = 4096
 PAGES = 8
 SIZE = ALIGNMENT
 FILE_PAGES = 4
