@@ -96,6 +96,18 @@ def _split_inode(inode: int) -> tuple[int, int]:
     return divmod(inode, _INODES_PER_REGION)
 
 
+def _asks(fields: SetattrFields) -> bool:
+    """Whether a request to set attributes wants any of them changed but ctime."""
+    return (
+        fields.update_size
+        or fields.update_mode
+        or fields.update_uid
+        or fields.update_gid
+        or fields.update_atime
+        or fields.update_mtime
+    )
+
+
 def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
     @functools.wraps(handler)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -338,6 +350,8 @@ class FileSystem(_GuardedOperations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         if inode in (*FIXED.values(), ROOT) or _split_inode(inode)[1] != _FILE:
+            if not _asks(fields):  # chown(path, -1, -1)
+                return self._attributes(inode)
             raise FUSEError(errno.EPERM)
         if fields.update_size:
             # A region's size is its own, fixed by mshare(); its file has no other.

@@ -71,6 +71,51 @@ static void check(const char *from, size_t length, int value)
 	printf("0\n");
 }
 
+/* The word that belongs at PLACE of memory filled with KEY; zeros for the key 0. */
+static uint64_t word_of(uint64_t key, size_t place)
+{
+	uint64_t word = key + place * 0x9e3779b97f4a7c15;
+
+	if (key == 0)
+		return 0;
+	word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9;
+	return word ^ (word >> 27);
+}
+
+/* Fill with a pattern in which each word differs: key by key, place by place. */
+static void stamp(volatile uint64_t *words, size_t length, uint64_t key)
+{
+	if (sigsetjmp(landing, 1)) {
+		printf("%s\n", caught == SIGBUS ? "SIGBUS" : "SIGSEGV");
+		return;
+	}
+	for (size_t i = 0; i < length / 8; i++)
+		words[i] = word_of(key, i);
+	printf("0\n");
+}
+
+/* Every word is of one of the patterns? */
+static void verify(const volatile uint64_t *words, size_t length, const unsigned long *keys,
+		   int count)
+{
+	if (sigsetjmp(landing, 1)) {
+		printf("%s\n", caught == SIGBUS ? "SIGBUS" : "SIGSEGV");
+		return;
+	}
+	for (size_t i = 0; i < length / 8; i++) {
+		uint64_t found = words[i];
+		int key = 0;
+
+		while (key < count && found != word_of(keys[key], i))
+			key++;
+		if (key == count) {
+			printf("word %zu is %#lx\n", i, (unsigned long)found);
+			return;
+		}
+	}
+	printf("0\n");
+}
+
 /* What /proc/self/maps and smaps say of an address. */
 static void vma(unsigned long address)
 {
@@ -356,6 +401,10 @@ static void run(char *line, const char *self)
 		touch((char *)n[1], n[2], -1, 4096);
 	} else if (IS("check")) { /* address length value */
 		check((char *)n[1], n[2], (int)n[3]);
+	} else if (IS("stamp")) { /* address length key */
+		stamp((uint64_t *)n[1], n[2], n[3]);
+	} else if (IS("verify")) { /* address length key... */
+		verify((uint64_t *)n[1], n[2], n + 3, count - 3);
 	} else if (IS("from_memory")) { /* address length: the kernel reads it */
 		int null = memfd_create("out", MFD_CLOEXEC);
 		say_errno(write(null, (void *)n[1], n[2]));
