@@ -78,15 +78,18 @@ class AddressSpaces:
                 protection.arm(region, new.offset, new.end)
             with _leaving(region, new.offset, new.end):
                 if occupied:
-                    await self._remove(region, new.offset, new.length)
-                _alive(region)
-                # A page that was there before, or is poison, must not show through.
-                await _discard(region, new.offset, new.length)
-                _alive(region)
-                self._pages.clear_poison(region, new.offset, new.length)
-                if new.file is not None:
-                    new.file.hold()
-                region.objects.insert(new)
+                    await self._write_back(region, new.offset, new.end)
+                with _to_the_end():
+                    if occupied:
+                        await self._remove(region, new.offset, new.length)
+                    _alive(region)
+                    # A page that was there before, or is poison, must not show through.
+                    await _discard(region, new.offset, new.length)
+                    _alive(region)
+                    self._pages.clear_poison(region, new.offset, new.length)
+                    if new.file is not None:
+                        new.file.hold()
+                    region.objects.insert(new)
 
     async def donate(self, region: Region, new: Object) -> None:
         """Put an object in whose contents the donor has copied into the backing."""
@@ -116,12 +119,13 @@ class AddressSpaces:
             if len(region.objects) + 1 > MOST_OBJECTS:
                 raise Refused(errno.ENOMEM, "too many objects in the region")
             with _leaving(region, offset, offset + length):
-                await self._remove(region, offset, length)
+                await self._write_back(region, offset, offset + length)
+                with _to_the_end():
+                    await self._remove(region, offset, length)
 
     async def _remove(self, region: Region, offset: int, length: int) -> None:
-        """What MAP_FIXED and munmap() take away; file pages are written back first."""
+        """What MAP_FIXED and munmap() take away; file pages have been written back."""
         end = offset + length
-        await self._write_back(region, offset, end)
         _alive(region)
         removed = region.objects.remove(offset, length)
         lost = [page for page in region.dirty if offset <= page < end]
@@ -169,6 +173,10 @@ class AddressSpaces:
             with _leaving(region, item.offset, item.end):
                 await self._write_back(region, item.offset, item.end)
         _alive(region)
+        with _to_the_end():
+            await self._apply(region, item, prot)
+
+    async def _apply(self, region: Region, item: Object, prot: int) -> None:
         assert region.backing is not None
         new = replace(item, prot=prot)
         if new.guarded:
@@ -233,9 +241,19 @@ class AddressSpaces:
             for item in region.objects.within(offset, length):
                 if item.private:
                     _alive(region)
-                    await _discard(region, item.offset, item.length)
+                    with _to_the_end():
+                        await _discard(region, item.offset, item.length)
             if not region.objects.covers(offset, length):
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+
+def _to_the_end() -> trio.CancelScope:
+    """For what has begun to change a region, and must end although its caller is dead.
+
+    Otherwise the map would say one thing and the memory another: a hole with pages in it.
+    Nothing in there waits for a file.
+    """
+    return trio.CancelScope(shield=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,145 @@
+"""A caller that is killed: its call is carried out or it is not.
+
+Each call on a region is cancelled at each of its steps, as the end of its process does,
+and afterwards the map and the memory must fit together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+import trio
+
+from msharefsd import capabilities, kernel
+from msharefsd.addressspace import AddressSpaces
+from msharefsd.backing import AT_ONCE, ShmBacking
+from msharefsd.disposal import Disposal
+from msharefsd.files import Threads
+from msharefsd.metrics import Metrics
+from msharefsd.objects import Object
+from msharefsd.pageserver import PageServer
+from msharefsd.regions import Region, Regions
+from msharefsd.writeback import Writeback
+
+ALIGNMENT = 2 << 20
+SIZE = 4 * AT_ONCE
+PAGES = (0, AT_ONCE - 4096, AT_ONCE, 3 * AT_ONCE, SIZE - 4096)
+READ, WRITE, NONE = kernel.PROT_READ, kernel.PROT_WRITE, kernel.PROT_NONE
+
+
+class _CancelAt(trio.abc.Instrument):
+    """Cancels a scope when its task has taken so many steps."""
+
+    def __init__(self, scope: trio.CancelScope, step: int) -> None:
+        self._task = trio.lowlevel.current_task()
+        self._scope = scope
+        self._left = step
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self._left -= 1
+            if self._left == 0:
+                self._scope.cancel()
+
+
+async def cut_off(call: Awaitable[None], step: int) -> bool:
+    """Run it, cancelled after `step` steps; whether it came to its end before that."""
+    with trio.CancelScope() as scope:
+        instrument = _CancelAt(scope, step)
+        trio.lowlevel.add_instrument(instrument)
+        try:
+            await call
+        finally:
+            trio.lowlevel.remove_instrument(instrument)
+    return not scope.cancel_called
+
+
+@contextlib.contextmanager
+def some_region() -> Iterator[tuple[AddressSpaces, Region]]:
+    """A region with pages here and there, all of it one object."""
+    disposal = Disposal()
+    name = f"/msharefs-test-{os.getpid()}-"
+
+    def make(number: int, start: int, size: int, kind: str) -> ShmBacking:
+        return ShmBacking(f"{name}{number}", size, disposal)
+
+    regions = Regions(ALIGNMENT, make, print)
+    metrics, threads = Metrics(regions.alive), Threads()
+    found = capabilities.probe(frozenset())
+    pages = PageServer(found, metrics, None, threads)
+    try:
+        region = regions.create(b"r", 0o600, 0, 0)
+        regions.establish(region, ALIGNMENT, SIZE, read_only=False)
+        regions.commit(region)
+        yield AddressSpaces(found, pages, Writeback(threads, metrics)), region
+    finally:
+        regions.close()
+        disposal.close()
+
+
+async def fill(spaces: AddressSpaces, region: Region) -> None:
+    await spaces.mmap(region, Object(0, SIZE, READ | WRITE, private=True), replace=True)
+    assert region.backing is not None
+    for at in PAGES:
+        os.pwrite(region.backing.fd, b"x" * 4096, at)
+
+
+def fits(region: Region) -> None:
+    """No page is where the map says that there is none; nobody can touch what is hidden."""
+    assert region.backing is not None
+    for start, end in region.backing.data(0, SIZE):
+        for at in range(start, end, 4096):
+            found = region.objects.find(at)
+            assert found is not None, f"a page in a hole, at {at:#x}"
+            assert found.accessible, f"a page that nobody may touch, at {at:#x}"
+    stash = region.backing.stash
+    for start, end in stash.data(0, SIZE) if stash else ():
+        for at in range(start, end, 4096):
+            assert region.objects.find(at) is not None, f"a hidden page of nothing, at {at:#x}"
+
+
+def new(start: int, end: int, prot: int) -> Object:
+    return Object(start, end - start, prot, private=False)
+
+
+Call = Callable[[AddressSpaces, Region], Awaitable[None]]
+CALLS: dict[str, Call] = {
+    "munmap": lambda spaces, region: spaces.munmap(region, 0, SIZE),
+    "munmap-part": lambda spaces, region: spaces.munmap(region, 4096, 2 * AT_ONCE),
+    "mmap": lambda spaces, region: spaces.mmap(
+        region, new(0, 3 * AT_ONCE, READ | WRITE), replace=True
+    ),
+    "mmap-none": lambda spaces, region: spaces.mmap(region, new(AT_ONCE, SIZE, NONE), replace=True),
+    "mprotect-none": lambda spaces, region: spaces.mprotect(region, 0, SIZE, NONE),
+    "mprotect-read": lambda spaces, region: spaces.mprotect(region, 0, SIZE, READ),
+    "discard": lambda spaces, region: spaces.discard(region, 0, SIZE),
+}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+async def test_a_call_that_is_cut_off_leaves_map_and_memory_in_step(
+    name: str, *, hidden: bool
+) -> None:
+    steps = 0
+    with some_region() as (spaces, region):
+        while True:
+            steps += 1
+            await fill(spaces, region)
+            if hidden:
+                await spaces.mprotect(region, 0, SIZE, NONE)
+            before = list(region.objects)
+            complete = await cut_off(CALLS[name](spaces, region), steps)
+            fits(region)
+            if complete:
+                break
+            after = list(region.objects)
+            await fill(spaces, region)
+            if hidden:
+                await spaces.mprotect(region, 0, SIZE, NONE)
+            await CALLS[name](spaces, region)
+            assert after in (before, list(region.objects)), "neither done nor not done"
+    assert steps > 1
