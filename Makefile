@@ -3,6 +3,7 @@
 # make test    linters, type checker, tests
 # make bench   side by side with peers: a table, and JSON in benchmarks/results
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
+# make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
 # make clean
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
 	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench oracle clean
+.PHONY: setup demo test lint check bench oracle soak clean
 
 setup: $(VENV)/.project
 
@@ -54,6 +55,12 @@ bench: setup
 PROGRAMS ?= 100000
 oracle: setup
 	MSHARE_ORACLE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest tests/test_oracle.py
+
+HOURS ?= 1
+SECONDS ?= $(shell expr $(HOURS) '*' 3600)
+soak: setup
+	MSHARE_SOAK_SECONDS=$(SECONDS) MSHARE_SOAK_SEED=$(SEED) MSHARE_SOAK_RESTARTS=$(RESTARTS) \
+		$(BIN)/pytest -o faulthandler_timeout=0 tests/test_soak.py
 
 clean:
 	rm -rf $(VENV) build dist benchmarks/results
