@@ -16,7 +16,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -47,6 +47,17 @@ class _Run:
     writers: set[Sharer]
 
 
+@dataclass(eq=False, slots=True)
+class _Flush:
+    """A flush that goes on whatever becomes of who asked for it."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    failure: Exception | None = field(
+        default_factory=lambda: OSError(errno.EINTR, "the daemon is stopping")
+    )
+    """What it came to; None once all is written."""
+
+
 class Writeback:
     """Writes the dirty pages of all regions of one daemon."""
 
@@ -56,6 +67,7 @@ class Writeback:
         self._seldom = Seldom()
         self._released: list[Region] = []
         self._wanted = trio.Event()
+        self._nursery: trio.Nursery | None = None
 
     async def flush(self, region: Region, start: int, end: int) -> None:
         """Write what is dirty in [start, end); returns when it is written.
@@ -73,6 +85,32 @@ class Writeback:
             raise failure
 
     async def _flush_file(self, region: Region, file: MappedFile, start: int, end: int) -> None:
+        """Flush what is dirty of one file.
+
+        In a task of its own: whoever asked may be killed while a thread still writes,
+        and nobody may write newer contents before that thread has written the older.
+        """
+        assert self._nursery is not None, "run() is not running"
+        flush = _Flush()
+        self._nursery.start_soon(self._flush_in_turn, region, file, start, end, flush)
+        await flush.done.wait()
+        if flush.failure is not None:
+            raise flush.failure
+
+    async def _flush_in_turn(
+        self, region: Region, file: MappedFile, start: int, end: int, flush: _Flush
+    ) -> None:
+        file.hold()
+        try:
+            await self._flush_alone(region, file, start, end)
+            flush.failure = None
+        except Exception as error:  # noqa: BLE001 # it is the caller's
+            flush.failure = error
+        finally:
+            file.let_go()
+            flush.done.set()
+
+    async def _flush_alone(self, region: Region, file: MappedFile, start: int, end: int) -> None:
         # Also for pages that are not dirty any more, because somebody else is writing
         # them just now: msync() must not overtake that.
         async with file.flushing:
@@ -169,6 +207,7 @@ class Writeback:
     async def run(self, regions: Callable[[], Iterable[Region]]) -> None:
         """Write every few seconds, forever.  A file that hangs holds up nothing else."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             while True:
                 with trio.move_on_after(INTERVAL):
                     await self._wanted.wait()
@@ -209,6 +248,7 @@ class Writeback:
         """The daemon ends: write everything, as long as the files answer."""
         with trio.move_on_after(LAST_SECONDS, shield=True):
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for region in [*regions, *self._released]:
                     if region.dirty:
                         nursery.start_soon(self._everything, region)

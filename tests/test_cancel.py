@@ -1,23 +1,27 @@
 """A caller that is killed: its call is carried out or it is not.
 
 Each call on a region is cancelled at each of its steps, as the end of its process does,
-and afterwards the map and the memory must fit together.
+and afterwards the map and the memory must fit together.  And what was written to a file
+for it does not come after what others wrote later.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from msharefsd import capabilities, kernel
 from msharefsd.addressspace import AddressSpaces
 from msharefsd.backing import AT_ONCE, ShmBacking
 from msharefsd.disposal import Disposal
-from msharefsd.files import Threads
+from msharefsd.files import MappedFile, Threads
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
 from msharefsd.pageserver import PageServer
@@ -58,7 +62,7 @@ async def cut_off(call: Awaitable[None], step: int) -> bool:
 
 
 @contextlib.contextmanager
-def some_region() -> Iterator[tuple[AddressSpaces, Region]]:
+def some_region() -> Iterator[tuple[AddressSpaces, Region, Writeback]]:
     """A region with pages here and there, all of it one object."""
     disposal = Disposal()
     name = f"/msharefs-test-{os.getpid()}-"
@@ -74,7 +78,8 @@ def some_region() -> Iterator[tuple[AddressSpaces, Region]]:
         region = regions.create(b"r", 0o600, 0, 0)
         regions.establish(region, ALIGNMENT, SIZE, read_only=False)
         regions.commit(region)
-        yield AddressSpaces(found, pages, Writeback(threads, metrics)), region
+        writeback = Writeback(threads, metrics)
+        yield AddressSpaces(found, pages, writeback), region, writeback
     finally:
         regions.close()
         disposal.close()
@@ -125,7 +130,7 @@ async def test_a_call_that_is_cut_off_leaves_map_and_memory_in_step(
     name: str, *, hidden: bool
 ) -> None:
     steps = 0
-    with some_region() as (spaces, region):
+    with some_region() as (spaces, region, _):
         while True:
             steps += 1
             await fill(spaces, region)
@@ -143,3 +148,51 @@ async def test_a_call_that_is_cut_off_leaves_map_and_memory_in_step(
             await CALLS[name](spaces, region)
             assert after in (before, list(region.objects)), "neither done nor not done"
     assert steps > 1
+
+
+async def test_what_a_killed_caller_had_written_does_not_overtake_what_came_later(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    path = directory / "file"
+    path.write_bytes(bytes(4096))
+    slow, may_write = threading.Event(), threading.Event()
+    write = MappedFile.write
+
+    def write_slowly(file: MappedFile, content: bytes, offset: int) -> None:
+        if not slow.is_set():  # the first one
+            slow.set()
+            may_write.wait()
+        write(file, content, offset)
+
+    monkeypatch.setattr(MappedFile, "write", write_slowly)
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    file = MappedFile(fd, 0, may_write=True, close=os.close)
+    with some_region() as (spaces, region, writeback):
+        nursery.start_soon(writeback.run, lambda: ())
+        await trio.testing.wait_all_tasks_blocked()
+        assert region.backing is not None
+        await spaces.mmap(
+            region, Object(0, 4096, READ | WRITE, private=False, file=file), replace=True
+        )
+        os.pwrite(region.backing.fd, b"1" * 4096, 0)
+        region.dirty[0] = set()
+        with trio.CancelScope() as killed:
+            nursery.start_soon(_when, slow, killed.cancel)
+            await spaces.msync(region, 0, 4096)
+        assert killed.cancelled_caught
+        os.pwrite(region.backing.fd, b"2" * 4096, 0)
+        region.dirty[0] = set()
+        try:
+            with trio.move_on_after(0.2) as early:
+                await spaces.msync(region, 0, 4096)
+            assert early.cancelled_caught, "the older write is not done yet"
+        finally:
+            may_write.set()
+        await spaces.msync(region, 0, 4096)
+        assert path.read_bytes() == b"2" * 4096
+        nursery.cancel_scope.cancel()
+
+
+async def _when(event: threading.Event, then: Callable[[], None]) -> None:
+    await trio.to_thread.run_sync(event.wait)
+    then()
