@@ -146,11 +146,16 @@ class Region:
             self.backing = None
 
     def label(self) -> str:
-        """The name for logs and texts: printable, on one line."""
-        return self.name.decode("utf-8", "backslashreplace").translate(_UNPRINTABLE)
+        r"""The name for logs and texts: printable, on one line, and no other name's.
 
-
-_UNPRINTABLE: Final = {code: f"\\{code:03o}" for code in [*range(0x21), 0x5C, 0x7F]}
+        Other bytes, space and backslash are \ooo.
+        """
+        return "".join(
+            char
+            if char.isprintable() and char not in " \\"
+            else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
+            for char in self.name.decode("utf-8", "surrogateescape")
+        )
 
 
 class Regions:

@@ -62,6 +62,7 @@ def sharers(region: Region) -> str:
     for sharer in region.sharers.values():
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sharer.since))
         access = "read-write" if sharer.writable else "read-only"
-        command = liveness.read_proc(sharer.pid, "comm").rstrip("\n")
+        # A process names itself, with newlines if it likes.
+        command = liveness.read_proc(sharer.pid, "comm").rstrip("\n").replace("\n", "\\012")
         lines.append(f"{sharer.pid:<8} {sharer.uid:<8} {access:<10} {since} {command}\n")
     return "".join(lines)

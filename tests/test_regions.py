@@ -170,8 +170,9 @@ def test_names_are_one_regions_and_ids_are_never_used_again(regions: Regions) ->
 
 
 def test_a_label_is_printable_and_on_one_line() -> None:
-    region = Regions(ALIGNMENT, Backings().make, lambda _: None).create(b"a b\n\xff\\", 0o600, 0, 0)
-    assert region.label() == "a\\040b\\012\\134xff\\134"
+    name = b"a b\n\xff\\\xc2\x85\xc3\xa4"
+    region = Regions(ALIGNMENT, Backings().make, lambda _: None).create(name, 0o600, 0, 0)
+    assert region.label() == "a\\040b\\012\\377\\134\\302\\205ä"
 
 
 class Lives(RuleBasedStateMachine):
