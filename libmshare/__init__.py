@@ -13,6 +13,7 @@ from libmshare.core import (
     mshare_mprotect,
     mshare_msync,
     mshare_munmap,
+    mshare_root,
     mshare_stat,
     mshare_unlink,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "mshare_mprotect",
     "mshare_msync",
     "mshare_munmap",
+    "mshare_root",
     "mshare_stat",
     "mshare_unlink",
 ]

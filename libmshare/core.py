@@ -45,6 +45,7 @@ _library.mshare_attach.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.POINTER
 _library.mshare_unlink.argtypes = [ctypes.c_char_p]
 _library.mshare_detach.argtypes = [ctypes.c_char_p]
 _library.mshare_stat.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Info)]
+_library.mshare_root.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
 _library.mshare_mmap.argtypes = [
     ctypes.c_void_p,
     ctypes.c_size_t,
@@ -64,6 +65,7 @@ MAP_FIXED: Final = 0x10
 MAP_FIXED_NOREPLACE: Final = 0x100000
 _MAP_NORESERVE: Final = 0x4000
 _MS_SYNC: Final = 4
+_PATH_MAX: Final = 4096
 
 
 class RegionInfo(NamedTuple):
@@ -134,6 +136,18 @@ def mshare_stat(name: str) -> RegionInfo:
     info = _Info()
     _check(_library.mshare_stat(_encode(name), ctypes.byref(info)), name)
     return RegionInfo(info.start, info.size)
+
+
+def mshare_root() -> str:
+    """Where msharefs is mounted; the daemon is not asked.
+
+    Raises OSError: ENOENT, ENOTCONN if its daemon is known to have died.
+    """
+    path = ctypes.create_string_buffer(_PATH_MAX)
+    if _library.mshare_root(path, len(path)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return os.fsdecode(path.value)
 
 
 def _check_range(result: int, addr: int, length: int) -> None:

@@ -476,7 +476,7 @@ MSHARE_EXPORT int mshare_unlink(const char *name)
 	return result;
 }
 
-/* ---- stat ---- */
+/* ---- stat, root ---- */
 
 MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 {
@@ -503,5 +503,25 @@ MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 		errno = got == sizeof *info ? ENOENT : EPROTO;
 		return -1;
 	}
+	return 0;
+}
+
+MSHARE_EXPORT int mshare_root(char *path, size_t size)
+{
+	char root[PATH_MAX];
+	size_t length;
+
+	if (!path) {
+		errno = EFAULT;
+		return -1;
+	}
+	if (root_find(root) < 0)
+		return -1;
+	length = strlen(root);
+	if (length >= size) {
+		errno = ERANGE;
+		return -1;
+	}
+	memcpy(path, root, length + 1);
 	return 0;
 }

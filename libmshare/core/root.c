@@ -88,13 +88,16 @@ static void unescape(char *text)
 	*out = '\0';
 }
 
-/* The first fuse.msharefs in /proc/self/mountinfo (proc_pid_mountinfo(5)). */
+/*
+ * The first fuse.msharefs in /proc/self/mountinfo (proc_pid_mountinfo(5)) that answers;
+ * ENOTCONN if there are none but those of dead daemons.
+ */
 static int search_mounts(char root[PATH_MAX])
 {
 	FILE *mounts = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL;
 	size_t capacity = 0;
-	int found = -1;
+	int found = -1, why = ENOENT;
 
 	if (!mounts)
 		return -1;
@@ -107,9 +110,13 @@ static int search_mounts(char root[PATH_MAX])
 			continue;
 		unescape(root);
 		found = check_root(root);
+		if (found < 0 && errno == ENOTCONN)
+			why = ENOTCONN;
 	}
 	free(line);
 	fclose(mounts);
+	if (found < 0)
+		errno = why;
 	return found;
 }
 
@@ -130,8 +137,5 @@ int root_find(char root[PATH_MAX])
 		return 0;
 	if (errno == ENOTCONN) /* the daemon of the usual mount has died: say so */
 		return -1;
-	if (search_mounts(root) == 0)
-		return 0;
-	errno = ENOENT;
-	return -1;
+	return search_mounts(root);
 }

@@ -97,6 +97,17 @@ int mshare_detach(const char *name);
 int mshare_stat(const char *name, struct mshare_info *info);
 
 /*
+ * Where msharefs is mounted: MSHARE_ROOT, else /sys/fs/mshare, else the first mount of
+ * type fuse.msharefs.  path is an array of size bytes; PATH_MAX is enough.
+ *
+ * ENOENT    msharefs is not mounted, or MSHARE_ROOT is no msharefs
+ * ENOTCONN  it is, and its daemon has died (the daemon is not asked: a call may find
+ *           that out that this one did not)
+ * ERANGE    the path does not fit
+ */
+int mshare_root(char *path, size_t size);
+
+/*
  * mmap(2), munmap(2), mprotect(2), msync(2), madvise(2) and mremap(2) that act on a
  * region where they touch one that this process has attached: for every sharer at
  * once.  Elsewhere they are the system calls of their names.  In a program that is
