@@ -1,0 +1,1 @@
+"""The command `mshare`: regions, for people at a terminal and for scripts."""

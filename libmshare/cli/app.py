@@ -1,0 +1,235 @@
+"""The command line of `mshare`: its words and options.
+
+What each subcommand does is in a module of its own, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import Annotated, Final
+
+import typer
+
+from libmshare.cli.errors import CommandError
+from libmshare.cli.output import printable
+
+app = typer.Typer(
+    name="mshare",
+    help="Memory regions that many processes map at one address: list, make, remove, watch them.",
+    epilog="See mshare(1).",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain text: errors on one line, and help that starts at once
+    pretty_exceptions_enable=False,
+)
+
+DEFAULT_TIMEOUT: Final = 10.0
+_LARGEST: Final = (1 << 64) - 1
+
+
+class Backing(StrEnum):
+    """What can hold a region's pages."""
+
+    SHM = "shm"
+    HUGETLB = "hugetlb"
+
+
+def _bytes(text: str) -> int:
+    """A size or an address: 512G, 4096, 0x20000000000."""
+    from msharefsd.config import ConfigError, parse_size
+
+    try:
+        value = int(text, 16) if text.lower().startswith("0x") else parse_size(text)
+    except (ConfigError, ValueError):
+        value = _LARGEST + 1
+    if value > _LARGEST:
+        raise typer.BadParameter(f"{printable(text)}: write 2T, 512G, 0x20000000000")
+    return value
+
+
+def _mode(text: str) -> int:
+    """A file mode, octal."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        text = f"{printable(text)}: write an octal mode, 0600 or 0640"
+        raise typer.BadParameter(text, param_hint="--mode")
+    return mode
+
+
+def _complete(incomplete: str) -> list[str]:
+    """Names of regions, for the shell; none if the daemon is slow."""
+    from libmshare.cli import regions
+    from libmshare.cli.ask import bounded
+
+    try:
+        found = bounded(regions.names, 1.0)
+    except CommandError:
+        return []
+    names = map(os.fsdecode, found)
+    return [name for name in names if name.startswith(incomplete) and name.isprintable()]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mshare {version('msharefs')}")
+        raise typer.Exit
+
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="the region's name", autocompletion=_complete)
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON, with sizes and addresses in bytes")]
+
+
+@app.callback()
+def options(
+    ctx: typer.Context,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="where msharefs is mounted, instead of MSHARE_ROOT or what is found",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0.1, max=86400, help="how long the daemon has for its answer"
+        ),
+    ] = DEFAULT_TIMEOUT,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="show it and exit"),
+    ] = False,
+) -> None:
+    """Options of all commands."""
+    del version
+    if root is not None:
+        # For libmshare, and for what `run` becomes, which may have another directory.
+        os.environ["MSHARE_ROOT"] = os.path.abspath(root)
+    ctx.obj = timeout
+
+
+@app.command()
+def ls(ctx: typer.Context, json: Json = False) -> None:
+    """List the regions."""
+    from libmshare.cli import listing
+
+    listing.ls(ctx.obj, json=json)
+
+
+@app.command()
+def info(ctx: typer.Context, name: Name, json: Json = False) -> None:
+    """Tell everything about one region, and who has attached it."""
+    from libmshare.cli import listing
+
+    listing.info(os.fsencode(name), ctx.obj, json=json)
+
+
+@app.command()
+def maps(ctx: typer.Context, name: Name, json: Json = False) -> None:
+    """Show what is mapped in a region, as /proc/PID/maps does."""
+    from libmshare.cli import listing
+
+    listing.maps(os.fsencode(name), ctx.obj, json=json)
+
+
+@app.command()
+def ptes(ctx: typer.Context, name: Name) -> None:
+    """Show the page tables of a region's sharers."""
+    from libmshare.cli import listing
+
+    listing.ptes(os.fsencode(name), ctx.obj)
+
+
+@app.command()
+def top(
+    ctx: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="print it once and exit")] = False,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=86400, help="between two looks")
+    ] = 2.0,
+) -> None:
+    """Watch regions and sharers; q quits."""
+    from libmshare.cli import output
+    from libmshare.cli import top as top_
+
+    if once or not output.on_terminal():
+        top_.once(ctx.obj)
+    else:
+        top_.live(ctx.obj, interval)
+
+
+@app.command()
+def create(
+    ctx: typer.Context,
+    name: Name,
+    start: Annotated[
+        int, typer.Option(metavar="ADDRESS", parser=_bytes, help="its address: 2T, 0x20000000000")
+    ],
+    size: Annotated[int, typer.Option(metavar="SIZE", parser=_bytes, help="its size: 512G")],
+    mode: Annotated[str, typer.Option(metavar="MODE", help="the mode of its file, octal")] = "0600",
+    backing: Annotated[
+        Backing | None, typer.Option(help="what holds its pages, instead of the daemon's choice")
+    ] = None,
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="fill it with anonymous memory; else it is a hole")
+    ] = False,
+) -> None:
+    """Create a region that stays under its name."""
+    from libmshare.cli import create as create_
+
+    kind = None if backing is None else backing.value
+    bits = _mode(mode)
+    create_.create(os.fsencode(name), start, size, bits, kind, ctx.obj, anonymous=anonymous)
+
+
+@app.command()
+def rm(
+    ctx: typer.Context,
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="the regions' names", autocompletion=_complete),
+    ],
+) -> None:
+    """Remove regions; their memory goes with their last sharers."""
+    from libmshare.cli.remove import remove
+
+    failures = remove([os.fsencode(name) for name in names], ctx.obj)
+    for failure in failures:
+        failure.tell()
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    json: Json = False,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="check this configuration of msharefsd, too"),
+    ] = None,
+) -> None:
+    """Say what this kernel, these rights and this configuration allow."""
+    from libmshare.cli import doctor as doctor_
+
+    if not doctor_.doctor(ctx.obj, config, json=json):
+        raise typer.Exit(1)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="PROGRAM")],
+) -> None:
+    """Run a program whose mmap(), munmap(), mprotect() act on regions."""
+    from libmshare.cli import run as run_
+
+    run_.run(command)

@@ -1,0 +1,97 @@
+"""Calls on the mount, with a limit.
+
+A daemon that does not answer holds a system call on its mount for ever, and a process
+in such a call may ignore even SIGKILL (it waits in the kernel for FUSE's reply).  So
+whatever touches the mount runs in a child: if that is not done in time, the child is
+killed and left behind, and the command goes on to say so.  multiprocessing and
+concurrent.futures wait for their children at exit, and would hang there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from libmshare.cli.errors import CommandError, NotAnsweringError
+
+T = TypeVar("T")
+
+
+def bounded(function: Callable[[], T], seconds: float) -> T:
+    """What `function` returns, or raises, in a child process that has `seconds` for it.
+
+    Results travel by pickle.  Raises NotAnsweringError when the time is over; what the child
+    was doing may then still be done when the daemon answers again.
+    """
+    receiving, sending = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        _run(function, sending)
+    os.close(sending)
+    try:
+        reply = _read(receiving, seconds)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(receiving)
+    _, status = os.waitpid(child, 0)
+    if not reply:
+        ended = os.waitstatus_to_exitcode(status)
+        raise CommandError(f"the process that asks the daemon ended with {ended}")
+    done, value = pickle.loads(reply)  # noqa: S301 - from our own child
+    if not done:
+        raise value
+    result: T = value
+    return result
+
+
+def _run(function: Callable[[], object], sending: int) -> NoReturn:
+    """In the child."""
+    try:
+        # Who reads our output must not wait for a child that was left behind, nor must
+        # who waits for a lock in a descriptor that was passed on to us.
+        kept = fcntl.fcntl(sending, fcntl.F_DUPFD_CLOEXEC, 3)
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for standard in range(3):
+            os.dup2(nothing, standard)
+        os.closerange(3, kept)
+        os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            reply = pickle.dumps((True, function()))
+        except Exception as error:  # noqa: BLE001 - it is raised in the parent
+            if not isinstance(error, (OSError, CommandError)):
+                error.add_note(traceback.format_exc())
+            reply = pickle.dumps((False, error))
+        with open(kept, "wb") as pipe:
+            pipe.write(reply)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _read(pipe: int, seconds: float) -> bytes:
+    """Everything up to the end of the pipe.  Raises NotAnsweringError."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    deadline = time.monotonic() + seconds
+    parts: list[bytes] = []
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise NotAnsweringError(
+                f"no answer from the daemon within {seconds:g} s; look for a msharefsd that is "
+                "stopped or stuck"
+            )
+        part = os.read(pipe, 1 << 20)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)

@@ -1,0 +1,330 @@
+"""`mshare doctor`: what this kernel, these rights and this configuration allow."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from libmshare.cli import output, regions
+from libmshare.cli.ask import bounded
+from libmshare.cli.errors import CommandError, explain
+from libmshare.cli.output import Column, printable
+from msharefsd import capabilities, mounting
+from msharefsd.backing import SHM_DIRECTORY
+from msharefsd.config import ConfigError, load
+from msharefsd.uffd import DEVICE
+
+_DESCRIPTORS_A_SHARER: Final = 3
+"""In the daemon: see msharefsd(8)."""
+_USUAL_MAP_COUNT: Final = 65530
+_COLUMNS: Final = (Column(""), Column("CHECK"), Column("FOUND"))
+
+
+class Status(StrEnum):
+    """How it stands."""
+
+    OK = "ok"
+    WARN = "warn"
+    """It works, with less."""
+    FAIL = "fail"
+    """It does not work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the result."""
+
+    check: str
+    status: Status
+    found: str
+    advice: str = ""
+    """What to do, or what follows."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "check": self.check,
+            "status": self.status.value,
+            "found": self.found,
+            "advice": self.advice,
+        }
+
+
+def doctor(timeout: float, config: str | None, *, json: bool) -> bool:
+    """Check and print; returns whether nothing failed.
+
+    `timeout`: seconds that a daemon has for its answer.
+    """
+    found = [
+        _kernel(),
+        *_capabilities(),
+        *_mounts(timeout),
+        *_configuration(config),
+        _fuse(),
+        _device(),
+        *_shared_memory(),
+        _huge_pages(),
+        _map_count(),
+        _overcommit(),
+        _descriptors(),
+        _cgroup(),
+    ]
+    if json:
+        output.write_json([each.record() for each in found])
+    else:
+        for each in found:
+            output.write(f"{each.status:<4}  {each.check}: {each.found}")
+            if each.advice:
+                output.write(f"      {each.advice}")
+    return all(each.status is not Status.FAIL for each in found)
+
+
+def _number(path: str) -> int | None:
+    """A setting in /proc or /sys; None if it is not there."""
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _kernel() -> Finding:
+    system = platform.uname()
+    found = f"{system.system} {system.release} {system.machine}"
+    if system.system == "Linux" and system.machine in ("x86_64", "aarch64"):
+        return Finding("kernel", Status.OK, found)
+    return Finding("kernel", Status.FAIL, found, "msharefs needs Linux on x86-64 or arm64")
+
+
+def _capabilities() -> Iterator[Finding]:
+    """What msharefsd would find if this user started it."""
+    try:
+        found = capabilities.probe()
+    except capabilities.UnsupportedError as error:
+        yield Finding("userfaultfd", Status.FAIL, "no", str(error))
+        return
+    yield Finding("userfaultfd", Status.OK, "knows shared memory")
+    lacking = iter(found.missing())
+    for item in fields(found):
+        if getattr(found, item.name):
+            yield Finding(f"feature {item.name}", Status.OK, "yes")
+        else:
+            yield Finding(f"feature {item.name}", Status.WARN, "no", next(lacking))
+
+
+def _mounts(timeout: float) -> Iterator[Finding]:
+    root = None
+    try:
+        root = bounded(regions.root, timeout)
+        unit = bounded(lambda: _ask(root), timeout)
+        found = f"{printable(root)}, alignment {output.size(unit)}; its daemon answers"
+        yield Finding("mount", Status.OK, found)
+    except CommandError as failure:
+        yield Finding("mount", Status.FAIL, printable(root or "cannot be used"), str(failure))
+    others = {mount.target for mount in mounting.mounts() if mount.fstype == mounting.FSTYPE}
+    for target in sorted(others - {root}):
+        yield _other_mount(target, timeout)
+
+
+def _ask(root: str) -> int:
+    """The alignment of a living daemon, whose socket takes connections.  Raises CommandError."""
+    unit = regions.alignment(root)
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            # A path through the descriptor: connect(2) takes 107 bytes.
+            connection.connect(f"/proc/self/fd/{directory}/.control")
+    except OSError as error:
+        raise explain(error, b".control") from None
+    finally:
+        os.close(directory)
+    return unit
+
+
+def _other_mount(target: str, timeout: float) -> Finding:
+    check = f"mount {printable(target)}"
+    start = f"start msharefsd --mountpoint={printable(target)}"
+    try:
+        bounded(lambda: os.stat(f"{target}/mshare_info"), timeout)
+        bounded(lambda: regions.alignment(target), timeout)
+    except PermissionError:
+        return Finding(check, Status.OK, "another user's")
+    except OSError as error:
+        lazy = f"{start} again, or umount --lazy {printable(target)}"
+        return Finding(check, Status.WARN, error.strerror or "broken", lazy)
+    except CommandError as failure:
+        return Finding(check, Status.WARN, "no answer", str(failure))
+    return Finding(check, Status.OK, "answers; programs that do not set MSHARE_ROOT use the other")
+
+
+def _configuration(config: str | None) -> Iterator[Finding]:
+    if config is None:
+        return
+    check = f"configuration {printable(config)}"
+    try:
+        settings = load(Path(config), {})
+    except ConfigError as error:
+        yield Finding(check, Status.FAIL, "wrong", str(error))
+        return
+    found = (
+        f"mountpoint {printable(settings.mountpoint)}, alignment {settings.alignment}, "
+        f"backing {settings.backing}"
+    )
+    yield Finding(check, Status.OK, found)
+
+
+def _fuse() -> Finding:
+    if not os.path.exists("/dev/fuse"):
+        return Finding("FUSE", Status.FAIL, "no /dev/fuse", "load the module: modprobe fuse")
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        return Finding(
+            "FUSE", Status.WARN, "no fusermount3", "a user's own daemon needs it: install fuse3"
+        )
+    if os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return Finding("FUSE", Status.OK, "/dev/fuse")
+    return Finding(
+        "FUSE", Status.WARN, "/dev/fuse is closed to this user", "use a daemon that root started"
+    )
+
+
+def _device() -> Finding:
+    """Who may have a userfaultfd that takes faults in system calls."""
+    sysctl = _number("/proc/sys/vm/unprivileged_userfaultfd")
+    try:
+        mode = f"{DEVICE} has mode {stat.S_IMODE(os.stat(DEVICE).st_mode):04o}"
+    except OSError:
+        mode = f"no {DEVICE}"
+    found = f"vm.unprivileged_userfaultfd={sysctl}, {mode}"
+    if os.geteuid() == 0 or sysctl == 1 or os.access(DEVICE, os.R_OK | os.W_OK):
+        return Finding("userfaultfd for users", Status.OK, found)
+    return Finding(
+        "userfaultfd for users",
+        Status.WARN,
+        found,
+        "a daemon that root started hands the device to its sharers; one of this user's cannot: "
+        f"give access to {DEVICE}, or set vm.unprivileged_userfaultfd=1",
+    )
+
+
+def _shared_memory() -> Iterator[Finding]:
+    options = _options_of(SHM_DIRECTORY)
+    if options is None:
+        yield Finding(
+            SHM_DIRECTORY,
+            Status.FAIL,
+            "no tmpfs is mounted there",
+            f"mount one: mount -t tmpfs tmpfs {SHM_DIRECTORY}",
+        )
+        return
+    room = os.statvfs(SHM_DIRECTORY)
+    total, free = room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize
+    found = f"{output.size(total)}, {output.size(free)} free" if total else "without a limit"
+    if total and free < total // 10:
+        advice = "nearly full: a touch that finds no memory is SIGBUS; "
+        advice += f"mount -o remount,size=SIZE {SHM_DIRECTORY}"
+        yield Finding(SHM_DIRECTORY, Status.WARN, found, advice)
+    else:
+        yield Finding(SHM_DIRECTORY, Status.OK, found)
+    # tmpfs(5): without the option it is "never".
+    huge = next((word[5:] for word in options if word.startswith("huge=")), "never")
+    yield Finding(
+        f"{SHM_DIRECTORY} huge=",
+        Status.OK,
+        huge,
+        "memory comes in 4 KiB pages, charged to who touches it; msharefsd makes huge pages of "
+        "what several sharers have (feature collapse), with any huge=",
+    )
+
+
+def _options_of(target: str) -> list[str] | None:
+    """The options of the tmpfs that is mounted there (proc_pid_mounts(5))."""
+    found = None
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields_ = line.split(" ")
+            if fields_[1] == target:
+                found = fields_[3].split(",") if fields_[2] == "tmpfs" else None
+    return found
+
+
+def _huge_pages() -> Finding:
+    """For backing=hugetlb, and for nothing else."""
+    with open("/proc/meminfo", encoding="utf-8") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    if "HugePages_Total" not in lines:
+        return Finding(
+            "huge pages", Status.WARN, "no hugetlb in this kernel", "backing hugetlb needs it"
+        )
+    size = int(lines["Hugepagesize"].split()[0]) << 10
+    total, free, promised = (int(lines[f"HugePages_{key}"]) for key in ("Total", "Free", "Rsvd"))
+    left = free - promised
+    found = f"{total} of {output.size(size)} reserved, {left} free"
+    more = total + max((1 << 30) // size, 1)
+    advice = f"for 1G more: sysctl vm.nr_hugepages={more}"
+    if left > 0:
+        return Finding("huge pages", Status.OK, found, advice)
+    return Finding("huge pages", Status.WARN, found, f"backing hugetlb needs some; {advice}")
+
+
+def _map_count() -> Finding:
+    count = _number("/proc/sys/vm/max_map_count")
+    found = f"vm.max_map_count={count}"
+    if count is None or count < _USUAL_MAP_COUNT:
+        return Finding(
+            "mappings",
+            Status.WARN,
+            found,
+            "a region is one mapping in each sharer, and more where parts are write-protected: "
+            f"sysctl vm.max_map_count={_USUAL_MAP_COUNT}",
+        )
+    return Finding("mappings", Status.OK, found)
+
+
+def _overcommit() -> Finding:
+    mode = _number("/proc/sys/vm/overcommit_memory")
+    found = f"vm.overcommit_memory={mode}"
+    if mode in (0, 1):
+        return Finding("overcommit", Status.OK, found)
+    return Finding(
+        "overcommit",
+        Status.WARN,
+        found,
+        "a process cannot map more than the machine has before it creates a region of that: "
+        "create it empty and map into it (`mshare create`), or set vm.overcommit_memory=0",
+    )
+
+
+def _descriptors() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = hard
+    if os.geteuid() == 0:  # which may raise its limit, and does
+        most = max(most, min(_number("/proc/sys/fs/nr_open") or 0, 1 << 20))
+    sharers = most // _DESCRIPTORS_A_SHARER
+    found = f"RLIMIT_NOFILE {soft}, at most {most}: a daemon of this user has {sharers} sharers"
+    if sharers >= 1000:
+        return Finding("descriptors", Status.OK, found)
+    return Finding(
+        "descriptors",
+        Status.WARN,
+        found,
+        "raise the hard limit: ulimit -Hn, or LimitNOFILE= of the daemon's unit",
+    )
+
+
+def _cgroup() -> Finding:
+    """Who pays for memory is for cgroups to say (README)."""
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        controllers = [line.split(":")[1] for line in file]
+    if any("memory" in names.split(",") for names in controllers):
+        return Finding("cgroup", Status.OK, "version 1, with the memory controller")
+    if "" in controllers:
+        return Finding("cgroup", Status.OK, "version 2")
+    return Finding("cgroup", Status.WARN, "none", "the memory of regions cannot be limited by it")

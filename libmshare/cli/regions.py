@@ -1,0 +1,252 @@
+"""What the mount tells about regions: its directory and the texts in .regions/NAME.
+
+Everything here touches the mount, so it is called through `ask.bounded`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from libmshare import core
+from libmshare.cli.errors import CommandError, explain, not_mounted
+from libmshare.cli.output import printable
+
+_SHARER: Final = re.compile(r"(\d+) +(\d+) +(\S+) +(\S+) (.*)")
+_MAP: Final = re.compile(
+    r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) +(.*)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharer:
+    """A process that has attached a region, as `sharers` tells it."""
+
+    pid: int
+    uid: int
+    access: str
+    since: str
+    command: str
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "pid": self.pid,
+            "uid": self.uid,
+            "access": self.access,
+            "since": self.since,
+            "command": self.command,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A region, as its file and its `info` tell it; sizes and addresses in bytes."""
+
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+    memory: int
+    info: Mapping[str, str] = field(default_factory=dict)
+    """The lines of `info`; none for who may not read it."""
+
+    @property
+    def state(self) -> str | None:
+        """Whether it has a range yet."""
+        return self.info.get("state")
+
+    @property
+    def size(self) -> int | None:
+        """None: not told, or it has no range yet."""
+        value = self.info.get("size")
+        return (int(value) or None) if value is not None else None
+
+    @property
+    def start(self) -> int | None:
+        """As `size`."""
+        return int(self.info["start"], 16) if self.size else None
+
+    @property
+    def sharers(self) -> int | None:
+        """How many processes have it attached."""
+        value = self.info.get("sharers")
+        return None if value is None else int(value)
+
+    @property
+    def backing(self) -> str | None:
+        """What kind of memory it has."""
+        value = self.info.get("backing")
+        return None if value is None else value.split(" ", 1)[0]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON.  Keys of `info` that this program does not know are there as text."""
+        known = {
+            "name": os.fsdecode(self.name),
+            "start": self.start,
+            "size": self.size,
+            "memory": self.memory,
+            "sharers": self.sharers,
+            "backing": self.backing,
+            "uid": self.uid,
+            "gid": self.gid,
+            "mode": f"{self.mode:04o}",
+            "state": self.state,
+        }
+        more: dict[str, Any] = {
+            key: int(value) if value.isdecimal() else value
+            for key, value in self.info.items()
+            if key not in known and key != "owner"
+        }
+        return known | more
+
+
+def root() -> str:
+    """Where msharefs is mounted.  Raises DaemonGoneError."""
+    try:
+        return core.mshare_root()
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise not_mounted() from None
+        raise explain(error, b"msharefs") from None
+
+
+def alignment(mount: str) -> int:
+    """What addresses and sizes of regions are multiples of (bytes).  Raises CommandError."""
+    try:
+        with open(f"{mount}/mshare_info", "rb") as file:
+            return int(file.read())
+    except OSError as error:
+        raise explain(error, b"mshare_info") from None
+    except ValueError:
+        raise CommandError(
+            f"{printable(mount)}/mshare_info holds no number: is that msharefs?"
+        ) from None
+
+
+def check_name(name: bytes) -> None:
+    """Raises CommandError for a name that no region has: it would lead elsewhere."""
+    if not name:
+        raise CommandError("a region's name is not empty")
+    if b"/" in name:
+        raise CommandError(f"{printable(name)}: a region's name has no slash")
+    if name.startswith(b".") or name == b"mshare_info":
+        raise CommandError(f"{printable(name)}: this name is reserved by msharefs")
+
+
+def names() -> list[bytes]:
+    """The regions' names, sorted.  Raises CommandError."""
+    try:
+        listed = os.listdir(os.fsencode(root()))
+    except OSError as error:
+        raise explain(error, b"msharefs") from None
+    return sorted(name for name in listed if not name.startswith(b".") and name != b"mshare_info")
+
+
+def everything() -> list[Region]:
+    """Every region, by name.  Raises CommandError."""
+    mount = root()
+    found = []
+    for name in names():
+        try:
+            found.append(_region(mount, name))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone since it was listed
+                raise explain(error, name) from None
+    return found
+
+
+def one(name: bytes) -> Region:
+    """The region of that name.  Raises CommandError."""
+    check_name(name)
+    try:
+        return _region(root(), name)
+    except OSError as error:
+        raise explain(error, name) from None
+
+
+def _region(mount: str, name: bytes) -> Region:
+    status = os.stat(os.path.join(os.fsencode(mount), name))
+    try:
+        info = parse_info(_read(mount, name, "info"))
+    except PermissionError:
+        info = {}
+    return Region(
+        name,
+        stat.S_IMODE(status.st_mode),
+        status.st_uid,
+        status.st_gid,
+        int(info.get("memory", status.st_blocks * 512)),
+        info,
+    )
+
+
+def text(name: bytes, file: str) -> str:
+    """The text .regions/NAME/FILE.  Raises CommandError."""
+    check_name(name)
+    mount = root()
+    try:
+        return _read(mount, name, file)
+    except FileNotFoundError as error:
+        if os.path.exists(os.path.join(os.fsencode(mount), name)):
+            raise CommandError(
+                f"this msharefsd has no {file} file for its regions; a newer one may"
+            ) from None
+        raise explain(error, name) from None
+    except OSError as error:
+        raise explain(error, name) from None
+
+
+def _read(mount: str, name: bytes, file: str) -> str:
+    path = os.path.join(os.fsencode(mount), b".regions", name, file.encode())
+    with open(path, "rb") as opened:
+        return os.fsdecode(opened.read())
+
+
+def sharers(name: bytes) -> list[Sharer]:
+    """Who has attached the region, oldest first.  Raises CommandError."""
+    return parse_sharers(text(name, "sharers"))
+
+
+def parse_info(content: str) -> dict[str, str]:
+    """`info`: one `key: value` a line."""
+    # Lines end with newlines and nothing else: a name may have other separators in it.
+    pairs = (line.partition(":") for line in content.split("\n"))
+    return {key: value.strip() for key, colon, value in pairs if colon}
+
+
+def parse_sharers(content: str) -> list[Sharer]:
+    """`sharers`: a heading, then one process a line."""
+    found = []
+    for line in content.split("\n"):
+        match = _SHARER.fullmatch(line)
+        if match:
+            pid, uid, access, since, command = match.groups()
+            found.append(Sharer(int(pid), int(uid), access, since, command))
+    return found
+
+
+def parse_maps(content: str) -> list[dict[str, Any]]:
+    """`maps`: the format of /proc/PID/maps (proc_pid_maps(5))."""
+    found = []
+    for line in content.split("\n"):
+        match = _MAP.fullmatch(line)
+        if match:
+            start, end, permissions, offset, device, inode, name = match.groups()
+            found.append(
+                {
+                    "start": int(start, 16),
+                    "end": int(end, 16),
+                    "permissions": permissions,
+                    "offset": int(offset, 16),
+                    "device": device,
+                    "inode": int(inode),
+                    "name": name,
+                }
+            )
+    return found

@@ -1,0 +1,976 @@
+"""The command `mshare`, on a real mount."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import mmap
+import os
+import pty
+import select
+import signal
+import stat
+import subprocess
+import sys
+import termios
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ALIGNMENT, BASE, BIN, TESTS, Client, Daemon, eventually
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from libmshare import core
+from libmshare.cli import app, ask, doctor, output, regions
+from libmshare.cli.errors import CommandError, DaemonGoneError, NotAnsweringError
+from msharefsd import capabilities, kernel, mounting
+from msharefsd.capabilities import UnsupportedError
+
+NOBODY = 65534
+SIZE = 2 * ALIGNMENT
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
+MSHARE = str(BIN / "mshare")
+ODD = b"a b\n\x1b[31m\xff\\\xe2\x80\xa8[red]"
+ODD_PRINTED = r"a\040b\012\033[31m\377\134\342\200\250[red]"
+
+
+def environment(root: Path | None, **more: str) -> dict[str, str]:
+    own = {"PATH": f"{BIN}:{os.defpath}", "LC_ALL": "C.UTF-8", "TERM": "xterm"}
+    return own | ({} if root is None else {"MSHARE_ROOT": str(root)}) | more
+
+
+class Command:
+    """`mshare` for one daemon, or for none."""
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+
+    def run(self, *words: str | bytes | int, **more: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [MSHARE, *(word if isinstance(word, bytes) else str(word) for word in words)],
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=50,
+            cwd="/",
+            env=environment(self.root, **more),
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def ok(self, *words: str | bytes | int, **more: str) -> str:
+        done = self.run(*words, **more)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    def json(self, *words: str | bytes | int) -> Any:
+        text = self.ok(*words, "--json")
+        assert text.isascii()
+        return json.loads(text)
+
+    def fails(self, *words: str | bytes | int, code: int = 1, **more: str) -> str:
+        """It says why, on one line."""
+        done = self.run(*words, **more)
+        assert (done.returncode, done.stdout) == (code, ""), done
+        assert done.stderr.startswith("mshare: ")
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.removesuffix("\n").isprintable()
+        return done.stderr
+
+
+@pytest.fixture
+def mshare(daemon: Daemon) -> Command:
+    return Command(daemon.mount)
+
+
+def make(command: Command, name: str | bytes, *more: str) -> None:
+    command.ok("create", f"--start={BASE}", f"--size={SIZE}", *more, "--", name)
+
+
+def donate(spawn: Callable[..., Client], name: str, mode: int = 0o600) -> Client:
+    """The sharer of a region that has memory in its first half, all of it touched."""
+    donor = spawn()
+    donor.ok("map", BASE, ALIGNMENT, mmap.MAP_SHARED)
+    donor.ok("mshare", name, BASE, SIZE, CREATE, mode)
+    donor.ok("fill", BASE, ALIGNMENT, 1)
+    return donor
+
+
+# -- what there is --
+
+
+def test_ls(mshare: Command, spawn: Callable[..., Client]) -> None:
+    titles = ["NAME", "ADDRESS", "SIZE", "MEMORY", "SHARERS", "BACKING", "OWNER", "MODE"]
+    assert mshare.ok("ls").split() == titles
+    assert mshare.json("ls") == []
+    _donor = donate(spawn, "r", mode=0o640)
+    assert mshare.root is not None
+    (mshare.root / "empty").touch()
+    heading, empty, region = mshare.ok("ls").splitlines()
+    assert heading.split() == titles
+    assert empty.split() == ["empty", "-", "-", "0", "0", "-", "root", "0644"]
+    assert region.split() == ["r", f"{BASE:#x}", "4M", "2M", "1", "shm", "root", "0640"]
+    # Aligned: the right edge of the titles of numbers is that of the numbers.
+    for title in ("ADDRESS", "SIZE", "MEMORY", "SHARERS"):
+        assert region[heading.index(title) + len(title) - 1] != " "
+        assert region[heading.index(title) + len(title)] == " "
+    by_name = {each["name"]: each for each in mshare.json("ls")}
+    assert by_name["r"] | {"backing": "shm"} == by_name["r"]
+    assert {
+        "start": BASE,
+        "size": SIZE,
+        "memory": ALIGNMENT,
+        "sharers": 1,
+        "uid": 0,
+        "gid": 0,
+        "mode": "0640",
+        "state": "live",
+        "access": "read-write",
+        "objects": 1,
+    }.items() <= by_name["r"].items()
+    assert (by_name["empty"]["start"], by_name["empty"]["size"]) == (None, None)
+
+
+def test_info_and_maps(mshare: Command, spawn: Callable[..., Client], daemon: Daemon) -> None:
+    donor = donate(spawn, "r")
+    told = dict(line.split(":", 1) for line in mshare.ok("info", "r").split("\n\n")[0].splitlines())
+    told = {key: value.strip() for key, value in told.items()}
+    assert list(told) == [line.split(":")[0] for line in daemon.info("r").splitlines()]
+    assert told["name"] == "r"
+    assert told["memory"] == f"{ALIGNMENT} (2M)"
+    assert told["size"] == f"{SIZE} (4M)"
+    assert told["owner"] == "root:root"
+    assert told["start"] == f"{BASE:#x}"
+    heading, process = mshare.ok("info", "r").split("\n\n")[1].splitlines()
+    assert heading.split() == ["PID", "USER", "ACCESS", "SINCE", "COMMAND"]
+    assert process.split()[:3] == [str(donor.pid), "root", "read-write"]
+    assert process.split()[-1] == "client"
+    (sharer,) = mshare.json("info", "r")["processes"]
+    assert (sharer["pid"], sharer["uid"], sharer["command"]) == (donor.pid, 0, "client")
+    assert mshare.ok("maps", "r") == daemon.info("r", "maps")
+    (item,) = mshare.json("maps", "r")
+    assert (item["start"], item["end"]) == (BASE, BASE + ALIGNMENT)
+    assert (item["permissions"], item["name"]) == ("rw-s", "[anon_shmem:r]")
+    donor.ok("munmap", BASE, SIZE)
+    assert mshare.ok("maps", "r") == ""
+    assert mshare.json("maps", "r") == []
+
+
+def test_what_there_is_not(mshare: Command) -> None:
+    for words in (
+        ("info", "r"),
+        ("maps", "r"),
+        ("ptes", "r"),
+        ("rm", "r"),
+        ("info", "r", "--json"),
+    ):
+        assert "r: no such region" in mshare.fails(*words)
+    for word in ("info", "maps", "ptes", "rm"):
+        assert "no slash" in mshare.fails(word, "../../etc")
+    for name in (b"../../etc", b"a/b", b"", b".", b"..", b".control", b"mshare_info"):
+        with pytest.raises(CommandError, match=r"no slash|not empty|reserved"):
+            regions.check_name(name)
+    assert "at most 255" in mshare.fails("info", "x" * 256)
+
+
+def test_page_tables_are_what_the_daemon_says(
+    mshare: Command, daemon: Daemon, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(mshare, "r")
+    if (daemon.mount / ".regions/r/pagetables").exists():
+        assert mshare.ok("ptes", "r") == daemon.info("r", "pagetables")
+    else:
+        assert "no pagetables file" in mshare.fails("ptes", "r")
+    # Either daemon, whichever this one is.
+    monkeypatch.setattr(core, "mshare_root", lambda: str(directory))
+    (directory / ".regions/r").mkdir(parents=True)
+    (directory / "r").touch()
+    with pytest.raises(CommandError, match="no pagetables file"):
+        regions.text(b"r", "pagetables")
+    (directory / ".regions/r/pagetables").write_text("tables: 3\n")
+    assert regions.text(b"r", "pagetables") == "tables: 3\n"
+
+
+def test_odd_names(mshare: Command, daemon: Daemon) -> None:
+    make(mshare, ODD, "--anonymous")
+    make(mshare, b"-n")
+    assert (daemon.mount / os.fsdecode(ODD)).exists()
+    lines = mshare.ok("ls").splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["-n", ODD_PRINTED]
+    assert mshare.json("ls")[1]["name"] == os.fsdecode(ODD)
+    assert mshare.ok("info", ODD).splitlines()[0] == f"name:    {ODD_PRINTED}"
+    assert f"[anon_shmem:{ODD_PRINTED}]" in mshare.ok("maps", ODD)
+    assert mshare.ok("top").splitlines()[4].startswith(ODD_PRINTED)
+    assert ODD_PRINTED in mshare.fails("info", ODD + b"x")
+    mshare.ok("rm", "--", ODD, b"-n")
+    assert mshare.json("ls") == []
+
+
+def test_a_process_cannot_forge_lines_by_its_name(mshare: Command, daemon: Daemon) -> None:
+    script = textwrap.dedent(
+        f"""
+        import libmshare
+        open("/proc/self/comm", "wb").write(b"x\\n1 0 r w i")
+        region = libmshare.Region("r", create=True, start={BASE}, size={SIZE})
+        print("attached", flush=True)
+        input()
+        """
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(daemon.mount),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"attached\n"
+        (sharer,) = mshare.json("info", "r")["processes"]
+        assert (sharer["pid"], sharer["command"]) == (process.pid, "x\\0121 0 r w i")
+        assert len(mshare.ok("info", "r").split("\n\n")[1].splitlines()) == 2
+        process.kill()
+
+
+# -- create, rm --
+
+
+@pytest.mark.parametrize("anonymous", [False, True])
+def test_create(
+    mshare: Command, daemon: Daemon, spawn: Callable[..., Client], anonymous: bool
+) -> None:
+    more = ["--anonymous"] if anonymous else []
+    mshare.ok("create", "r", "--start", "64T", "--size", "4M", "--mode", "0666", *more)
+    assert daemon.field("r", "state") == "live"
+    assert daemon.field("r", "start") == f"{64 << 40:#x}"
+    assert daemon.field("r", "size") == str(4 << 20)
+    assert stat.S_IMODE((daemon.mount / "r").stat().st_mode) == 0o666  # whatever the umask is
+    assert daemon.sharers("r") == 0
+    sharer = spawn()
+    sharer.ok("mshare", "r", 64 << 40, 4 << 20, os.O_RDWR, 0)
+    assert sharer.do("load", 64 << 40) == ("0" if anonymous else "SIGBUS")
+    mshare.ok("create", "q", f"--start={BASE:#x}", f"--size={ALIGNMENT}")
+    assert stat.S_IMODE((daemon.mount / "q").stat().st_mode) == 0o600
+
+
+def test_create_refused(mshare: Command, daemon: Daemon) -> None:
+    def refused(*words: str, name: str = "q") -> str:
+        return mshare.fails("create", name, *words)
+
+    place = (f"--start={BASE}", f"--size={SIZE}")
+    make(mshare, "r")
+    assert "it exists" in refused(*place, name="r")
+    assert "--start must be a multiple of 2M" in refused("--start=1M", "--size=2M")
+    assert "--start must be a multiple of 2M" in refused("--start=0", "--size=2M")
+    assert "--size must be a multiple of 2M" in refused("--start=2T", "--size=1M")
+    assert "beyond the addresses" in refused("--start=200T", "--size=2M")
+    assert "beyond the addresses" in refused("--start=2T", "--size=1024T")
+    assert "reserved" in refused(*place, name=".x")
+    assert "no slash" in refused(*place, name="a/b")
+    assert "at most 255" in refused(*place, name="x" * 256)
+    assert sorted(each["name"] for each in mshare.json("ls")) == ["r"]
+
+
+def test_create_with_a_backing(mshare: Command) -> None:
+    make(mshare, "r", "--backing=shm")
+    assert mshare.json("info", "r")["backing"] == "shm"
+
+
+def test_create_says_when_the_backing_is_another(
+    mshare: Command, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from libmshare.cli import create
+
+    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
+    monkeypatch.setenv("MSHARE_BACKING", "shm")
+    monkeypatch.setattr(create, "_want_backing", lambda _: None)  # as an old library
+    with pytest.raises(CommandError, match="asked for backing hugetlb, got shm"):
+        create.create(b"r", BASE, SIZE, 0o600, "hugetlb", 10.0, anonymous=False)
+    assert mshare.json("ls") == []
+
+
+def test_rm(mshare: Command, daemon: Daemon, spawn: Callable[..., Client]) -> None:
+    donor = donate(spawn, "used")
+    make(mshare, "r")
+    make(mshare, "s")
+    # One that is not there does not keep the others.
+    assert "nope: no such region" in mshare.fails("rm", "r", "nope", "used")
+    assert [each["name"] for each in mshare.json("ls")] == ["s"]
+    donor.ok("store", BASE, 1)  # the memory goes with its last sharer
+    assert daemon.metric("regions") == 2
+    mshare.ok("rm", "s")
+    assert mshare.json("ls") == []
+
+
+AS_NOBODY = f"""
+# The interpreter may lie where only root can read: have everything imported first.
+import contextlib, io, json, os, sys
+from libmshare.cli import __main__, app, create, doctor, listing, remove
+with contextlib.redirect_stdout(io.StringIO()):
+    app.app(["--timeout=10", "ls"], standalone_mode=False)
+os.setgroups([])
+os.setgid({NOBODY})
+os.setuid({NOBODY})
+__main__.main()
+"""
+
+
+def as_nobody(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", AS_NOBODY, *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd="/",
+        env=environment(root),
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_another_users_region(mshare: Command, daemon: Daemon) -> None:
+    make(mshare, "r", "--anonymous")
+    listed = as_nobody(daemon.mount, "ls")
+    assert listed.stdout.splitlines()[1].split() == ["r", "-", "-", "0", "-", "-", "root", "0600"]
+    told = as_nobody(daemon.mount, "info", "r")
+    assert told.returncode == 0
+    assert "owner:  root:root" in told.stdout
+    refused = as_nobody(daemon.mount, "maps", "r")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("mshare: r: permission denied")
+    refused = as_nobody(daemon.mount, "rm", "r")
+    assert refused.returncode == 1
+    assert "only its owner and root" in refused.stderr
+    assert (daemon.mount / "r").exists()
+
+
+# -- no daemon, a dead one, one that does not answer --
+
+ASKING = (
+    ("ls",),
+    ("ls", "--json"),
+    ("info", "r"),
+    ("maps", "r"),
+    ("ptes", "r"),
+    ("rm", "r"),
+    ("top", "--once"),
+    ("create", "q", "--start=2T", "--size=4M"),
+)
+
+
+@pytest.mark.parametrize("words", ASKING)
+def test_no_mount(words: tuple[str, ...], directory: Path) -> None:
+    assert "msharefs is not mounted; start msharefsd" in Command(None).fails(*words)
+    why = Command(directory).fails(*words)
+    assert f"no msharefs is mounted on {directory}" in why
+    assert "unset MSHARE_ROOT" in why
+
+
+def test_a_dead_daemon(mshare: Command, daemon: Daemon) -> None:
+    make(mshare, "r")
+    daemon.kill()
+    for words in ASKING:
+        assert "has died; start msharefsd again" in mshare.fails(*words)
+    assert "has died; start msharefsd again" in Command(None).fails("ls")
+    for command in (mshare, Command(None)):
+        done = command.run("doctor", "--json")
+        assert done.returncode == 1
+        (mount, *_) = [e for e in json.loads(done.stdout) if e["check"].startswith("mount")]
+        assert mount["status"] == "fail"
+        assert "has died" in mount["advice"]
+
+
+@contextlib.contextmanager
+def stopped(daemon: Daemon) -> Iterator[None]:
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+
+
+def test_a_daemon_that_does_not_answer(mshare: Command, daemon: Daemon) -> None:
+    make(mshare, "r")
+    with stopped(daemon):
+        for words in ASKING:
+            assert "no answer from the daemon within 0.3 s" in mshare.fails("--timeout=0.3", *words)
+        done = mshare.run("--timeout=0.3", "doctor")
+        assert done.returncode == 1
+        assert "no answer from the daemon" in done.stdout
+    assert [each["name"] for each in mshare.json("ls")][-1] == "r"
+
+
+def test_what_asks_keeps_no_output_open() -> None:
+    """Who reads our output must not wait for a child that could not be killed."""
+
+    def descriptors() -> dict[int, str]:
+        found = {}
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # the listing's own
+                found[int(number)] = os.readlink(f"/proc/self/fd/{number}")
+        return found
+
+    found = ask.bounded(descriptors, 10.0)
+    assert [found.pop(number) for number in range(3)] == ["/dev/null"] * 3
+    (left,) = found.values()
+    assert left.startswith("pipe:")
+
+
+def test_results_and_errors_of_what_asks() -> None:
+    assert ask.bounded(lambda: b"x" * 1_000_000, 10.0) == b"x" * 1_000_000
+
+    def missing() -> None:
+        raise FileNotFoundError(errno.ENOENT, "no", "name")
+
+    with pytest.raises(FileNotFoundError) as caught:
+        ask.bounded(missing, 10.0)
+    assert caught.value.filename == "name"
+
+    def gone() -> None:
+        raise DaemonGoneError("it is gone", 3)
+
+    with pytest.raises(DaemonGoneError, match="it is gone") as told:
+        ask.bounded(gone, 10.0)
+    assert told.value.code == 3
+
+    def defect() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError) as noted:
+        ask.bounded(defect, 10.0)
+    assert "in defect" in noted.value.__notes__[0]  # the child's traceback is not lost
+    with pytest.raises(CommandError, match="ended with -9"):
+        ask.bounded(lambda: os.kill(os.getpid(), signal.SIGKILL), 10.0)
+    with pytest.raises(NotAnsweringError):
+        ask.bounded(lambda: time.sleep(60), 0.05)
+
+
+# -- the command line --
+
+
+def test_usage() -> None:
+    for words in (
+        ("nosuch",),
+        ("info",),
+        ("rm",),
+        ("run",),
+        ("ls", "--nosuch"),
+        ("create", "r"),
+        ("create", "r", "--start=2X", "--size=2M"),
+        ("create", "r", "--start=-1", "--size=2M"),
+        ("create", "r", "--start=0xg", "--size=2M"),
+        ("create", "r", "--start=99999999999T", "--size=2M"),
+        ("create", "r", "--start=2T", "--size=2M", "--mode=9"),
+        ("create", "r", "--start=2T", "--size=2M", "--mode=1777"),
+        ("create", "r", "--start=2T", "--size=2M", "--backing=paper"),
+        ("--timeout=0", "ls"),
+    ):
+        done = CliRunner().invoke(app.app, words)
+        assert (done.exit_code, done.stdout) == (2, ""), words
+        assert "--help" in done.stderr
+    command = Command(None)
+    assert command.run("info").returncode == 2
+    assert command.ok("--version").startswith("mshare ")
+    words_of_help = command.ok("--help").split()
+    for name in ("ls", "info", "maps", "top", "create", "rm", "doctor", "ptes", "run"):
+        assert name in words_of_help
+        done = CliRunner().invoke(app.app, [name, "--help"])
+        assert done.exit_code == 0
+        assert done.stdout.startswith(f"Usage: mshare {name} ")
+
+
+def test_root_is_an_option_too(mshare: Command, daemon: Daemon) -> None:
+    make(mshare, "r")
+    for command in (Command(None), Command(Path("/nonexistent"))):
+        listed = command.ok("--root", str(daemon.mount), "ls")
+        assert listed.splitlines()[1].split()[0] == "r"
+    # And without, it is found.
+    assert [each["name"] for each in Command(None).json("ls")] == ["r"]
+    ran = Command(None).ok("--root", str(daemon.mount), "run", "sh", "-c", "echo $MSHARE_ROOT")
+    assert ran == f"{daemon.mount}\n"
+
+
+def test_the_shell_completes(mshare: Command, daemon: Daemon) -> None:
+    make(mshare, "region")
+    make(mshare, ODD)
+
+    def complete(command: Command, words: str) -> list[str]:
+        more = {"_MSHARE_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        return command.ok(COMP_CWORD=str(words.count(" ")), **more).split()
+
+    assert "doctor" in complete(mshare, "mshare do")
+    assert complete(mshare, "mshare info r") == ["region"]
+    assert complete(mshare, "mshare rm x") == []
+    assert complete(Command(Path("/nonexistent")), "mshare info r") == []
+    with stopped(daemon):
+        assert complete(mshare, "mshare info r") == []
+    for shell in ("bash", "zsh", "fish"):
+        script = subprocess.run(
+            [MSHARE],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment(None, _MSHARE_COMPLETE=f"source_{shell}"),
+        ).stdout
+        assert "_MSHARE_COMPLETE" in script
+
+
+def test_nobody_reads(mshare: Command) -> None:
+    make(mshare, "r")
+    with subprocess.Popen(
+        [MSHARE, "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(mshare.root)
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(20) == -signal.SIGPIPE
+
+
+# -- on a terminal --
+
+
+class Terminal:
+    """A pseudo terminal with `mshare` on it."""
+
+    def __init__(self, root: Path, *words: str | bytes, columns: int = 120) -> None:
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (40, columns))
+        self.before = termios.tcgetattr(slave)
+        self.seen = b""
+        self.slave = slave
+        # A session's first terminal becomes its own, so that Ctrl-C is a signal.
+        script = 'exec "$@" <"$0" >"$0" 2>&1'
+        self.process = subprocess.Popen(
+            ["sh", "-c", script, os.ttyname(slave), MSHARE, *words],
+            cwd="/",
+            env=environment(root),
+            start_new_session=True,
+        )
+
+    def read(self, seconds: float = 0.05) -> bytes:
+        while select.select([self.master], [], [], seconds)[0]:
+            try:
+                part = os.read(self.master, 65536)
+            except OSError:
+                break
+            if not part:
+                break
+            self.seen += part
+        return self.seen
+
+    def shows(self, text: bytes) -> None:
+        eventually(lambda: text in self.read(), repr(text))
+
+    def type(self, text: bytes) -> None:
+        os.write(self.master, text)
+
+    def end(self) -> int:
+        def ended() -> bool:
+            self.read()
+            return self.process.poll() is not None
+
+        eventually(ended, "the end")
+        return self.process.wait()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal(daemon: Daemon) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*words: str | bytes, columns: int = 120) -> Terminal:
+        opened.append(Terminal(daemon.mount, *words, columns=columns))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+def test_ls_on_a_terminal(mshare: Command, terminal: Callable[..., Terminal]) -> None:
+    empty = terminal("ls")
+    assert empty.end() == 0
+    assert empty.read() == b"no regions\r\n"
+    make(mshare, ODD)
+    listed = terminal("ls")
+    assert listed.end() == 0
+    assert ODD_PRINTED.encode() in listed.read()
+    assert b"\x1b[31m" not in listed.read()  # what the name tried
+    # Nothing is cut where there is little room.
+    narrow = terminal("ls", columns=60)
+    assert narrow.end() == 0
+    assert b"\xe2\x80\xa6" not in narrow.read()  # an ellipsis
+    told = terminal("info", ODD)
+    assert told.end() == 0
+    assert ODD_PRINTED.encode() in told.read()
+
+
+@pytest.mark.parametrize("how", ["q", "Q", "Ctrl-C", "Ctrl-D", "SIGTERM"])
+def test_top(
+    mshare: Command,
+    daemon: Daemon,
+    terminal: Callable[..., Terminal],
+    spawn: Callable[..., Client],
+    how: str,
+) -> None:
+    top = terminal("top", "--interval=0.1")
+    top.shows(b"0 regions, 0 sharers")
+    top.shows(b"q quits")
+    donor = donate(spawn, "numbers")
+    donor.ok("store", BASE, 1)
+    top.shows(b"1 regions, 1 sharers")
+    top.shows(b"numbers")
+    top.shows(b"faults/s")
+    top.shows(str(donor.pid).encode())
+    during = termios.tcgetattr(top.slave)[3]
+    assert not during & (termios.ICANON | termios.ECHO)
+    if how == "SIGTERM":
+        top.process.terminate()
+        assert top.end() == 128 + signal.SIGTERM
+    else:
+        top.type({"q": b"q", "Q": b"Q", "Ctrl-C": b"\x03", "Ctrl-D": b"\x04"}[how])
+        assert top.end() == 0
+    assert termios.tcgetattr(top.slave) == top.before
+    assert b"\x1b[?1049l" in top.read()  # the screen of before
+    assert b"Traceback" not in top.read()
+
+
+def test_top_waits_for_a_daemon(
+    mshare: Command, daemon: Daemon, terminal: Callable[..., Terminal]
+) -> None:
+    make(mshare, "r")
+    top = terminal("top", "--interval=0.1")
+    top.shows(b"1 regions")
+    daemon.kill()
+    top.shows(b"has died")
+    daemon.expected += ["a dead daemon left", "of a daemon that died"]
+    daemon.start()
+    top.seen = b""
+    top.shows(b"regions, 0 sharers")
+    top.type(b"q")
+    assert top.end() == 0
+
+
+def test_top_ends_when_there_is_no_answer(
+    mshare: Command, daemon: Daemon, terminal: Callable[..., Terminal]
+) -> None:
+    top = terminal("--timeout=0.5", "top", "--interval=0.1")
+    top.shows(b"0 regions")
+    with stopped(daemon):
+        assert top.end() == 1
+    assert b"no answer from the daemon" in top.read()
+    assert termios.tcgetattr(top.slave) == top.before
+
+
+def test_top_shows_as_many_as_there_is_room_for(
+    mshare: Command, terminal: Callable[..., Terminal]
+) -> None:
+    assert mshare.root is not None
+    for number in range(60):
+        (mshare.root / f"region-{number:02}").touch()
+    top = terminal("top", "--interval=0.1")
+    top.shows(b"60 regions")
+    top.shows(b"26 more")
+    top.type(b"q")
+    assert top.end() == 0
+
+
+def test_top_in_a_pipe(mshare: Command, spawn: Callable[..., Client], daemon: Daemon) -> None:
+    assert mshare.ok("top") == f"{daemon.mount}: 0 regions, 0 sharers, 0 of memory\n"
+    donor = donate(spawn, "r")
+    for words in (("top",), ("top", "--once")):
+        heading, of_regions, of_sharers = mshare.ok(*words).split("\n\n")
+        assert heading == f"{daemon.mount}: 1 regions, 1 sharers, 2M of memory"
+        assert of_regions.splitlines()[1].split()[:4] == ["r", f"{BASE:#x}", "4M", "2M"]
+        region, pid, user, access, _since, tables, command = of_sharers.splitlines()[1].split()
+        assert (region, pid, user, access) == ("r", str(donor.pid), "root", "read-write")
+        assert command == "client"
+        status = Path(f"/proc/{donor.pid}/status").read_text()
+        kibibytes = next(line.split()[1] for line in status.splitlines() if "VmPTE" in line)
+        assert tables == output.size(int(kibibytes) * 1024)
+
+
+# -- doctor --
+
+
+def test_doctor(mshare: Command, daemon: Daemon) -> None:
+    done = mshare.run("doctor", "--json")
+    findings = {each["check"]: each for each in json.loads(done.stdout)}
+    assert done.stderr == ""
+    assert done.returncode == (1 if any(e["status"] == "fail" for e in findings.values()) else 0)
+    assert findings["mount"]["status"] == "ok"
+    assert findings["mount"]["found"] == f"{daemon.mount}, alignment 2M; its daemon answers"
+    assert findings["userfaultfd"]["status"] == "ok"
+    assert findings["feature kernel_faults"]["status"] == "ok"
+    for check in (
+        "kernel",
+        "FUSE",
+        "userfaultfd for users",
+        "/dev/shm",
+        "/dev/shm huge=",
+        "huge pages",
+        "mappings",
+        "overcommit",
+        "descriptors",
+        "cgroup",
+    ):
+        assert findings[check]["status"] in ("ok", "warn", "fail")
+        # What is not right comes with what to do.
+        assert findings[check]["status"] == "ok" or findings[check]["advice"]
+    text = mshare.run("doctor").stdout
+    for each in findings.values():
+        assert any(
+            line.startswith(f"{each['status']:<4}  {each['check']}: ") for line in text.splitlines()
+        )
+
+
+def test_doctor_finds_no_mount_and_other_mounts(
+    make_daemon: Callable[..., Daemon], directory: Path
+) -> None:
+    def mounts(command: Command) -> list[dict[str, str]]:
+        found = json.loads(command.run("doctor", "--json").stdout)
+        return [each for each in found if each["check"].startswith("mount")]
+
+    (none,) = mounts(Command(None))
+    assert none["status"] == "fail"
+    assert "start msharefsd" in none["advice"]
+    one, other = make_daemon().start(), make_daemon().start()
+    first, second = mounts(Command(one.mount))
+    assert (first["status"], second["status"]) == ("ok", "ok")
+    assert second["check"] == f"mount {other.mount}"
+    other.kill()
+    first, second = mounts(Command(one.mount))
+    assert (first["status"], second["status"]) == ("ok", "warn")
+    assert second["found"] == os.strerror(errno.ENOTCONN)
+    assert "umount --lazy" in second["advice"]
+
+
+def test_doctor_as_an_ordinary_user(mshare: Command, daemon: Daemon) -> None:
+    done = as_nobody(daemon.mount, "doctor", "--json")
+    findings = {each["check"]: each for each in json.loads(done.stdout)}
+    assert findings["mount"]["status"] == "ok"
+    sysctl = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
+    closed = sysctl == "0" and not Path("/dev/userfaultfd").stat().st_mode & 0o006
+    assert findings["userfaultfd for users"]["status"] == ("warn" if closed else "ok")
+
+
+def test_doctor_reads_the_configuration(mshare: Command, directory: Path) -> None:
+    file = directory / "config.toml"
+    file.write_text('alignment = "1G"\nmountpoint = "/run/mshare"\n')
+    text = mshare.run("doctor", "--config", str(file)).stdout
+    assert f"ok    configuration {file}: mountpoint /run/mshare, alignment 1G" in text
+    file.write_text('alignmnet = "1G"\n')
+    done = mshare.run("doctor", "--config", str(file))
+    assert done.returncode == 1
+    assert f"fail  configuration {file}: wrong" in done.stdout
+    assert "alignmnet" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("check", "settings", "status"),
+    [
+        ("_overcommit", {"overcommit_memory": 0}, "ok"),
+        ("_overcommit", {"overcommit_memory": 2}, "warn"),
+        ("_map_count", {"max_map_count": 65530}, "ok"),
+        ("_map_count", {"max_map_count": 1000}, "warn"),
+        ("_map_count", {}, "warn"),
+    ],
+)
+def test_doctor_judges_settings(
+    monkeypatch: pytest.MonkeyPatch, check: str, settings: dict[str, int], status: str
+) -> None:
+    monkeypatch.setattr(doctor, "_number", lambda path: settings.get(os.path.basename(path)))
+    finding = getattr(doctor, check)()
+    assert finding.status == status
+    assert finding.status == "ok" or "vm." in finding.advice
+
+
+def test_doctor_judges_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe() -> None:
+        raise UnsupportedError("no userfaultfd to be had")
+
+    monkeypatch.setattr(capabilities, "probe", probe)
+    (finding,) = doctor._capabilities()
+    assert (finding.status, finding.advice) == ("fail", "no userfaultfd to be had")
+    monkeypatch.undo()
+    whole = capabilities.probe
+    monkeypatch.setattr(capabilities, "probe", lambda: whole(frozenset({"poison", "device"})))
+    findings = {each.check: each for each in doctor._capabilities()}
+    assert findings["feature poison"].status == "warn"
+    assert "UFFDIO_POISON" in findings["feature poison"].advice
+    assert "/dev/userfaultfd" in findings["feature device"].advice
+    assert findings["feature write_protect"].advice == ""
+
+
+# -- run --
+
+
+@pytest.fixture(scope="module")
+def preloaded_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/preloaded.c, compiled without libmshare."""
+    program = tmp_path_factory.mktemp("cli") / "preloaded"
+    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["cc", *flags, "-o", program, TESTS / "preloaded.c"], check=True)
+    return program
+
+
+def test_run_an_unmodified_program(
+    mshare: Command, daemon: Daemon, preloaded_program: Path
+) -> None:
+    arguments = [str(preloaded_program), "r", hex(BASE), str(SIZE)]
+    alone = subprocess.run(arguments, check=False, env=environment(daemon.mount))
+    assert alone.returncode == 1  # there is no such system call
+    assert mshare.run("run", "--", *arguments).returncode == 42
+    first, second = mshare.json("maps", "r")
+    assert (first["start"], first["end"], first["permissions"]) == (
+        BASE + 4096,
+        BASE + 8192,
+        "rw-s",
+    )
+    assert (second["end"], second["permissions"]) == (BASE + 12288, "r--s")
+    assert daemon.sharers("r") == 0
+
+
+def test_run_hands_everything_on(mshare: Command) -> None:
+    library = subprocess.run(
+        [sys.executable, "-P", "-m", "libmshare", "--preload"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    assert mshare.ok("run", "printenv", "LD_PRELOAD") == f"{library}\n"
+    other = core.library_directory()
+    assert other is not None
+    more = str(other / core.LIBRARY)
+    both = mshare.ok("run", "--", "printenv", "LD_PRELOAD", LD_PRELOAD=more)
+    assert both == f"{library}:{more}\n"
+    # Options after the program's name are the program's.
+    assert mshare.ok("run", "echo", "--help", "--json", "--") == "--help --json --\n"
+    assert mshare.run("run", "sh", "-c", "exit 7").returncode == 7
+    assert mshare.run("run", "sh", "-c", "kill -TERM $$").returncode == -signal.SIGTERM
+    status = mshare.ok("run", "cat", "/proc/self/status")
+    ignored = next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn"))
+    assert int(ignored, 16) == 0
+
+
+def test_run_what_cannot_be_run(mshare: Command, directory: Path) -> None:
+    assert "No such file" in mshare.fails("run", "--", "nosuch-program", code=127)
+    assert "is empty" in mshare.fails("run", "", code=127)
+    (directory / "file").write_text("")
+    assert "Permission denied" in mshare.fails("run", str(directory / "file"), code=126)
+    (directory / "file").write_bytes(b"\x7fELF")
+    (directory / "file").chmod(0o755)
+    assert "Exec format" in mshare.fails("run", str(directory / "file"), code=126)
+
+
+# -- how things are written --
+
+
+@given(st.binary(min_size=1, max_size=20), st.binary(min_size=1, max_size=20))
+def test_two_names_are_never_printed_alike(first: bytes, second: bytes) -> None:
+    one, two = output.printable(first), output.printable(second)
+    assert one.isprintable()
+    assert " " not in one
+    assert (one == two) == (first == second)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (1023, "1023"),
+        (1024, "1K"),
+        (1025, "1.0K"),
+        (1536, "1.5K"),
+        (100 << 10, "100K"),
+        ((100 << 10) + 1, "100K"),
+        ((1 << 20) - 1, "1.0M"),
+        (512 << 30, "512G"),
+        (2 << 40, "2T"),
+        (1 << 60, "1E"),
+        (None, "-"),
+    ],
+)
+def test_sizes(count: int | None, text: str) -> None:
+    assert output.size(count) == text
+
+
+def test_texts_of_a_daemon() -> None:
+    assert regions.parse_info("name: a\u2028size: 3\nsize:  5\n\nx") == {
+        "name": "a\u2028size: 3",
+        "size": "5",
+    }
+    heading = "PID      UID      ACCESS     SINCE                COMMAND\n"
+    assert regions.parse_sharers(heading) == []
+    named, nameless = regions.parse_sharers(
+        f"{heading}12       3        read-only  2026-01-01T00:00:00Z two words\n"
+        "13       4        read-write 2026-01-01T00:00:00Z \n"
+    )
+    assert (named.pid, named.uid, named.access, named.command) == (12, 3, "read-only", "two words")
+    assert nameless.command == ""
+    (item,) = regions.parse_maps("1000-2000 r--p 00001000 fe:01 77      /a file (deleted)\n")
+    assert (item["offset"], item["device"], item["inode"]) == (4096, "fe:01", 77)
+    assert item["name"] == "/a file (deleted)"
+
+
+def test_the_mount_is_where_mshare_root_says(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
+    assert core.mshare_root() == str(daemon.mount)
+    monkeypatch.delenv("MSHARE_ROOT")
+    assert core.mshare_root() == str(daemon.mount)
+    monkeypatch.setenv("MSHARE_ROOT", "/")
+    with pytest.raises(FileNotFoundError):
+        core.mshare_root()
+
+
+@pytest.fixture
+def dead_mount(directory: Path) -> Iterator[Path]:
+    """A msharefs whose daemon went before the kernel knew anything of its files."""
+    place = directory / "dead"
+    place.mkdir()
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    kernel.mount(
+        "msharefs", str(place), mounting.FSTYPE, 0, f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+    )
+    os.close(fd)
+    yield place
+    kernel.umount(str(place), kernel.MNT_DETACH)
+
+
+def test_a_dead_mount_is_told_from_none(
+    dead_mount: Path, make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MSHARE_ROOT", raising=False)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+        core.mshare_root()
+    assert "has died" in Command(None).fails("ls")
+    assert "has died" in Command(dead_mount).fails("ls")
+    # One that lives is preferred.
+    living = make_daemon().start()
+    assert core.mshare_root() == str(living.mount)
+
+
+def test_the_mount_has_to_fit(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
+    length = len(os.fsencode(daemon.mount))
+    for size, fits in ((length + 1, True), (length, False), (0, False)):
+        array = ctypes.create_string_buffer(length + 1)
+        assert (core._library.mshare_root(array, size) == 0) == fits
+        if not fits:
+            assert ctypes.get_errno() == errno.ERANGE
+    assert core._library.mshare_root(None, 0) == -1
+    assert ctypes.get_errno() == errno.EFAULT
