@@ -12,17 +12,19 @@ import pty
 import select
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import termios
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ALIGNMENT, BASE, BIN, TESTS, Client, Daemon, eventually
+from conftest import ALIGNMENT, BASE, BIN, CONNECTIONS, TESTS, Client, Daemon, eventually
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -405,6 +407,58 @@ def test_a_daemon_that_does_not_answer(mshare: Command, daemon: Daemon) -> None:
         assert done.returncode == 1
         assert "no answer from the daemon" in done.stdout
     assert [each["name"] for each in mshare.json("ls")][-1] == "r"
+
+
+@pytest.fixture
+def mute_mount(directory: Path) -> Iterator[Path]:
+    """A file system whose daemon takes requests and never answers.
+
+    Who has made one waits in the kernel, and SIGKILL does not change that.
+    """
+    place = directory / "mute"
+    place.mkdir()
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+    kernel.mount("msharefs", str(place), mounting.FSTYPE, 0, options)
+
+    def take() -> None:
+        # linux/fuse.h: struct fuse_in_header; fuse_out_header and fuse_init_out.
+        request = os.read(fd, 1 << 16)
+        _length, opcode, unique = struct.unpack_from("=IIQ", request)
+        assert opcode == 26  # FUSE_INIT
+        answer = struct.pack("=IIIIHHIIHHII24x", 7, 31, 0, 0, 16, 12, 4096, 1, 0, 0, 0, 0)
+        os.write(fd, struct.pack("=IiQ", 16 + len(answer), 0, unique) + answer)
+        with contextlib.suppress(OSError):  # the end of the mount
+            while os.read(fd, 1 << 16):
+                pass
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    yield place
+    mount = mounting.top_mount(str(place))
+    assert mount is not None
+    (CONNECTIONS / str(mount.device[1]) / "abort").write_text("1")
+    taker.join()
+    os.close(fd)
+    kernel.umount(str(place), kernel.MNT_DETACH)
+
+
+def test_calls_that_cannot_be_killed(mute_mount: Path) -> None:
+    command = Command(mute_mount)
+    for words in (("ls",), ("rm", "r"), ("top",)):
+        assert "no answer from the daemon" in command.fails("--timeout=0.3", *words)
+    done = command.run("--timeout=0.3", "doctor", "--json")
+    (mount,) = [e for e in json.loads(done.stdout) if e["check"].startswith("mount ")]
+    assert mount["status"] == "warn"
+    # They are there still, and hold nothing of ours.
+    left = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdecimal() and str(mute_mount) in (process / "environ").read_text():
+                left.append(process)
+    assert left
+    for process in left:
+        assert (process / "stat").read_text().rsplit(")", 1)[1].split()[0] == "D"
 
 
 def test_what_asks_keeps_no_output_open() -> None:
