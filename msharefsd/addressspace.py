@@ -72,8 +72,7 @@ class AddressSpaces:
             occupied = bool(region.objects.within(new.offset, new.length))
             if occupied and not replace:
                 raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
-            if len(region.objects) + 2 > MOST_OBJECTS:
-                raise Refused(errno.ENOMEM, "too many objects in the region")
+            _check_objects(region, 1 + _splits(region, new.offset, new.end))
             if new.guarded and new.accessible:
                 protection.arm(region, new.offset, new.end)
             with _leaving(region, new.offset, new.end):
@@ -98,8 +97,7 @@ class AddressSpaces:
         async with region.change:
             if region.objects.within(new.offset, new.length):
                 raise Refused(errno.EINVAL, "the donor's mappings overlap")
-            if len(region.objects) + 1 > MOST_OBJECTS:
-                raise Refused(errno.ENOMEM, "too many objects in the region")
+            _check_objects(region, 1)
             if new.guarded and new.accessible:
                 protection.arm(region, new.offset, new.end)
             region.objects.insert(new)
@@ -116,8 +114,7 @@ class AddressSpaces:
         # Most of it now: a file that takes its time holds up nobody's calls.
         await self._write_back(region, offset, offset + length)
         async with region.change:
-            if len(region.objects) + 1 > MOST_OBJECTS:
-                raise Refused(errno.ENOMEM, "too many objects in the region")
+            _check_objects(region, _splits(region, offset, offset + length))
             with _leaving(region, offset, offset + length):
                 await self._write_back(region, offset, offset + length)
                 with _to_the_end():
@@ -159,6 +156,10 @@ class AddressSpaces:
                     break
                 new = replace(item, prot=prot)
                 self._check_prot(new, errno.EACCES)
+                if prot != item.prot:
+                    whole = region.objects.find(item.offset)
+                    assert whole is not None
+                    _check_objects(region, (whole.offset < item.offset) + (item.end < whole.end))
                 if new.written_back and new.writable and item.file and not item.file.may_write:
                     raise Refused(errno.EACCES, "the file was not opened O_RDWR")
                 await self._protect(region, item, prot)
@@ -273,6 +274,7 @@ async def _discard(region: Region, offset: int, length: int) -> None:
     """Free the memory of a range, whether it is in the backing or in the stash."""
     assert region.backing is not None
     await region.backing.discard(offset, length)
+    region.account.freed()
     first = offset - offset % HUGE_PAGE
     if length // HUGE_PAGE < len(region.collapsed):
         region.collapsed.difference_update(range(first, offset + length, HUGE_PAGE))
@@ -280,6 +282,20 @@ async def _discard(region: Region, offset: int, length: int) -> None:
         region.collapsed = {
             chunk for chunk in region.collapsed if not first <= chunk < offset + length
         }
+
+
+def _splits(region: Region, start: int, end: int) -> int:
+    """How many objects more there are when [start, end) is taken out: 1 or 0."""
+    found = region.objects.find(start)
+    return int(found is not None and found.offset < start and end < found.end)
+
+
+def _check_objects(region: Region, more: int) -> None:
+    """Raise Refused(ENOMEM) if there may not be that many more objects."""
+    if more and len(region.objects) + more > MOST_OBJECTS:
+        raise Refused(errno.ENOMEM, "too many objects in the region")
+    if more:
+        region.account.check_objects(more)
 
 
 def _alive(region: Region) -> None:

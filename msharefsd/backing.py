@@ -36,6 +36,12 @@ AT_ONCE: Final = 64 << 20
 """How much memory is worked on without letting anything else happen (bytes)."""
 
 
+def pool_bytes() -> int:
+    """How much memory there is for all regions: the size of /dev/shm."""
+    memory = os.statvfs(SHM_DIRECTORY)
+    return memory.f_blocks * memory.f_frsize
+
+
 class SparseFile(abc.ABC):
     """A file in memory of which each page is there or absent."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -14,10 +15,70 @@ from msharefsd.hugetlb import Pool
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST_ALIGNMENT: Final = 2 << 20
 LARGEST_ALIGNMENT: Final = 1 << 46
+LARGEST_SIZE: Final = 1 << 63
 
 
 class ConfigError(Exception):
     """A setting that cannot be; the text says which and why."""
+
+
+NO_LIMIT: Final = "unlimited"
+
+Count = Annotated[int, msgspec.Meta(ge=0)] | Literal["unlimited"]
+
+
+class Allowance(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What one user may have: see limits.py."""
+
+    regions: Count = 1024
+    memory: str = "90%"
+    """A size, or a percentage of what there is for regions in all."""
+    sharers: Count = 4096
+    objects: Count = 65530
+    connections: Count = 8192
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+
+    def check(self) -> None:
+        """Raise ConfigError for a size that is none."""
+        share_of(self.memory, 0)
+
+
+def unlimited(threads: int) -> Allowance:
+    """An allowance without limits but that of threads."""
+    none: Final = NO_LIMIT
+    return Allowance(
+        regions=none,
+        memory=none,
+        sharers=none,
+        objects=none,
+        connections=none,
+        threads=threads,
+    )
+
+
+UNLIMITED: Final = unlimited(8)
+
+
+class LimitSettings(Allowance, frozen=True, kw_only=True):
+    """`[limits]`, and in `[limits.user.NAME]` what differs for one user."""
+
+    user: dict[str, dict[str, int | str]] = {}
+
+    def users(self) -> dict[int, Allowance]:
+        """The users that have limits of their own.  Raises ConfigError."""
+        base = {name: getattr(self, name) for name in Allowance.__struct_fields__}
+        found = {}
+        for name, own in self.user.items():
+            try:
+                uid = int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+                allowance = msgspec.convert({**base, **own}, Allowance)
+            except KeyError:
+                raise ConfigError(f"[limits.user.{name}]: no such user") from None
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"[limits.user.{name}]: {error}") from error
+            allowance.check()
+            found[uid] = allowance
+        return found
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -31,6 +92,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     collapse: bool = True
     collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 5.0
     run_directory: str = ""
+    limits: LimitSettings = LimitSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     without: Annotated[frozenset[str], msgspec.Meta(description="features not to use")] = (
         frozenset()
@@ -77,6 +139,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             run = f"{'/run' if root else runtime}/msharefs/{name}"
         config = msgspec.structs.replace(self, mountpoint=mountpoint, run_directory=run)
         _ = config.alignment_bytes, config.region_memory_bytes, config.huge_page_bytes
+        _ = config.limits.users()
+        config.limits.check()
         return config
 
 
@@ -86,6 +150,18 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"not a size: {text!r}; write 4096, 64M, 512G")
     return int(match[1]) * UNITS[match[2]]
+
+
+def share_of(text: str, whole: int) -> int:
+    """Bytes from "64G", or from "90%" of `whole` bytes.  Raises ConfigError.
+
+    "unlimited" is more than there can be.
+    """
+    if text == NO_LIMIT:
+        return LARGEST_SIZE
+    if match := re.fullmatch(r"(\d{1,3})%", text.strip()):
+        return whole * int(match[1]) // 100
+    return parse_size(text)
 
 
 def load(path: Path | None, overrides: dict[str, object]) -> Config:

@@ -82,10 +82,15 @@ class Peer:
         return self.pidfd is not None and liveness.has_ended(self.pidfd)
 
 
+def _credentials(sock: trio.socket.SocketType) -> tuple[int, int, int]:
+    """Process, user and group of who connected (SO_PEERCRED, unix(7))."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(data)
+    return pid, uid, gid
+
+
 def _peer_of(sock: trio.socket.SocketType) -> Peer:
-    pid, uid, gid = _UCRED.unpack(
-        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    )
+    pid, uid, gid = _credentials(sock)
     try:
         # Linux 6.5: the process that connected, whatever has its number by now.
         pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
@@ -178,7 +183,9 @@ class Control:
             with contextlib.suppress(OSError):
                 sock, _ = await listener.accept()
                 with sock:
-                    await self._refuse(sock, code)
+                    if self._seldom.now(code):
+                        log.error("turning clients away: %s; raise LimitNOFILE", os.strerror(code))
+                    await self._refuse(sock, Refused(code, "no room for a sharer"))
         finally:
             self._reserve()
 
@@ -187,30 +194,36 @@ class Control:
             with contextlib.suppress(OSError):
                 self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    async def _refuse(self, sock: trio.socket.SocketType, code: int) -> None:
-        if self._seldom.now(code):
-            log.error("turning clients away: %s; raise LimitNOFILE", os.strerror(code))
+    async def _refuse(self, sock: trio.socket.SocketType, refused: Refused) -> None:
+        code = refused.code
         self.metrics.refused.labels(errno.errorcode.get(code, str(code))).inc()
         with trio.move_on_after(1), contextlib.suppress(OSError):
-            await sock.send(Reply(0, error=code, message="no room for a sharer").pack())
+            await sock.send(Reply(0, error=code, message=refused.message).pack())
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
         try:
             with sock:
+                account = self.regions.limits.account(_credentials(sock)[1])
                 try:
-                    connection = _Connection(self, sock)
-                except OSError as error:
-                    await self._refuse(sock, error.errno or errno.EIO)
-                    return
-                try:
-                    await connection.run()
-                finally:
-                    connection.close()
+                    with account.connection():
+                        await self._serve_connection(sock)
+                except Refused as refused:
+                    await self._refuse(sock, refused)
         except* OSError as group:
             # Reset by the peer, or the like: its own affair.
             log.debug("connection ended: %s", group.exceptions)
         except* Exception:
             log.exception("a connection failed")
+
+    async def _serve_connection(self, sock: trio.socket.SocketType) -> None:
+        try:
+            connection = _Connection(self, sock)
+        except OSError as error:
+            raise Refused(error.errno or errno.EIO, "no room for a sharer") from error
+        try:
+            await connection.run()
+        finally:
+            connection.close()
 
     def is_ours(self, identity: kernel.FileIdentity) -> bool:
         """Whether a file is on our mount, or the backing of a region."""
@@ -456,6 +469,7 @@ class _Connection:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
         while region.state is State.BUILDING:
             await region.settled.wait()
+        regions.limits.account(self._peer.uid).check_sharers()
 
         flags = wire.NO_FLAGS
         if region.state is State.FILE:
@@ -568,6 +582,7 @@ class _Connection:
                 region, Object(item.offset, item.length, item.prot, private)
             )
         await self._control.spaces.hide_donated(region)
+        self._control.pages.check_memory(region)
         self._control.regions.commit(region)
         self._building = None
         assert region.backing is not None

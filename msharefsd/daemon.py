@@ -34,10 +34,12 @@ from msharefsd.errors import Refused
 from msharefsd.files import Threads
 from msharefsd.filesystem import CONTROL_NAME, FileSystem
 from msharefsd.hugetlb import HugetlbBacking, Pool
+from msharefsd.limits import Limits
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.pageserver import PageServer
 from msharefsd.regions import INFO_FILE, Region, Regions
+from msharefsd.seldom import Seldom
 from msharefsd.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -175,6 +177,7 @@ async def run(config: Config) -> None:
         stack.callback(regions.close)
         stack.callback(disposal.close)
         metrics = Metrics(regions.alive)
+        regions.limits = _limits(config, metrics)
         operations = FileSystem(regions, metrics)
         stack.enter_context(_mounted(config, directory / "graft", operations))
         await _serve(config, found, regions, metrics, operations, disposal)
@@ -210,6 +213,17 @@ def _backing_prefix(directory: Path) -> str:
     return f"/msharefs-{digest}-"
 
 
+def _limits(config: Config, metrics: Metrics) -> Limits:
+    seldom = Seldom()
+
+    def hit(limit: str, message: str) -> None:
+        metrics.limited.labels(limit).inc()
+        if seldom.now(message):
+            log.warning("%s", message)
+
+    return Limits(config.limits, backing.pool_bytes, hit)
+
+
 def _forget_name(name: bytes) -> None:
     # Names have no lifetime in the kernel's cache, but a dentry that is in use stays
     # until it is looked up again; drop it now.
@@ -226,7 +240,7 @@ async def _serve(
 ) -> None:
     mount = mounting.top_mount(config.mountpoint)
     assert mount is not None, "pyfuse3.init() returned without a mount"
-    threads = Threads()
+    threads = Threads(regions.limits)
     pages = PageServer(found, metrics, config.region_memory_bytes, threads)
     writeback = Writeback(threads, metrics)
     regions.release = writeback.release

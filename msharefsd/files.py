@@ -22,8 +22,8 @@ import trio
 
 from msharefsd import kernel
 from msharefsd.errors import Refused
+from msharefsd.limits import Limits
 
-THREADS_PER_USER: Final = 8
 BUFFER: Final = 2 << 20
 MOST_BUFFERS: Final = 16
 
@@ -33,7 +33,8 @@ T = TypeVar("T")
 class Threads:
     """Runs what may block on a file, with a limit for each user."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._limiters: dict[int, trio.CapacityLimiter] = {}
 
     async def run(self, uid: int, function: Callable[[], T]) -> T:
@@ -43,7 +44,7 @@ class Threads:
             idle = [each for each, of in self._limiters.items() if of.borrowed_tokens == 0]
             for each in idle:
                 del self._limiters[each]
-            limiter = self._limiters[uid] = trio.CapacityLimiter(THREADS_PER_USER)
+            limiter = self._limiters[uid] = trio.CapacityLimiter(self._limits.threads(uid))
         return await trio.to_thread.run_sync(function, limiter=limiter, abandon_on_cancel=True)
 
 

@@ -360,7 +360,7 @@ class FileSystem(_GuardedOperations):
         if fields.update_mode:
             region.mode = attr.st_mode & 0o7777
         if fields.update_uid:
-            region.uid = attr.st_uid
+            self._regions.give(region, attr.st_uid)
         if fields.update_gid:
             region.gid = attr.st_gid
         if fields.update_atime:

@@ -29,6 +29,7 @@ class Metrics:
         self.collapsed = self._counter("collapsed_chunks", "2 MiB chunks made huge pages")
         self.attaches = self._counter("attaches", "sharers attached")
         self.refused = self._counter("refused", "calls turned down", "errno")
+        self.limited = self._counter("limited", "calls that met a user's limit", "limit")
         self._registry.register(_Current(regions))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

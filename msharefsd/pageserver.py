@@ -42,6 +42,7 @@ import trio
 from msharefsd import kernel, protection, uffd, violation
 from msharefsd.backing import HUGE_PAGE, Backing, ShmObject
 from msharefsd.capabilities import Capabilities
+from msharefsd.errors import Refused
 from msharefsd.files import BUFFER, Buffers, MappedFile, Threads, Zeros
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
@@ -303,13 +304,13 @@ class PageServer:
         backing = region.backing
         assert backing is not None
         start, end = max(chunk[0], found.offset), min(chunk[0] + chunk[1], found.end)
-        if self._region_memory is not None:
-            left = self._region_memory - backing.allocated()
+        start, end, stashed = _of_one_source(backing, found, start, end, offset)
+        if not stashed:  # what comes back from the stash is no more than there was
+            left = self._room(region, end - start)
             if left < backing.page:
                 return self._starve(sharer, offset, fault.thread)
             if left < end - start:
                 start, end = offset, min(end, offset + left - left % backing.page)
-        start, end, stashed = _of_one_source(backing, found, start, end, offset)
         if found.file is not None and not stashed:
             self._read_file(found, start, end, _Waiting(sharer, offset, fault))
             return Outcome.DONE
@@ -325,6 +326,18 @@ class PageServer:
         if outcome is not Outcome.DONE:
             uffd.wake(sharer.uffd, region.start + offset, backing.page)
         return outcome
+
+    def _room(self, region: Region, wanted: int) -> int:
+        """How much of `wanted` bytes of memory the region may have more, by its limits."""
+        if self._region_memory is not None:
+            wanted = max(0, min(wanted, self._region_memory - region.allocated()))
+        return region.account.room(wanted)
+
+    def check_memory(self, region: Region) -> None:
+        """Raise Refused(EDQUOT) if a region has more than its limits, by a donor's writing."""
+        if self._region_memory is not None and region.allocated() > self._region_memory:
+            raise Refused(errno.EDQUOT, "more memory than region_memory of msharefsd allows")
+        region.account.check_memory()
 
     def _fill(
         self, sharer: Sharer, found: Object, start: int, end: int, source: ShmObject | None
@@ -594,7 +607,7 @@ class PageServer:
         outcome = self._put(sharer, page, page + backing.page, None, guarded=False)
         if outcome is Outcome.NO_MEMORY:
             # Something may be mapped there in a moment: then the page is the region's.
-            self._starved(sharer, page)
+            self._hunger(sharer, page)
             return
         self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
         backing.punch(page, backing.page)
@@ -608,6 +621,9 @@ class PageServer:
             return
         stash = backing.stash
         stashed = stash is not None and stash.next_data(page) == page
+        if not stashed and self._room(sharer.region, backing.page) < backing.page:
+            self._hunger(sharer, page)
+            return
         if found.file is not None and not stashed:
             self._read_file(found, page, page + backing.page, _Waiting(sharer, page, None))
             return
@@ -649,10 +665,11 @@ class PageServer:
         self._log_starvation(sharer)
         outcome = self._sigbus(sharer, offset, thread)
         if offset in sharer.poisoned:
-            self._starved(sharer, offset)
+            self._hunger(sharer, offset)
         return outcome
 
-    def _starved(self, sharer: Sharer, offset: int) -> None:
+    def _hunger(self, sharer: Sharer, offset: int) -> None:
+        """A poisoned page is to have memory as soon as there is some."""
         sharer.starved.add(offset)
         self._starving.add(sharer)
         self._starvation.set()
@@ -661,10 +678,12 @@ class PageServer:
         if self._seldom.now(sharer.region.id):
             log.error(
                 "region %s: no memory for a fault of process %d: SIGBUS (the region holds %d "
-                "bytes; see df /dev/shm and the daemon's limit)",
+                "bytes, user %d's regions %d; see df /dev/shm and the daemon's limits)",
                 sharer.region.label(),
                 sharer.pid,
                 sharer.region.allocated(),
+                sharer.region.uid,
+                sharer.region.account.memory(),
             )
 
     async def _mend_forever(self) -> None:
@@ -686,10 +705,6 @@ class PageServer:
             if region.backing is None or found is None or not found.accessible:
                 sharer.starved.discard(offset)  # the poison is right now
                 continue
-            if self._region_memory is not None and (
-                region.backing.allocated() + region.page > self._region_memory
-            ):
-                return
             self._repair(sharer, found, offset)
             if offset in sharer.starved:
                 return

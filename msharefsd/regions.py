@@ -32,6 +32,7 @@ import trio
 from msharefsd import kernel
 from msharefsd.backing import Backing
 from msharefsd.errors import Refused
+from msharefsd.limits import Account, Limits
 from msharefsd.objects import ObjectMap
 from msharefsd.ranges import Ranges
 
@@ -73,6 +74,8 @@ class Sharer:
     """Whether the process is gone, although nobody has detached it yet."""
     pidfd: int | None = None
     """Its connection's; None for a process that this pid namespace does not see."""
+    account: Account = field(default_factory=Account)
+    """Its user's."""
     since: float = field(default_factory=time.time)
     poisoned: set[int] = field(default_factory=set)
     """Offsets of pages that raise SIGBUS in this process without asking us."""
@@ -96,6 +99,8 @@ class Region:
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+    account: Account = field(default_factory=Account)
+    """Its owner's."""
     linked: bool = True
     state: State = State.FILE
     start: int = 0
@@ -144,6 +149,9 @@ class Region:
         if self.backing is not None:
             self.backing.release()
             self.backing = None
+        self.account.freed()
+        if self.state is State.GONE:
+            self.account.regions.discard(self)
 
     def label(self) -> str:
         r"""The name for logs and texts: printable, on one line, and no other name's.
@@ -167,14 +175,17 @@ class Regions:
         make_backing: Callable[[int, int, int, str], Backing],
         on_name_gone: Callable[[bytes], None],
         release: Callable[[Region], None] = Region.close_memory,
+        limits: Limits | None = None,
     ) -> None:
         """Start without regions.
 
         `make_backing(region id, start, size, kind)` makes memory; `on_name_gone(name)` is
         told when the daemon itself, not unlink(2), took a name away; `release(region)`
-        sees to it that the memory of a region that nobody uses any more is closed.
+        sees to it that the memory of a region that nobody uses any more is closed;
+        `limits` says what each user may have.
         """
         self.release = release
+        self.limits = limits or Limits()
         self.alignment = alignment
         self._make_backing = make_backing
         self._on_name_gone = on_name_gone
@@ -205,15 +216,33 @@ class Regions:
         return self._by_backing.get((major, minor, inode))
 
     def create(self, name: bytes, mode: int, uid: int, gid: int) -> Region:
-        """A new name without a range.  Raises Refused (EEXIST, EPERM, ENAMETOOLONG)."""
+        """A new name without a range.
+
+        Raises Refused (EEXIST, EPERM, ENAMETOOLONG; EDQUOT, see limits.py).
+        """
         check_name(name)
         if name in self._by_name:
             raise Refused(errno.EEXIST, "a region of that name exists")
+        account = self.limits.account(uid)
+        account.check_regions()
         now = time.time_ns()
-        region = Region(next(self._ids), name, mode & 0o7777, uid, gid, now, now, now)
+        region = Region(next(self._ids), name, mode & 0o7777, uid, gid, now, now, now, account)
+        account.regions.add(region)
         self._by_name[name] = region
         self._by_id[region.id] = region
         return region
+
+    def give(self, region: Region, uid: int) -> None:
+        """chown(2): another owner, who has it in their account from now on.
+
+        Nothing is refused: root does that, whom no limit binds.
+        """
+        region.uid = uid
+        account = self.limits.account(uid)
+        if region in region.account.regions:
+            region.account.regions.discard(region)
+            account.regions.add(region)
+        region.account = account
 
     def check_range(self, start: int, size: int) -> None:
         """Raises Refused(EINVAL) for a range that no region can have."""
@@ -271,16 +300,23 @@ class Regions:
         ended: Callable[[], bool] = lambda: False,
         pidfd: int | None = None,
     ) -> Sharer:
-        """A new sharer.  `uffd` and `pidfd` stay the caller's to close."""
+        """A new sharer.  `uffd` and `pidfd` stay the caller's to close.
+
+        Whether its user may have one more is for the caller to ask, before anything
+        is made for it.
+        """
         number = next(self._sharer_numbers)
-        sharer = Sharer(number, region, pid, uid, writable, uffd, ended, pidfd)
+        account = self.limits.account(uid)
+        sharer = Sharer(number, region, pid, uid, writable, uffd, ended, pidfd, account)
         region.sharers[sharer.number] = sharer
+        account.sharers.add(sharer)
         return sharer
 
     def detach(self, sharer: Sharer) -> None:
         """A sharer is gone; a region without name and sharers goes with it."""
         region = sharer.region
         del region.sharers[sharer.number]
+        sharer.account.sharers.discard(sharer)
         region.refused.discard(sharer)
         self._reap(region)
 
@@ -313,15 +349,22 @@ class Regions:
         """Free everything: the file system is being unmounted."""
         for region in list(self._by_id.values()):
             self._free(region)
-            region.state = State.GONE
+            self._gone(region)
 
     def _reap(self, region: Region) -> None:
         # A region that is being built has a donor: abandon() or commit() comes.
         if region.linked or region.sharers or region.state is State.BUILDING:
             return
         self._free(region)
-        region.state = State.GONE
+        self._gone(region)
         self._by_id.pop(region.id, None)
+
+    @staticmethod
+    def _gone(region: Region) -> None:
+        region.state = State.GONE
+        # One whose files have not taken what was written has memory until they do.
+        if region.backing is None:
+            region.account.regions.discard(region)
 
     def _free(self, region: Region) -> None:
         if region.backing is not None:

@@ -18,7 +18,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -314,6 +316,31 @@ static void churn(char *start, size_t length, const char *path, unsigned seed)
 	}
 }
 
+/* Each sends what is no message: who is served is told so (EPROTO). */
+static int connect_often(const char *path, unsigned long count)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int served = 0;
+
+	snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
+	for (unsigned long i = 0; i < count; i++) {
+		int sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+		struct {
+			char head[8];
+			int error;
+			char rest[244];
+		} reply = { .error = 0 };
+
+		if (connect(sock, (struct sockaddr *)&address, sizeof address) < 0)
+			return -errno;
+		send(sock, "?", 1, MSG_NOSIGNAL); /* it may have hung up already */
+		if (recv(sock, &reply, sizeof reply, 0) < 0)
+			return -errno;
+		served += reply.error == EPROTO;
+	}
+	return served;
+}
+
 static void run(char *line, const char *self)
 {
 	char *words[8] = { 0 }, *rest = NULL, *position;
@@ -471,6 +498,12 @@ static void run(char *line, const char *self)
 			if (mshare_detach(words[1]) < 0)
 				_exit(2);
 		}
+	} else if (IS("open")) { /* path flags mode */
+		int fd = open(words[1], (int)n[2] | O_CLOEXEC, (mode_t)n[3]);
+		say_errno(fd < 0 ? -1 : 0);
+		close(fd);
+	} else if (IS("connect")) { /* path count: how many are served; they stay open */
+		printf("%d\n", connect_often(words[1], n[2]));
 	} else if (IS("exec")) {
 		fflush(stdout);
 		execl(self, self, (char *)NULL);

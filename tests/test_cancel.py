@@ -22,6 +22,7 @@ from msharefsd.addressspace import AddressSpaces
 from msharefsd.backing import AT_ONCE, ShmBacking
 from msharefsd.disposal import Disposal
 from msharefsd.files import MappedFile, Threads
+from msharefsd.limits import Limits
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
 from msharefsd.pageserver import PageServer
@@ -71,7 +72,7 @@ def some_region() -> Iterator[tuple[AddressSpaces, Region, Writeback]]:
         return ShmBacking(f"{name}{number}", size, disposal)
 
     regions = Regions(ALIGNMENT, make, print)
-    metrics, threads = Metrics(regions.alive), Threads()
+    metrics, threads = Metrics(regions.alive), Threads(Limits())
     found = capabilities.probe(frozenset())
     pages = PageServer(found, metrics, None, threads)
     try:
