@@ -85,7 +85,8 @@ class AddressSpaces:
                     # A page that was there before, or is poison, must not show through.
                     await _discard(region, new.offset, new.length)
                     _alive(region)
-                    self._pages.clear_poison(region, new.offset, new.length)
+                    await self._pages.clear_poison(region, new.offset, new.length)
+                    _alive(region)
                     if new.file is not None:
                         new.file.hold()
                     region.objects.insert(new)
@@ -189,7 +190,8 @@ class AddressSpaces:
                 raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
         region.objects.protect(item.offset, item.length, prot)
         if not new.accessible:
-            self._pages.clear_poison(region, new.offset, new.length)
+            await self._pages.clear_poison(region, new.offset, new.length)
+            _alive(region)
             try:
                 await self._hide(region, new)
             except Refused:

@@ -54,6 +54,8 @@ class Capabilities:
     """Small pages can be made huge ones (MADV_COLLAPSE, Linux 6.1)."""
     hugetlb: bool
     """Regions can be of huge pages (hugetlbfs, and the right to mount it)."""
+    nowait: bool
+    """A userfaultfd can be read without waiting, whatever its flags (Linux 6.10)."""
     map_files: bool
     """A donor's shared anonymous memory can be looked into (/proc/PID/map_files)."""
 
@@ -74,8 +76,12 @@ class Capabilities:
         return features
 
     def missing(self) -> list[str]:
-        """A sentence for each feature that is not there."""
-        return [LACKING[item.name] for item in fields(self) if not getattr(self, item.name)]
+        """A sentence for each feature whose lack is felt."""
+        return [
+            LACKING[item.name]
+            for item in fields(self)
+            if item.name in LACKING and not getattr(self, item.name)
+        ]
 
 
 LACKING: Final = {
@@ -127,6 +133,7 @@ def probe(without: frozenset[str] = frozenset()) -> Capabilities:
     try:
         # Asking for no features is always right and tells what there is.
         features = uffd.handshake(fd, Feature(0))
+        nowait = uffd.can_read_without_waiting(fd)
     finally:
         os.close(fd)
     required = Feature.MISSING_SHMEM | Feature.THREAD_ID
@@ -145,6 +152,7 @@ def probe(without: frozenset[str] = frozenset()) -> Capabilities:
             and os.geteuid() == 0
             and "hugetlbfs" in Path("/proc/filesystems").read_text().split()
         ),
+        "nowait": nowait,
         "map_files": _can_read_map_files(),
     }
     unknown = without - found.keys()

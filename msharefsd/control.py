@@ -22,6 +22,7 @@ import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
@@ -31,7 +32,7 @@ from msharefsd.addressspace import AddressSpaces
 from msharefsd.capabilities import Capabilities
 from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
-from msharefsd.files import MappedFile
+from msharefsd.files import MappedFile, Threads
 from msharefsd.hugetlb import HugetlbBacking
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
@@ -47,6 +48,9 @@ BACKLOG: Final = 4096
 _SO_PEERGROUPS: Final = 59
 _MOST_GROUPS: Final = 1 << 16
 """NGROUPS_MAX."""
+MOST_UNCLOSED: Final = 64
+"""How many files of a user's may wait for being closed; then their calls wait too."""
+UNCLOSED_SECONDS: Final = 0.05
 _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("=iII")
 _PROTECTIONS: Final = kernel.PROT_READ | kernel.PROT_WRITE | kernel.PROT_EXEC
@@ -111,6 +115,13 @@ def _groups_of(sock: trio.socket.SocketType) -> tuple[int, ...]:
     return tuple(array.array("I", data))
 
 
+def _owner(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
+
+
 class Control:
     """Accepts connections and serves their calls."""
 
@@ -125,6 +136,7 @@ class Control:
         region_of_inode: Callable[[int], Region | None],
         mount_device: tuple[int, int],
         disposal: Disposal,
+        threads: Threads,
         default_backing: str,
     ) -> None:
         """Serve `regions`.
@@ -142,10 +154,11 @@ class Control:
         self.mount_device = mount_device
         self.disposal = disposal
         self.default_backing = default_backing
+        self.threads = threads
         self._device: int | None = None
         self._spare: int | None = None
         self._reserve()
-        self._seldom = Seldom()
+        self.seldom = Seldom()
         # Anonymous shared memory and memfds lie on the same kernel-internal mount.
         probe = os.memfd_create("msharefsd", os.MFD_CLOEXEC)
         identity = kernel.identify(probe)
@@ -183,7 +196,7 @@ class Control:
             with contextlib.suppress(OSError):
                 sock, _ = await listener.accept()
                 with sock:
-                    if self._seldom.now(code):
+                    if self.seldom.now(code):
                         log.error("turning clients away: %s; raise LimitNOFILE", os.strerror(code))
                     await self._refuse(sock, Refused(code, "no room for a sharer"))
         finally:
@@ -198,6 +211,11 @@ class Control:
         code = refused.code
         self.metrics.refused.labels(errno.errorcode.get(code, str(code))).inc()
         with trio.move_on_after(1), contextlib.suppress(OSError):
+            # A message that is left unread would reset the connection (unix_release_sock()
+            # in the kernel), and the peer would see that instead of the reply.
+            sock.shutdown(socket.SHUT_RD)
+            while await sock.recv(wire.MAX_REQUEST_BYTES):
+                pass
             await sock.send(Reply(0, error=code, message=refused.message).pack())
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
@@ -311,6 +329,8 @@ class _Connection:
         how(sharer)
 
     async def _one_call(self) -> bool:
+        while self._control.disposal.pending(self._peer.uid) >= MOST_UNCLOSED:
+            await trio.sleep(UNCLOSED_SECONDS)
         data, ancillary, flags, _ = await self._sock.recvmsg(
             wire.MAX_REQUEST_BYTES + 1,
             socket.CMSG_SPACE(wire.MAX_FDS * 4),
@@ -338,7 +358,10 @@ class _Connection:
         except Refused as refused:
             code = errno.errorcode.get(refused.code, str(refused.code))
             self._control.metrics.refused.labels(code).inc()
-            log.info("process %d: %s: %s", self._peer.pid, code, refused.message)
+            # Anybody can have as many of these as they like.
+            often = not self._control.seldom.now((self._peer.uid, code))
+            level = logging.DEBUG if often else logging.INFO
+            log.log(level, "process %d: %s: %s", self._peer.pid, code, refused.message)
             reply = Reply(op, error=refused.code, message=refused.message)
         except Exception:
             log.exception("a call of process %d failed", self._peer.pid)
@@ -357,7 +380,7 @@ class _Connection:
             if self._control.is_ours(kernel.identify(fd)):
                 os.close(fd)
             else:
-                self._control.disposal.close_fd(fd)
+                self._control.disposal.close_fd(fd, self._peer.uid)
 
     async def _send(self, reply: Reply, fd: int | None) -> None:
         ancillary = (
@@ -441,9 +464,10 @@ class _Connection:
             raise Refused(errno.ENODEV, "a region's own files cannot be mapped in a region")
         write = bool(item.prot & kernel.PROT_WRITE)
         may_write = files.check_mappable(fds[0], shared=not private, write=write)
-        file = MappedFile(
-            fds.pop(), self._peer.uid, may_write=may_write, close=self._control.disposal.close_fd
-        )
+        uid = self._peer.uid
+        await self._control.threads.run(uid, partial(files.check_mapping, fds[0]))
+        close = partial(self._control.disposal.close_fd, uid=uid)
+        file = MappedFile(fds.pop(), uid, may_write=may_write, close=close)
         try:
             new = Object(item.offset, item.length, item.prot, private, file, item.file_offset)
             await self._control.spaces.mmap(region, new, replace=fixed)
@@ -609,7 +633,6 @@ class _Connection:
             raise Refused(errno.EPERM, "the daemon may not look into /proc/PID/map_files")
         entry = f"/proc/{peer.pid}/map_files/{request.start:x}-{request.start + request.size:x}"
         try:
-            owner = os.stat(f"/proc/{peer.pid}").st_uid
             # O_PATH opens nothing yet: the mapping may be of any file, a hung one too.
             path = os.open(entry, os.O_PATH | os.O_CLOEXEC)
         except OSError as error:
@@ -617,7 +640,7 @@ class _Connection:
         try:
             identity = kernel.identify(path)
             # The number may have been used again unless the process still lives.
-            if owner != peer.uid or liveness.has_ended(peer.pidfd):
+            if _owner(peer.pid) != peer.uid or liveness.has_ended(peer.pidfd):
                 raise Refused(errno.EPERM, "the process is not the one that connected")
             if (identity.major, identity.minor) != self._control.anonymous_device:
                 raise Refused(errno.EPERM, "the mapping is not shared anonymous memory")

@@ -256,6 +256,7 @@ async def _serve(
             operations.region_of_inode,
             mount.device,
             disposal,
+            threads,
             config.backing,
         )
         stack.callback(server.close)

@@ -169,7 +169,10 @@ def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
     may_write = flags & os.O_ACCMODE == os.O_RDWR
     if shared and write and not may_write:
         raise Refused(errno.EACCES, "a shared writable mapping needs a file opened O_RDWR")
-    if not stat.S_ISREG(kernel.identify(fd).mode):
+    mode = kernel.identify(fd).mode
+    if mode == 0:
+        raise Refused(errno.EACCES, "the daemon may not see it: mount that FUSE with allow_other")
+    if not stat.S_ISREG(mode):
         raise Refused(errno.ENODEV, "only regular files can be mapped in a region")
     if shared and may_write:
         try:
@@ -181,6 +184,24 @@ def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
                 raise Refused(errno.EPERM, "the memfd is sealed against writing")
             may_write = False
     return may_write
+
+
+def check_mapping(fd: int) -> None:
+    """Raise Refused(ENODEV) for a file that mmap(2) would not map.
+
+    Files of /proc, /sys and the like are regular files, and some of them judge who
+    reads or writes them at that moment: it would be us, not the client that opened
+    them.  They cannot be mapped, so it is tried.  May block.
+    """
+    try:
+        flags = kernel.MAP_PRIVATE | kernel.MAP_NORESERVE
+        at = kernel.mmap(None, kernel.PAGE, kernel.PROT_NONE, flags, fd, 0)
+    except OSError as error:
+        raise Refused(errno.ENODEV, f"the file cannot be mapped: {error.strerror}") from error
+    try:
+        kernel.munmap(at, kernel.PAGE)
+    except OSError:  # of hugetlbfs: whole huge pages (mmap(2))
+        kernel.munmap(at, os.fstat(fd).st_blksize)
 
 
 _F_SEAL_FUTURE_WRITE: Final = 0x10

@@ -179,6 +179,7 @@ class FileIdentity:
     minor: int
     inode: int
     mode: int
+    """0 if its file system does not tell us."""
 
 
 class _Statx(ctypes.Structure):
@@ -211,8 +212,16 @@ def identify(fd: int) -> FileIdentity:
     kernel has (statx(2)).  fstat(2) would send a request: to our own mount, from
     the thread that has to answer it, that is a deadlock, and to a client's hung
     one a stall.
+
+    A FUSE mount that is private to its user tells others, root too, nothing but its
+    device (fuse_getattr(), fs/fuse/dir.c).
     """
     out = _Statx()
     flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC
-    _check(_libc.statx(fd, b"", flags, STATX_TYPE | STATX_INO, ctypes.byref(out)))
+    try:
+        _check(_libc.statx(fd, b"", flags, STATX_TYPE | STATX_INO, ctypes.byref(out)))
+    except OSError:
+        out = _Statx()
+        _check(_libc.statx(fd, b"", flags, 0, ctypes.byref(out)))
+        return FileIdentity(out.dev_major, out.dev_minor, 0, 0)
     return FileIdentity(out.dev_major, out.dev_minor, out.ino, out.mode)

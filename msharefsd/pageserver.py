@@ -57,6 +57,18 @@ MOST_POISONED: Final = 1 << 16
 MEND_INTERVAL: Final = 1.0
 
 
+_NOT_ALL: Final = frozenset({Outcome.NO_MEMORY, Outcome.RETRY, Outcome.STRANGE})
+"""A chunk that could not be populated: perhaps the one page can."""
+
+
+async def _contained(function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+    """A defect in what one fault needs is not the end of all."""
+    try:
+        await function(*arguments)
+    except Exception:
+        log.exception("%s failed", getattr(function, "__name__", function))
+
+
 class Window:
     """How much to populate around a fault: more the longer a thread goes on upwards.
 
@@ -123,6 +135,7 @@ class PageServer:
         """By region id."""
         self._starving: set[Sharer] = set()
         self._starvation = trio.Event()
+        self._reader = uffd.Reader(nowait=capabilities.nowait)
         self._seldom = Seldom()
         self._nursery: trio.Nursery | None = None
 
@@ -134,15 +147,16 @@ class PageServer:
 
     def _start(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
         assert self._nursery is not None, "run() is not running"
-        self._nursery.start_soon(function, *arguments)
+        self._nursery.start_soon(_contained, function, *arguments)
 
     def adopt(self, fd: int) -> None:
         """Take a sharer's new userfaultfd: handshake, and never block on it.
 
         Raises OSError if it is none or was used before.
         """
+        uffd.check_kind(fd)
         uffd.handshake(fd, self._capabilities.features)
-        # Read without data a blocking one would stop the daemon.
+        # A blocking one cannot be polled; see uffd.Reader for reading.
         os.set_blocking(fd, False)
 
     async def serve(self, sharer: Sharer) -> None:
@@ -151,19 +165,22 @@ class PageServer:
         if region.backing is None:
             return
         window = Window(region.backing.smallest_chunk, region.backing.largest_chunk)
+        breath = protection.Breath()
         try:
             while True:
                 await trio.lowlevel.wait_readable(sharer.uffd)
-                for fault in uffd.read_faults(sharer.uffd):
+                for fault in self._reader.faults(sharer.uffd):
                     try:
                         outcome = self._answer(sharer, window, fault)
                     except OSError as error:
                         outcome = self._failed(sharer, fault, error)
                     if outcome is Outcome.GONE:
                         return
+                    await breath.take()
         except OSError as error:
             # The descriptor misbehaves: only its own process suffers.
-            log.warning("sharer %d: userfaultfd failed: %s", sharer.pid, error)
+            if self._seldom.now(("userfaultfd", sharer.uid)):
+                log.warning("sharer %d: userfaultfd failed: %s", sharer.pid, error)
         finally:
             self.forget(sharer)
 
@@ -250,6 +267,8 @@ class PageServer:
 
     def _violation(self, sharer: Sharer, offset: int, fault: Fault) -> Outcome:
         self._metrics.faults.labels("violation").inc()
+        if not violation.may_signal(sharer):
+            return self._poison(sharer, sharer.region.start + offset)
         if violation.in_system_call(sharer.pid, fault.thread):
             self._start(self._fail_system_call, sharer, offset)
         else:
@@ -275,7 +294,8 @@ class PageServer:
                 uffd.wake(sharer.uffd, page, region.page)  # allowed meanwhile
                 return
             if not self._capabilities.poison:
-                violation.kill(sharer.pid)  # it would try again for ever
+                if violation.may_signal(sharer):
+                    violation.kill(sharer.pid)  # it would try again for ever
                 return
             try:
                 if found is not None:
@@ -285,7 +305,7 @@ class PageServer:
                 self._sigbus(sharer, offset, None)
                 await trio.sleep(violation.SYSTEM_CALL_SECONDS)
                 if sharer.number in region.sharers and region.backing is not None:
-                    self.clear_poison(region, offset, region.page)
+                    await self.clear_poison(region, offset, region.page)
             except OSError as error:
                 log.warning("process %d: cannot fail a system call: %s", sharer.pid, error)
 
@@ -306,23 +326,23 @@ class PageServer:
         start, end = max(chunk[0], found.offset), min(chunk[0] + chunk[1], found.end)
         start, end, stashed = _of_one_source(backing, found, start, end, offset)
         if not stashed:  # what comes back from the stash is no more than there was
-            left = self._room(region, end - start)
-            if left < backing.page:
+            start, end = self._within_limits(region, offset, start, end)
+            if start == end:
                 return self._starve(sharer, offset, fault.thread)
-            if left < end - start:
-                start, end = offset, min(end, offset + left - left % backing.page)
         if found.file is not None and not stashed:
             self._read_file(found, start, end, _Waiting(sharer, offset, fault))
             return Outcome.DONE
         source = backing.stash if stashed else None
         outcome = self._fill(sharer, found, start, end, source)
         whole = (start, end) == (offset, offset + backing.page)
-        if outcome in (Outcome.NO_MEMORY, Outcome.RETRY) and not whole:
+        if outcome in _NOT_ALL and not whole:
             # Not enough memory for the chunk, or it lies in several VMAs; the page
             # that somebody waits for may be had.
             outcome = self._fill(sharer, found, offset, offset + backing.page, source)
         if outcome is Outcome.NO_MEMORY:
             return self._starve(sharer, offset, fault.thread)
+        if outcome is Outcome.STRANGE:
+            return self._poison(sharer, region.start + offset)
         if outcome is not Outcome.DONE:
             uffd.wake(sharer.uffd, region.start + offset, backing.page)
         return outcome
@@ -332,6 +352,13 @@ class PageServer:
         if self._region_memory is not None:
             wanted = max(0, min(wanted, self._region_memory - region.allocated()))
         return region.account.room(wanted)
+
+    def _within_limits(self, region: Region, offset: int, start: int, end: int) -> tuple[int, int]:
+        """As much of [start, end) as may be populated, the page at `offset` first."""
+        left = self._room(region, end - start)
+        if left < end - start:
+            start, end = offset, min(end, offset + left - left % region.page)
+        return start, end
 
     def check_memory(self, region: Region) -> None:
         """Raise Refused(EDQUOT) if a region has more than its limits, by a donor's writing."""
@@ -515,7 +542,7 @@ class PageServer:
         waiting: list[_Waiting],
     ) -> Outcome:
         outcome = self._put(target, start, end, address, guarded=item.guarded)
-        if outcome in (Outcome.NO_MEMORY, Outcome.RETRY):
+        if outcome in _NOT_ALL:
             # As in _populate: at least the pages that somebody waits for.
             for each in waiting:
                 if start <= each.offset < end:
@@ -523,6 +550,8 @@ class PageServer:
                     last = each.offset + target.region.page
                     single = self._put(each.sharer, each.offset, last, at, guarded=item.guarded)
                     outcome = single if single is Outcome.NO_MEMORY else outcome
+                    if single is Outcome.STRANGE:
+                        self._poison(each.sharer, each.sharer.region.start + each.offset)
         return outcome
 
     def _beyond_the_end(self, sharer: Sharer, offset: int, fault: Fault) -> None:
@@ -533,8 +562,10 @@ class PageServer:
         self._metrics.sigbus.labels("file").inc()
         if violation.in_system_call(sharer.pid, fault.thread):
             self._sigbus(sharer, offset, fault.thread)
-        else:
+        elif violation.may_signal(sharer):
             violation.signal(sharer.pid, fault.thread, signal.SIGBUS, fault.address)
+        else:
+            self._poison(sharer, sharer.region.start + offset)
 
     # -- SIGBUS --
 
@@ -566,26 +597,30 @@ class PageServer:
 
     def _signal(self, sharer: Sharer, page: int, thread: int | None) -> Outcome:
         """SIGBUS by hand.  A thread in user mode gets it instead of the page."""
-        try:
-            if thread is None:
-                os.kill(sharer.pid, signal.SIGBUS)
-            else:
-                kernel.signal_fault(sharer.pid, thread, signal.SIGBUS, page)
-        except OSError:
-            # The thread's number is one of its own pid namespace: tell the process.
-            with contextlib.suppress(OSError):
-                os.kill(sharer.pid, signal.SIGBUS)
+        if violation.may_signal(sharer):
+            try:
+                if thread is None:
+                    os.kill(sharer.pid, signal.SIGBUS)
+                else:
+                    kernel.signal_fault(sharer.pid, thread, signal.SIGBUS, page)
+            except OSError:
+                # The thread's number is one of its own pid namespace: tell the process.
+                with contextlib.suppress(OSError):
+                    os.kill(sharer.pid, signal.SIGBUS)
         uffd.wake(sharer.uffd, page, sharer.region.page)
         return Outcome.DONE
 
-    def clear_poison(self, region: Region, offset: int, length: int) -> None:
+    async def clear_poison(self, region: Region, offset: int, length: int) -> None:
         """Make every sharer ask again for pages in the range that raise SIGBUS there.
 
         The kernel has no call for that; a page that comes into a sharer takes the
         marker's place.  In a range that nobody may touch a page of zeros is put
         there and punched out again.  Elsewhere it is the page itself.
+
+        The region may be gone when this returns.
         """
         end = offset + length
+        breath = protection.Breath()
         for sharer in list(region.refused):
             if len(sharer.poisoned) <= length // region.page:
                 pages = [page for page in sharer.poisoned if offset <= page < end]
@@ -593,6 +628,9 @@ class PageServer:
                 some = range(offset, end, region.page)
                 pages = [page for page in some if page in sharer.poisoned]
             for page in sorted(pages):
+                await breath.take()
+                if sharer.number not in region.sharers or region.backing is None:
+                    break
                 found = region.objects.find(page)
                 if found is None or not found.accessible:
                     self._clear(sharer, page)

@@ -41,9 +41,12 @@ def _writers(region: Region) -> Iterator[Sharer]:
     return (sharer for sharer in region.sharers.values() if sharer.writable)
 
 
-# ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL, EBUSY: it has
-# mapped something else there, or registered it elsewhere.  All its own affair.
-_HARMLESS: Final = frozenset({errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBUSY})
+# ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL, EBUSY, EPERM: it
+# has mapped something else there, or registered it elsewhere.  EAGAIN: it moves its
+# window about just now (a donor does that before READY).  All its own affair.
+_HARMLESS: Final = frozenset(
+    {errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBUSY, errno.EPERM, errno.EAGAIN}
+)
 
 
 BREATH_SECONDS: Final = 0.002
@@ -103,13 +106,14 @@ def protect(region: Region, start: int, end: int, sharers: Iterable[Sharer] | No
             _try(uffd.write_protect, sharer, start, end)
 
 
-class _Breath:
+class Breath:
     """Lets other things happen when something has taken a while."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
 
     async def take(self) -> None:
+        """Let others go first if it has taken long enough."""
         if time.monotonic() - self._since > BREATH_SECONDS:
             await trio.lowlevel.checkpoint()
             self._since = time.monotonic()
@@ -126,7 +130,7 @@ async def protect_present(region: Region, start: int, end: int) -> None:
     Their object must say already that they are to be protected, because pages come
     and sharers attach meanwhile.
     """
-    breath = _Breath()
+    breath = Breath()
     for first, last in await present(region, start, end):
         for sharer in list(_writers(region)):
             protect(region, first, last, [sharer])
@@ -135,7 +139,7 @@ async def protect_present(region: Region, start: int, end: int) -> None:
 
 async def unprotect(region: Region, start: int, end: int) -> None:
     """Let writes through in every sharer, and wake who waits to write."""
-    breath = _Breath()
+    breath = Breath()
     for low, high in list(region.armed.within(start, end)):
         step = max(AT_ONCE, region.page)
         for first in range(low, high, step):

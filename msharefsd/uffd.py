@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ class Outcome(Enum):
     """The sharer's address space no longer exists."""
     NO_MEMORY = "no memory"
     """tmpfs is full, or a memory limit was hit."""
+    STRANGE = "strange"
+    """Nothing that a window of ours gives: its process has made something else of it."""
 
 
 # One place decides what an errno of a fill means.  ENOENT: no registered VMA
@@ -140,11 +143,19 @@ _OUTCOMES: Final = {
 
 
 def outcome_of(error: OSError) -> Outcome:
-    """The meaning of a failed fill, or the error itself if it has none here."""
-    try:
-        return _OUTCOMES[error.errno or 0]
-    except KeyError:
-        raise error from None
+    """The meaning of a failed fill."""
+    return _OUTCOMES.get(error.errno or 0, Outcome.STRANGE)
+
+
+def check_kind(fd: int) -> None:
+    """Raise OSError(ENOTTY) unless `fd` is a userfaultfd.
+
+    To be asked before any ioctl on a client's descriptor: an ioctl is a request to
+    whatever device or FUSE server is behind it, which may never answer.  The name of an
+    anonymous inode is the kernel's own: no file can have it, theirs begin with a slash.
+    """
+    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+        raise OSError(errno.ENOTTY, "not a userfaultfd")
 
 
 def handshake(fd: int, features: Feature) -> Feature:
@@ -194,15 +205,65 @@ def register(fd: int, start: int, length: int, mode: Mode) -> None:
     fcntl.ioctl(fd, UFFDIO_REGISTER, _REGISTER.pack(start, length, int(mode), 0))
 
 
-def read_faults(fd: int, most: int = 16) -> Iterator[Fault]:
-    """The faults that wait now; nothing when there is none.
+PATIENCE_SECONDS: Final = 0.02
 
-    Raises OSError if the descriptor cannot be read (no handshake, say).
+
+class Reader:
+    """Reads userfaultfds that others have too, and never waits.
+
+    O_NONBLOCK does not see to that: it belongs to the open file, so the process that
+    made the userfaultfd can take it away, and can read the event for which we were
+    told to come.  RWF_NOWAIT is the single call's (preadv2(2); userfaultfd knows it
+    since Linux 6.10).  Without it a timer's signal gets us out of a read that waits.
     """
+
+    _reading = -1
+
+    def __init__(self, *, nowait: bool) -> None:
+        """`nowait`: whether this kernel has RWF_NOWAIT; else only in the main thread."""
+        self._nowait = nowait
+        if not nowait:
+            signal.signal(signal.SIGALRM, self._too_long)
+
+    def _too_long(self, *_: object) -> None:
+        # The read is made again when the handler is left (PEP 475).
+        if self._reading >= 0:
+            os.set_blocking(self._reading, False)
+
+    def _read(self, fd: int, size: int) -> bytes:
+        if self._nowait:
+            data = bytearray(size)
+            return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])
+        self._reading = fd
+        os.set_blocking(fd, False)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS, PATIENCE_SECONDS)
+        try:
+            return os.read(fd, size)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._reading = -1
+
+    def faults(self, fd: int, most: int = 16) -> list[Fault]:
+        """The faults that wait now; none when there is none.
+
+        Raises OSError if the descriptor cannot be read (no handshake, say).
+        """
+        try:
+            return list(_faults(self._read(fd, most * MESSAGE_BYTES)))
+        except BlockingIOError:
+            return []
+
+
+def can_read_without_waiting(fd: int) -> bool:
+    """Whether RWF_NOWAIT works on a userfaultfd that has no events."""
     try:
-        data = os.read(fd, most * MESSAGE_BYTES)
-    except BlockingIOError:
-        return
+        os.preadv(fd, [bytearray(MESSAGE_BYTES)], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    return True
+
+
+def _faults(data: bytes) -> Iterator[Fault]:
     for event, flags, address, thread in _MESSAGE.iter_unpack(data):
         if event == _EVENT_PAGEFAULT:
             yield Fault(

@@ -15,6 +15,7 @@ import signal as signals
 from typing import Final
 
 from msharefsd import kernel, liveness
+from msharefsd.regions import Sharer
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,23 @@ def in_system_call(pid: int, number: int) -> bool:
         return True
     first = liveness.read_proc(pid, f"task/{thread}/syscall").partition(" ")[0]
     return first.isdigit()
+
+
+def may_signal(sharer: Sharer) -> bool:
+    """Whether a sharer's user might send its process signals.
+
+    We could send any process any signal.  But the faults come from whoever made the
+    userfaultfd, and the process from whoever made the connection; that may be no
+    process that we see, one that has ended, or a set-user-ID program by now.
+    /proc/PID belongs to the process's effective user (proc(5)).
+    """
+    if sharer.pid <= 0:
+        return False
+    try:
+        owner = os.stat(f"/proc/{sharer.pid}").st_uid
+    except OSError:
+        return False
+    return sharer.uid in (0, owner) and not sharer.ended()
 
 
 def signal(pid: int, number: int, which: signals.Signals, address: int) -> None:

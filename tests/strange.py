@@ -1,7 +1,10 @@
-"""A file system of three strange files: `strange.py MOUNTPOINT`.
+"""A file system of three strange files: `strange.py MOUNTPOINT [USER]`.
 
 `hangs`: a read of it never returns.  `fails`: a read of it is EIO.  `full`: a read
-gives ones, a write never returns.
+gives ones, a write never returns.  Stop the process and everything hangs, close(2) too.
+
+With a user's number it is mounted as if that user had, who is then the only one to
+see it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 
 import pyfuse3
 import trio
+
+from msharefsd import kernel
 
 NAMES = {b"hangs": 2, b"fails": 3, b"full": 4}
 
@@ -48,9 +53,22 @@ class Strange(pyfuse3.Operations):
         await trio.sleep_forever()
         raise AssertionError
 
+    async def flush(self, fh: int) -> None:
+        return
+
+
+def mounted_by(user: str) -> str:
+    """Mount it in the name of a user; what pyfuse3 takes for a mountpoint that is mounted."""
+    device = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode=40000,user_id={user},group_id={user}"
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV
+    kernel.mount("strange", sys.argv[1], "fuse", flags, options)
+    return f"/dev/fd/{device}"
+
 
 def main() -> None:
-    pyfuse3.init(Strange(), sys.argv[1], {"fsname=strange"})
+    at = mounted_by(sys.argv[2]) if len(sys.argv) > 2 else sys.argv[1]
+    pyfuse3.init(Strange(), at, {"fsname=strange"} if len(sys.argv) == 2 else set())
     print("ready", flush=True)
     try:
         trio.run(pyfuse3.main)

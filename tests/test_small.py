@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from conftest import eventually
 
 from msharefsd import capabilities, config, kernel, liveness, notify, seldom, texts, uffd
 from msharefsd.config import ConfigError
 from msharefsd.control import Control
+from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.files import MappedFile, check_mappable
 from msharefsd.objects import Object
@@ -285,7 +288,7 @@ def test_pages_come_whole_or_not_at_all() -> None:
     done, outcome = uffd.zeropage(fd, start + 3 * PAGE, 3 * PAGE)  # it replaces the poison
     assert (done, outcome) == (3 * PAGE, Outcome.DONE)
     assert os.pread(memory, PAGE, PAGE) == bytes(PAGE)
-    assert list(uffd.read_faults(fd)) == []
+    assert uffd.Reader(nowait=True).faults(fd) == []
     kernel.munmap(start, 8 * PAGE)
     for each in (fd, memory):
         os.close(each)
@@ -312,3 +315,67 @@ async def test_no_descriptor_even_for_who_is_turned_away(
     await control._turn_away(listener, errno.EMFILE)
     assert control._spare is not None
     os.close(control._spare)
+
+
+@pytest.mark.parametrize("nowait", [True, False])
+def test_a_userfaultfd_that_somebody_makes_blocking_is_read_without_waiting(nowait: bool) -> None:
+    fd = uffd.open_own()
+    uffd.handshake(fd, Feature.MISSING_SHMEM)
+    if nowait and not uffd.can_read_without_waiting(fd):
+        pytest.skip("this kernel has no RWF_NOWAIT for userfaultfd (Linux 6.10)")
+    reader = uffd.Reader(nowait=nowait)
+    stop = threading.Event()
+
+    def make_it_block() -> None:
+        while not stop.is_set():
+            os.set_blocking(fd, True)
+
+    thread = threading.Thread(target=make_it_block)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert reader.faults(fd) == []
+    finally:
+        stop.set()
+        thread.join()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        os.close(fd)
+
+
+def test_only_a_userfaultfd_is_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / "anon_inode:[userfaultfd]").touch()
+    for fd in (
+        os.open(tmp_path / "anon_inode:[userfaultfd]", os.O_RDWR),
+        os.eventfd(0),
+        os.memfd_create("anon_inode:[userfaultfd]"),
+    ):
+        with pytest.raises(OSError, match="not a userfaultfd"):
+            uffd.check_kind(fd)
+        os.close(fd)
+    own = uffd.open_own()
+    uffd.check_kind(own)
+    os.close(own)
+
+
+def test_a_close_that_hangs_holds_up_its_users_only() -> None:
+    disposal = Disposal()
+    hang, done = threading.Event(), threading.Event()
+    disposal.run(hang.wait, 1000)
+    disposal.run(done.set, 1000)
+    other = threading.Event()
+    disposal.run(other.set, 1001)
+    own = threading.Event()
+    disposal.run(own.set)
+    assert other.wait(20)
+    assert own.wait(20)
+    assert disposal.pending(1000) == 2
+    hang.set()
+    assert done.wait(20)
+    eventually(lambda: disposal.pending(1000) == 0, "all is closed")
+    assert disposal.pending(1001) == 0
+    eventually(lambda: not disposal._at_work, "the threads have ended")
+    disposal.close()
+    now: list[str] = []
+    disposal.run(lambda: now.append("own"))
+    disposal.run(lambda: now.append("a user's"), 1000)
+    assert now == ["own"]

@@ -1,0 +1,615 @@
+"""Clients that mean harm.
+
+Whatever one user's processes send, pass or do to what they were given, the daemon
+lives, keeps nothing of theirs, and answers another user's client with what that wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from bare import PAGE, Answer, Bare, Child, become, in_child
+from conftest import ALIGNMENT, BASE, TESTS, Client, Daemon, eventually
+from test_death import Baseline
+
+from msharefsd import kernel, mounting, uffd, wire
+from msharefsd.uffd import Mode
+from msharefsd.wire import Op
+
+SIZE = 2 * ALIGNMENT
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
+ALICE, MALLORY = 1000, 1666
+PRIVATE, SHARED, ANONYMOUS = mmap.MAP_PRIVATE, mmap.MAP_SHARED, mmap.MAP_ANONYMOUS
+Spawn = Callable[..., Client]
+EVIL = BASE + (1 << 40)
+"""Where the hostile user's region is."""
+
+
+class World:
+    """Alice, who only wants her memory; and a region of Mallory's."""
+
+    def __init__(self, daemon: Daemon, spawn: Spawn) -> None:
+        self.daemon = daemon
+        self.mount = daemon.mount
+        self.alice = spawn(user=ALICE, group=ALICE, extra_groups=[])
+        self.mallory = spawn(user=MALLORY, group=MALLORY, extra_groups=[])
+        self.value = 0
+        self.alice.ok("mshare", "good", BASE, SIZE, CREATE, 0o600)
+        self.alice.ok("mmap", BASE, SIZE, 3, mmap.MAP_SHARED | 0x10)
+        self.mallory.ok("mshare", "evil", EVIL, SIZE, CREATE, 0o600)
+        self.mallory.ok("mmap", EVIL, ALIGNMENT, 3, mmap.MAP_SHARED | 0x10)
+        # So that what a region gets when it is first needed is no leak: a stash, and the
+        # host mapping for readers.
+        self.mallory.ok("store", EVIL, 1)
+        self.mallory.ok("mprotect", EVIL, PAGE, 0)
+        self.mallory.ok("mprotect", EVIL, PAGE, 3)
+        self.mallory.ok("fork", "reader", "evil", EVIL + PAGE)
+        self.alice_is_well()
+        self.children: list[Child] = []
+        self.baseline = Baseline(daemon)
+
+    def alice_is_well(self) -> None:
+        """She makes a page, changes its protection, has it back, and it is hers."""
+        self.value = (self.value + 1) % 200
+        page = BASE + self.value * PAGE
+        self.alice.ok("mmap", page, PAGE, 3, mmap.MAP_SHARED | 0x10)
+        self.alice.ok("fill", page, PAGE, self.value)
+        self.alice.ok("mprotect", page, PAGE, 0)
+        self.alice.ok("mprotect", page, PAGE, 1)
+        assert self.alice.do("load", page) == str(self.value)
+        self.alice.ok("munmap", page, PAGE)
+
+    def mallory_does(self, function: Callable[[], object], **how: int) -> Child:
+        """In a process of Mallory's."""
+        child = in_child(function, **{"uid": MALLORY, **how})
+        self.children.append(child)
+        return child
+
+    def clean(self) -> None:
+        """Nothing is left of what Mallory did."""
+        for child in self.children:
+            child.kill()
+        self.alice_is_well()
+        self.baseline.check()
+
+
+@pytest.fixture
+def world(daemon: Daemon, spawn: Spawn) -> Iterator[World]:
+    made = World(daemon, spawn)
+    try:
+        yield made
+        made.clean()
+    finally:
+        for child in made.children:
+            child.kill()
+
+
+@contextlib.contextmanager
+def strange(directory: Path, *user: int) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A FUSE mount and its server."""
+    path = directory / f"strange{len(user)}"
+    path.mkdir()
+    with subprocess.Popen(
+        [sys.executable, TESTS / "strange.py", path, *map(str, user)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield path, process
+        finally:
+            process.kill()
+            process.wait()
+            mounting.unmount(str(path))
+
+
+# -- every kind of descriptor in every place --
+
+
+def _pipe(end: int) -> int:
+    return os.pipe()[end]
+
+
+def _sealed() -> int:
+    fd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 20)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+def _huge() -> int:
+    fd = os.memfd_create("huge", os.MFD_HUGETLB)
+    os.ftruncate(fd, 2 << 20)
+    return fd
+
+
+def _secret() -> int:
+    fd = int(ctypes.CDLL(None).syscall(447, 0))  # memfd_secret(2)
+    return fd if fd >= 0 else os.memfd_create("no memfd_secret here")
+
+
+def _userfaultfd(*, blocking: bool = False, used: bool = False, registered: bool = False) -> int:
+    fd = uffd.open_new()
+    if used or registered:
+        uffd.handshake(fd, uffd.Feature.MISSING_SHMEM)
+    if registered:
+        at = kernel.mmap(None, PAGE, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        uffd.register(fd, at, PAGE, Mode.MISSING)
+    os.set_blocking(fd, not blocking)
+    return fd
+
+
+def _of_another_process() -> int:
+    here, there = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        socket.send_fds(there, [b"x"], [uffd.open_new()])
+        time.sleep(60)
+        os._exit(0)
+    fd = socket.recv_fds(here, 1, 1)[1][0]
+    here.close()
+    there.close()
+    return fd
+
+
+def _stale() -> int:
+    """A userfaultfd whose process has ended."""
+    here, there = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        socket.send_fds(there, [b"x"], [uffd.open_new()])
+        os._exit(0)
+    fd = socket.recv_fds(here, 1, 1)[1][0]
+    os.waitpid(child, 0)
+    here.close()
+    there.close()
+    return fd
+
+
+def _listening() -> int:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind("")
+    sock.listen()
+    return sock.detach()
+
+
+def _epoll() -> int:
+    poll = select.epoll()
+    poll.register(os.pipe()[0])
+    return os.dup(poll.fileno())
+
+
+def _terminal() -> int:
+    return os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+
+
+def _backing(mount: Path, oflags: int) -> int:
+    bare = Bare(mount)
+    answer = bare.attach("evil", oflags=oflags)
+    fd = os.dup(answer.fd)
+    bare.close()
+    return fd
+
+
+def _connected(mount: Path) -> int:
+    return Bare(mount).sock.detach()
+
+
+KINDS: dict[str, Callable[[Path], int]] = {
+    "pipe, reading": lambda _: _pipe(0),
+    "pipe, writing": lambda _: _pipe(1),
+    "directory": lambda _: os.open("/", os.O_RDONLY),
+    "socket": lambda _: socket.socketpair()[0].detach(),
+    "listening socket": lambda _: _listening(),
+    "O_PATH": lambda _: os.open("/etc/passwd", os.O_PATH),
+    "O_PATH of the region": lambda mount: os.open(mount / "evil", os.O_PATH),
+    "O_PATH of another's region": lambda mount: os.open(mount / "good", os.O_PATH),
+    "/proc/self/mem": lambda _: os.open("/proc/self/mem", os.O_RDWR),
+    "/proc/self/stat": lambda _: os.open("/proc/self/stat", os.O_RDONLY),
+    "/proc/1/stat": lambda _: os.open("/proc/1/stat", os.O_RDONLY),
+    "/proc/self/oom_score_adj": lambda _: os.open("/proc/self/oom_score_adj", os.O_RDWR),
+    "/proc/self/pagemap": lambda _: os.open("/proc/self/pagemap", os.O_RDONLY),
+    "/proc/kmsg's like": lambda _: os.open("/dev/kmsg", os.O_RDONLY),
+    "/sys file": lambda _: os.open("/sys/kernel/mm/transparent_hugepage/enabled", os.O_RDONLY),
+    "namespace": lambda _: os.open("/proc/self/ns/mnt", os.O_RDONLY),
+    "/dev/zero": lambda _: os.open("/dev/zero", os.O_RDWR),
+    "/dev/full": lambda _: os.open("/dev/full", os.O_RDWR),
+    "/dev/fuse": lambda _: os.open("/dev/fuse", os.O_RDWR),
+    "/dev/userfaultfd": lambda _: os.open("/dev/userfaultfd", os.O_RDWR),
+    "terminal": lambda _: _terminal(),
+    "memfd": lambda _: os.memfd_create("plain"),
+    "sealed memfd": lambda _: _sealed(),
+    "hugetlb memfd": lambda _: _huge(),
+    "secret memfd": lambda _: _secret(),
+    "write-only file": lambda _: os.open("/dev/shm", os.O_WRONLY | os.O_TMPFILE),
+    "epoll": lambda _: _epoll(),
+    "eventfd": lambda _: os.eventfd(0),
+    "pidfd": lambda _: os.pidfd_open(os.getpid()),
+    "userfaultfd": lambda _: _userfaultfd(),
+    "blocking userfaultfd": lambda _: _userfaultfd(blocking=True),
+    "used userfaultfd": lambda _: _userfaultfd(used=True),
+    "registered userfaultfd": lambda _: _userfaultfd(registered=True),
+    "user-mode userfaultfd": lambda _: uffd.open_by_system_call(uffd.USER_MODE_ONLY),
+    "userfaultfd of another process": lambda _: _of_another_process(),
+    "userfaultfd of no process": lambda _: _stale(),
+    "region": lambda mount: os.open(mount / "evil", os.O_RDWR),
+    "region, reading": lambda mount: os.open(mount / "evil", os.O_RDONLY),
+    "backing": lambda mount: _backing(mount, os.O_RDWR),
+    "backing, reading": lambda mount: _backing(mount, os.O_RDONLY),
+    "mount's directory": lambda mount: os.open(mount, os.O_RDONLY),
+    "mount's text": lambda mount: os.open(mount / ".regions/evil/maps", os.O_RDONLY),
+    "mount's number": lambda mount: os.open(mount / "mshare_info", os.O_RDONLY),
+    ".control": lambda mount: os.open(mount / ".control", os.O_PATH),
+    "connection": _connected,
+}
+
+
+def check(*answers: Answer) -> None:
+    for answer in answers:
+        assert answer.error != errno.EIO, answer
+
+
+def as_everything(mount: Path, fd: int, *, touch: bool = True) -> None:
+    """Send `fd` wherever a descriptor can be sent.  As an ordinary user."""
+    for oflags in (os.O_RDONLY, os.O_RDWR):
+        for flags in wire.RequestFlag.AS_IT_LIES, wire.RequestFlag.MADE_FILE:
+            for fds in ((fd,), (fd, fd), (fd, uffd_by_device())):
+                one = Bare(mount)
+                check(one.call(Op.ATTACH, *fds, oflags=oflags, flags=flags))
+                one.close()
+    one = Bare(mount)
+    check(one.attach("evil", own=fd))
+    one.uffd = -1  # it is the caller's
+    one.close()
+    for op in Op:
+        one = Bare(mount)
+        item = ((0, PAGE, 0, 3, SHARED),) * (op in wire._ONE_OBJECT)
+        check(one.call(op, fd, fd, objects=item))
+        one.close()
+    one = attached(mount)
+    for prot, how in ((3, PRIVATE), (1, SHARED), (3, SHARED), (0, PRIVATE)):
+        answer = one.mmap(PAGE, 2 * PAGE, prot, how, fd)
+        check(answer, one.mmap(PAGE, PAGE, prot, how, fd, fd))
+        if answer.error == 0 and touch:
+            one.byte(PAGE)
+            with contextlib.suppress(OSError):
+                os.preadv(ZERO, [(ctypes.c_char * PAGE).from_address(one.start + PAGE)], 0)
+            check(one.call(Op.MSYNC, objects=((PAGE, 2 * PAGE, 0, 0, 0),)))
+    assert one.call(Op.MUNMAP, objects=((PAGE, 2 * PAGE, 0, 0, 0),)).error == 0
+    one.close()
+
+
+ZERO = os.open("/dev/zero", os.O_RDONLY)
+
+
+def uffd_by_device() -> int:
+    return fcntl.ioctl(DEVICE, uffd.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+DEVICE = os.open(uffd.DEVICE, os.O_RDWR | os.O_CLOEXEC)
+
+
+def test_whatever_a_descriptor_is_it_is_used_for_nothing_else(world: World) -> None:
+    world.daemon.expected.append("cannot read")
+
+    for kind, make in KINDS.items():
+
+        def send(make: Callable[[Path], int] = make) -> None:
+            fd = make(world.mount)
+            become(MALLORY)
+            as_everything(world.mount, fd)
+
+        assert world.mallory_does(send, uid=0).wait() == 0, kind
+        world.alice_is_well()
+        eventually(world.baseline.back, f"nothing left of {kind}")
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_files_of_a_file_system_that_answers_nothing(
+    world: World, directory: Path, private: bool
+) -> None:
+    """Whatever is done with them waits: an ioctl, a read, even close(2)."""
+    world.daemon.expected.append("cannot read")
+    with strange(directory, *([MALLORY] if private else [])) as (path, server):
+        ready, go = os.pipe(), os.pipe()
+
+        def send() -> None:
+            if private:
+                become(MALLORY)
+            fds = [os.open(path / "full", os.O_RDWR) for _ in range(100)]
+            if not private:
+                become(MALLORY)
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            # The server is stopped now.  More than may wait to be closed:
+            for fd in fds:
+                with contextlib.suppress(TimeoutError):
+                    as_everything(world.mount, fd, touch=False)
+
+        child = world.mallory_does(send, uid=0, seconds=5)
+        os.read(ready[0], 1)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            os.write(go[1], b"x")
+            for _ in range(20):
+                world.alice_is_well()
+                time.sleep(0.1)
+            # Her own files are closed by somebody else.
+            world.alice.ok("mmap", BASE, PAGE, 3, PRIVATE | 0x10, "/etc/passwd", os.O_RDONLY, 0)
+            world.alice.ok("munmap", BASE, PAGE)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        child.kill()
+        for end in (*ready, *go):
+            os.close(end)
+        if private:
+            # As her own file system shows itself to nobody else, it cannot be mapped.
+            one = Bare(world.mount)
+            assert one.attach("evil").error == 0
+
+            def map_private() -> None:
+                answer = one.mmap(PAGE, PAGE, 3, PRIVATE, os.open(path / "full", os.O_RDWR))
+                assert answer.error == errno.EACCES
+                assert "allow_other" in answer.message
+
+            assert world.mallory_does(map_private).wait() == 0
+            one.close()
+        world.clean()
+
+
+# -- sharers --
+
+
+def attached(mount: Path, name: str = "evil") -> Bare:
+    one = Bare(mount)
+    assert one.attach(name, own=uffd_by_device()).error == 0
+    one.map_window()
+    return one
+
+
+def in_thread(function: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_sharer_that_reads_its_own_events_and_takes_away_o_nonblock(world: World) -> None:
+    def steal() -> None:
+        one = attached(world.mount)
+
+        def read() -> None:
+            while True:
+                os.set_blocking(one.uffd, True)
+                os.read(one.uffd, 32)
+
+        for _ in range(4):
+            in_thread(read)
+        for at in range(0, ALIGNMENT, PAGE):
+            in_thread(lambda at=at: one.byte(at))  # type: ignore[misc] # a default
+        time.sleep(2)
+
+    child = world.mallory_does(steal)
+    for _ in range(20):
+        world.alice_is_well()
+        time.sleep(0.1)
+    assert child.wait() == 0
+
+
+def test_the_same_with_a_kernel_that_lets_a_read_wait(
+    make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    from conftest import clients
+
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--without=nowait").start()
+    with clients(client_program, daemon) as start:
+        world = World(daemon, start)
+        test_a_sharer_that_reads_its_own_events_and_takes_away_o_nonblock(world)
+        world.clean()
+
+
+def test_a_sharer_whose_window_is_not_protected(world: World, directory: Path) -> None:
+    """It registers its window anew, without write protection; the file is for all others."""
+    path = directory / "file"
+    path.write_bytes(b"\7" * 8 * PAGE)
+    path.chmod(0o666)
+
+    def misregister() -> None:
+        one = attached(world.mount)
+        file = os.open(path, os.O_RDWR)
+        assert one.mmap(0, 8 * PAGE, 1, SHARED, file).error == 0
+        uffd.register(one.uffd, one.start, one.size, Mode.MISSING)
+        unregister = uffd.UFFDIO_UNREGISTER
+        fcntl.ioctl(one.uffd, unregister, uffd._RANGE.pack(one.start, one.size))
+        uffd.register(one.uffd, one.start, one.size, Mode.MISSING)
+        one.byte(0)
+        in_thread(lambda: one.byte(PAGE))
+        time.sleep(0.2)
+
+    assert world.mallory_does(misregister).wait() in (0, -signal.SIGBUS)
+    assert world.mallory.do("load", EVIL + 2 * PAGE) == "7"
+    world.mallory.ok("munmap", EVIL, 8 * PAGE)
+
+
+def test_a_sharer_that_moves_its_window_about(world: World) -> None:
+    """mremap() holds up every ioctl on that userfaultfd until we have read of it."""
+
+    def move() -> None:
+        one = attached(world.mount)
+        libc = ctypes.CDLL(None)
+        libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+        libc.mremap.restype = ctypes.c_void_p
+        at, maymove = one.start, 1
+        in_thread(lambda: [one.byte(page) for page in range(0, one.size, PAGE)])
+        while True:
+            at = libc.mremap(at, one.size, one.size, maymove | 2, at ^ 1 << 30)
+
+    world.mallory_does(move)
+    for _ in range(100):
+        world.mallory.ok("mprotect", EVIL, ALIGNMENT, 1)
+        world.mallory.ok("mprotect", EVIL, ALIGNMENT, 3)
+        world.mallory.ok("store", EVIL, 3)
+    world.alice_is_well()
+
+
+def test_a_sharer_that_changes_the_backing_itself(world: World) -> None:
+    """Who may write a region can spoil it: for its sharers, and for nobody else."""
+    world.daemon.expected.append("no memory for a fault")
+
+    def spoil() -> None:
+        one = attached(world.mount)
+        fd, size = one.backing, one.size
+        for round_ in range(20):
+            os.ftruncate(fd, 0)
+            one.byte(0)
+            os.ftruncate(fd, 1 << 50)
+            kernel.punch(fd, 0, 1 << 50)
+            os.posix_fallocate(fd, 0, size)
+            one.byte(PAGE * round_)
+            os.pwrite(fd, b"x" * PAGE, 1 << 49)
+            with contextlib.suppress(OSError):
+                os.write(fd, b"x" * PAGE)
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK | 0o40000)
+            for seal in (fcntl.F_SEAL_WRITE, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal)
+            with contextlib.suppress(OSError):
+                os.fchmod(fd, 0o777)
+            with contextlib.suppress(OSError):
+                os.fchown(fd, MALLORY, MALLORY)
+            with contextlib.suppress(OSError):
+                os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            one.call(Op.MPROTECT, objects=((0, size, 0, 0, 0),))
+            one.call(Op.MPROTECT, objects=((0, size, 0, 3, 0),))
+            one.call(Op.MUNMAP, objects=((0, size, 0, 0, 0),))
+            one.mmap(0, size, 3, SHARED | ANONYMOUS)
+        os.ftruncate(fd, 0)
+        one.call(Op.MPROTECT, objects=((0, size, 0, 1, 0),))
+        os.ftruncate(fd, size)
+
+    assert world.mallory_does(spoil).wait() == 0
+    for name in world.daemon.shm_objects():
+        found = os.stat(f"/dev/shm/{name}")
+        assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o600)
+    world.mallory.ok("mmap", EVIL, ALIGNMENT, 3, SHARED | 0x10)
+    world.mallory.ok("store", EVIL, 9)
+
+
+def test_a_reader_gets_no_way_to_write(world: World) -> None:
+    world.alice.ok("store", BASE, 5)
+    os.chmod(world.mount / "good", 0o644)
+
+    def try_to_write() -> None:
+        one = Bare(world.mount)
+        assert one.attach("good", oflags=os.O_RDONLY, own=uffd_by_device()).error == 0
+        fd = one.backing
+        attempts: list[Callable[[], object]] = [
+            lambda: os.pwrite(fd, b"x", 0),
+            lambda: os.ftruncate(fd, 0),
+            lambda: kernel.punch(fd, 0, PAGE),
+            lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDWR),
+            lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY),
+            lambda: kernel.mmap(None, PAGE, 3, SHARED, fd, 0),
+            lambda: os.utime(fd),
+            lambda: os.open(world.mount / "good", os.O_RDWR),
+        ]
+        for number, attempt in enumerate(attempts):
+            print("attempt", number)
+            with pytest.raises(OSError, match=r"denied|permitted|Bad file|Invalid"):
+                attempt()
+        for op in (Op.MUNMAP, Op.MPROTECT, Op.MSYNC, Op.DISCARD, Op.MMAP):
+            item = (0, PAGE, 0, 0, SHARED | ANONYMOUS | kernel.MAP_FIXED if op is Op.MMAP else 0)
+            assert one.call(op, objects=(item,)).error == errno.EACCES
+        # A descriptor of the backing proves no more than it is opened for.
+        other = Bare(world.mount)
+        flags = wire.RequestFlag.AS_IT_LIES
+        own = uffd_by_device()
+        answer = other.call(Op.ATTACH, fd, own, oflags=os.O_RDWR, flags=flags)
+        assert answer.error == errno.EACCES
+
+    assert world.mallory_does(try_to_write).wait() == 0
+    assert world.alice.do("load", BASE) == "5"
+
+
+def test_a_flood_of_faults_on_holes(world: World) -> None:
+    def flood() -> None:
+        one = attached(world.mount)
+
+        def touch(start: int) -> None:
+            while True:
+                for at in range(start, one.size, 16 * PAGE):
+                    one.byte(at)
+                # Holes again, all of them.
+                kernel.mmap(one.start, one.size, 3, SHARED | kernel.MAP_FIXED, one.backing, 0)
+                with contextlib.suppress(OSError):
+                    uffd.register(one.uffd, one.start, one.size, Mode.MISSING)
+
+        for number in range(16):
+            in_thread(lambda number=number: touch(number * PAGE))  # type: ignore[misc] # a default
+        time.sleep(3)
+
+    children = [world.mallory_does(flood) for _ in range(3)]
+    for _ in range(10):
+        world.alice_is_well()
+    for child in children:
+        child.kill()
+
+
+def test_a_storm_of_sharers_that_stop_and_do_not_read(world: World) -> None:
+    """Everything that is protected is announced to each (a NOTE): they do not listen."""
+
+    def stop() -> None:
+        os.setpgid(0, 0)
+        for _ in range(10):
+            if os.fork() == 0:
+                break
+        held = [attached(world.mount) for _ in range(7)]
+        os.kill(os.getpid(), signal.SIGSTOP)
+        assert held
+
+    child = world.mallory_does(stop)
+    eventually(lambda: world.daemon.sharers("evil") >= 70, "they have attached")
+    for _ in range(20):
+        world.mallory.ok("mprotect", EVIL, ALIGNMENT, 1)
+        world.mallory.ok("mprotect", EVIL, ALIGNMENT, 3)
+        world.alice_is_well()
+    os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_connections_that_ask_and_never_read(world: World) -> None:
+    def ask() -> None:
+        held = []
+        for _ in range(200):
+            one = Bare(world.mount)
+            one.sock.setblocking(False)
+            held.append(one)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    one.send(b"?" * 100)
+        time.sleep(50)
+
+    child = world.mallory_does(ask)
+    for _ in range(10):
+        world.alice_is_well()
+        time.sleep(0.1)
+    child.kill()
+    # Whatever was refused how often: the log does not grow with it.
+    assert world.daemon.log().count("EPROTO") <= 2
