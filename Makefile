@@ -2,6 +2,7 @@
 # make demo    the letter's donor and consumer on a real mount
 # make test    linters, type checker, tests
 # make bench   side by side with peers: a table, and JSON in benchmarks/results
+# make fuzz    the fuzzers, SECONDS each
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
 # make clean
@@ -17,7 +18,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
 	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench oracle soak clean
+.PHONY: setup demo test lint check bench fuzz oracle soak clean
 
 setup: $(VENV)/.project
 
@@ -51,6 +52,10 @@ test: lint check
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+SECONDS ?= 600
+fuzz: setup
+	MSHARE_FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest tests/fuzz
 
 PROGRAMS ?= 100000
 oracle: setup

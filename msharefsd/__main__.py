@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=settings.log_level.upper(), format="msharefsd: %(levelname)s: %(message)s"
     )
     faulthandler.enable()
+    os.umask(os.umask(0o022) | 0o022)  # what we make is never for others to write
     os.chdir("/")  # never keep a file system busy, least of all our own
     code = 0
     try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -30,8 +31,11 @@ from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.uffd import Feature, Mode
 
+log = logging.getLogger(__name__)
+
 SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - where shm_open(3) has its objects
 HUGE_PAGE: Final = 2 << 20
+_MOST_SQUATTERS: Final = 100
 AT_ONCE: Final = 64 << 20
 """How much memory is worked on without letting anything else happen (bytes)."""
 
@@ -40,6 +44,20 @@ def pool_bytes() -> int:
     """How much memory there is for all regions: the size of /dev/shm."""
     memory = os.statvfs(SHM_DIRECTORY)
     return memory.f_blocks * memory.f_frsize
+
+
+def _create(name: str, size: int) -> posix_ipc.SharedMemory:
+    """A new object.  Anybody may make files in /dev/shm, under our names too: away with them."""
+    path = SHM_DIRECTORY + name
+    for _ in range(_MOST_SQUATTERS):
+        try:
+            return posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+        except posix_ipc.ExistentialError:
+            if os.lstat(path).st_uid == os.geteuid():
+                raise
+            log.warning("%s was somebody else's: removed", path)
+            os.unlink(path)
+    return posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
 
 
 class SparseFile(abc.ABC):
@@ -121,7 +139,7 @@ def _punch(fd: int, offset: int, length: int) -> None:
 
 def _create_shm(name: str, size: int) -> int:
     try:
-        memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+        memory = _create(name, size)
     except (OSError, posix_ipc.Error, ValueError) as error:
         code = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
         raise Refused(code, f"cannot create shared memory {name}: {error}") from error

@@ -22,7 +22,7 @@ from typing import Final
 import pyfuse3
 import trio
 
-from msharefsd import backing, capabilities, control, mounting, notify
+from msharefsd import backing, capabilities, control, mounting, notify, privileges, trust
 from msharefsd.addressspace import AddressSpaces
 from msharefsd.backing import Backing, ShmBacking
 from msharefsd.capabilities import Capabilities
@@ -56,10 +56,12 @@ class StartError(Exception):
 def _locked(directory: Path) -> Iterator[None]:
     """The run directory, ours alone while we live."""
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        trust.make_directory(directory)
         fd = os.open(
             directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
+    except trust.UntrustedError as error:
+        raise StartError(str(error)) from error
     except OSError as error:
         raise StartError(f"cannot use the run directory {directory}: {error.strerror}") from error
     try:
@@ -180,6 +182,7 @@ async def run(config: Config) -> None:
         regions.limits = _limits(config, metrics)
         operations = FileSystem(regions, metrics)
         stack.enter_context(_mounted(config, directory / "graft", operations))
+        privileges.drop()
         await _serve(config, found, regions, metrics, operations, disposal)
 
 

@@ -54,6 +54,11 @@ AT_STATX_DONT_SYNC: Final = 0x4000
 STATX_TYPE: Final = 0x1
 STATX_INO: Final = 0x100
 
+PR_CAPBSET_DROP: Final = 24
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 _libc.mmap.restype = ctypes.c_void_p
@@ -77,6 +82,8 @@ _libc.mount.argtypes = [
     ctypes.c_char_p,
 ]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+_libc.capget.argtypes = _libc.capset.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 _libc.statx.argtypes = [
     ctypes.c_int,
     ctypes.c_char_p,
@@ -92,6 +99,11 @@ _SYS_PROCESS_MADVISE: Final = 440
 _IOVEC: Final = struct.Struct("=QQ")
 # siginfo_t: signo, errno, code, padding, si_addr; 128 bytes in all.
 _SIGINFO: Final = struct.Struct("=iii4xQ104x")
+
+# struct __user_cap_header_struct: version, pid.  Two of __user_cap_data_struct, for
+# capabilities 0 to 31 and 32 to 63: effective, permitted, inheritable (capget(2)).
+_CAP_HEADER: Final = struct.pack("=Ii", 0x20080522, 0)
+_CAP_DATA: Final = struct.Struct("=6I")
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -169,6 +181,25 @@ def mount(source: str, target: str, fstype: str | None, flags: int, data: str = 
 def umount(target: str, flags: int = 0) -> None:
     """umount2(2)."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def prctl(option: int, second: int = 0, third: int = 0) -> None:
+    """prctl(2), for options that return nothing."""
+    _check(_libc.prctl(option, second, third, 0, 0))
+
+
+def capabilities() -> int:
+    """The capabilities that this thread may use: bit N for number N."""
+    data = ctypes.create_string_buffer(_CAP_DATA.size)
+    _check(_libc.capget(_CAP_HEADER, data))
+    _, low, _, _, high, _ = _CAP_DATA.unpack(data.raw)
+    return int(high << 32 | low)
+
+
+def set_capabilities(mask: int) -> None:
+    """Have these and no others, for good (capset(2)); nothing is inheritable."""
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    _check(_libc.capset(_CAP_HEADER, _CAP_DATA.pack(low, low, 0, high, high, 0)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,8 @@ class Bare:
         """The next answer; notes are left out."""
         while True:
             data, fds, _, _ = socket.recv_fds(self.sock, wire.REPLY.size, 1)
-            assert data, "it hung up"
+            if not data:
+                raise ConnectionResetError("it hung up")
             _, _, op, error, flags, start, size, message = wire.REPLY.unpack(data)
             if op != wire.NOTE:
                 text = message.rstrip(b"\0").decode()
@@ -123,13 +124,25 @@ class Child:
     """A forked process that runs a function of the test's."""
 
     pid: int
+    code: int | None = None
+    """Its exit code, or minus the signal that ended it; None while it runs."""
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        """The code, if it has ended."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal that ended it."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """The code, when it has ended."""
+        code = self.poll(0)
+        assert code is not None
+        return code
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        if self.code is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
