@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class World:
         self.alice_is_well()
         self.children: list[Child] = []
         self.baseline = Baseline(daemon)
+        self.held = self.descriptors()
 
     def alice_is_well(self) -> None:
         """She makes a page, changes its protection, has it back, and it is hers."""
@@ -92,7 +94,17 @@ class World:
         for child in self.children:
             child.kill()
         self.alice_is_well()
-        self.baseline.check()
+        try:
+            self.baseline.check()
+        except AssertionError:
+            before, now = Counter(self.held), Counter(self.descriptors())
+            print("descriptors more:", now - before, "less:", before - now)
+            raise
+
+    def descriptors(self) -> list[str]:
+        """What the daemon's descriptors are open on, for people."""
+        directory = f"/proc/{self.daemon.pid}/fd"
+        return [os.readlink(f"{directory}/{name}") for name in os.listdir(directory)]
 
 
 @pytest.fixture(name="world")
