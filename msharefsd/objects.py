@@ -98,6 +98,8 @@ class ObjectMap:
 
     def within(self, offset: int, length: int) -> list[Object]:
         """The parts of objects that lie in the range, in order."""
+        if length <= 0:
+            return []
         end = offset + length
         first = self.find(offset)
         start = offset if first is None else first.offset

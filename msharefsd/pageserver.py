@@ -493,9 +493,15 @@ class PageServer:
             if not fills:
                 del self._fills[region.id]
         # Nothing awaits from here on: what is true now stays true.
-        if region.backing is not None:
-            self._finish_fill(region, fill, buffer.address, usable)
-        self._buffers.give_back(buffer)
+        try:
+            if region.backing is not None:
+                self._finish_fill(region, fill, buffer.address, usable)
+        except OSError as error:
+            for each in fill.waiting:
+                if each.fault is not None and each.sharer.number in region.sharers:
+                    self._failed(each.sharer, each.fault, error)
+        finally:
+            self._buffers.give_back(buffer)
 
     def _finish_fill(self, region: Region, fill: _Fill, address: int, usable: int) -> None:
         waiting = [each for each in fill.waiting if each.sharer.number in region.sharers]
@@ -746,6 +752,14 @@ class PageServer:
             self._repair(sharer, found, offset)
             if offset in sharer.starved:
                 return
+
+
+async def _guarded(function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+    """A defect in what serves one fault must not end the service for everybody."""
+    try:
+        await function(*arguments)
+    except Exception:
+        log.exception("a page fault was not served to its end")
 
 
 def _of_one_source(

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import pytest
-from conftest import ALIGNMENT, BASE, PAGE, Client, Daemon, clients
+from conftest import ALIGNMENT, BACKING, BASE, PAGE, Client, Daemon, clients
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-PROGRAMS = int(os.environ.get("MSHARE_ORACLE_PROGRAMS", "2000"))
+PROGRAMS = int(os.environ.get("MSHARE_ORACLE_PROGRAMS", "2000" if BACKING == "shm" else "100"))
+"""Programs on huge pages move five hundred times as much."""
 STEPS = 40
 SHARERS = 3
 PAGES = 8

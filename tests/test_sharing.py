@@ -525,7 +525,7 @@ def test_a_sharer_faults_once_a_chunk_and_the_next_not_at_all(spawn: Spawn, daem
 
 
 def test_region_memory_is_a_limit(make_daemon: Callable[..., Daemon], client_program: Path) -> None:
-    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--region-memory={64 * PAGE}").start()
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", f"--region-memory={64 * PAGE}").start()
     daemon.expected.append("no memory for a fault")
     with clients(client_program, daemon) as start:
         client = start()
