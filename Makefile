@@ -59,7 +59,7 @@ fuzz: setup
 
 PROGRAMS ?= 100000
 oracle: setup
-	MSHARE_ORACLE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest tests/test_oracle.py
+	MSHARE_ORACLE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -o faulthandler_timeout=0 tests/test_oracle.py
 
 HOURS ?= 1
 SECONDS ?= $(shell expr $(HOURS) '*' 3600)

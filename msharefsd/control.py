@@ -305,15 +305,15 @@ class _Connection:
 
     def close(self) -> None:
         """Undo what the calls of this connection did and did not undo themselves."""
-        if self._building is not None:
-            self._control.regions.abandon(self._building, drop_name=self._made_file)
-            self._building = None
         self._detach(self._control.regions.detach)
         if self._peer.pidfd is not None:
             self._control.deaths.forget(self._peer.pidfd)
             os.close(self._peer.pidfd)
 
     def _detach(self, how: Callable[[Sharer], None]) -> None:
+        if self._building is not None:
+            self._control.regions.abandon(self._building, drop_name=self._made_file)
+            self._building = None
         sharer = self._sharer
         if sharer is None:
             return
@@ -411,10 +411,10 @@ class _Connection:
             case Op.READY:
                 protection.admit(self._need_sharer())
             case Op.DETACH:
-                self._need_sharer()
+                self._need_attached()
                 self._detach(self._control.regions.detach)
             case Op.UNLINK:
-                self._need_sharer()
+                self._need_attached()
                 self._detach(self._control.regions.detach_and_unlink)
             case _:
                 await self._change(request, fds)
@@ -474,12 +474,16 @@ class _Connection:
         finally:
             file.let_go()
 
-    def _need_sharer(self) -> Sharer:
+    def _need_attached(self) -> Sharer:
         if self._sharer is None:
             raise Refused(errno.ENOTCONN, "this connection has attached no region")
+        return self._sharer
+
+    def _need_sharer(self) -> Sharer:
+        sharer = self._need_attached()
         if self._building is not None:
             raise Refused(errno.EINVAL, "COMMIT or hang up first")
-        return self._sharer
+        return sharer
 
     async def _attach(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
         regions = self._control.regions

@@ -517,6 +517,12 @@ static void run(char *line, const char *self)
 	} else if (IS("true")) { /* an ordinary program instead of us */
 		execl("/bin/echo", "echo", "0", (char *)NULL);
 		say_errno(-1);
+	} else if (IS("limit")) { /* which soft: see getrlimit(2) */
+		struct rlimit limit;
+
+		getrlimit((int)n[1], &limit);
+		limit.rlim_cur = n[2] < limit.rlim_max ? n[2] : limit.rlim_max;
+		say_errno(setrlimit((int)n[1], &limit));
 	} else if (IS("hello")) {
 		printf("0\n");
 	} else {

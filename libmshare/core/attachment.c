@@ -203,8 +203,21 @@ static int open_region(const char *path, int oflags, mode_t mode, bool *made)
 /* ---- attach ---- */
 
 /*
- * Everything that can fail without a trace comes before the file is created; from
- * ATTACH on the daemon undoes what it did when this connection ends.
+ * mshare() fails after it has begun to make a region, or made it: it goes before the
+ * caller can look.  (Hanging up does the same, but later.)
+ */
+static void unmake(int connection, uint16_t op)
+{
+	struct mshare_wire_request request = { .op = op };
+	struct mshare_wire_reply reply;
+	int ignored;
+
+	connection_call(connection, &request, NULL, NULL, 0, &reply, &ignored);
+}
+
+/*
+ * Everything that can fail without a trace comes before the file is created; what
+ * comes later is undone.
  *
  * An attachment without a size takes the region where it lies, which the reply says.
  */
@@ -219,8 +232,8 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 	};
 	struct mshare_wire_reply reply;
 	char path[PATH_MAX];
-	int region = -1, backing = -1, window = -1, mapped = -1, result, fds[2];
-	bool made, replaced = false;
+	int region = -1, backing = -1, window = -1, mapped = -1, result, saved, fds[2];
+	bool made = false, building = false, complete = false;
 
 	if (root_join(attachment->root, attachment->name, path) < 0)
 		return -1;
@@ -250,8 +263,10 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 	close_keeping_errno(region);
 	if (result < 0)
 		goto fail;
+	building = reply.flags & MSHARE_WIRE_DONATE;
+	complete = !building && (reply.flags & MSHARE_WIRE_CREATED);
 	if (backing < 0) {
-		errno = EPROTO;
+		errno = EMFILE; /* the kernel drops what there is no room for: recvmsg(2) */
 		goto fail;
 	}
 	if (attachment->size == 0) {
@@ -263,32 +278,35 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 		attachment->start = (char *)(uintptr_t)reply.start;
 		attachment->size = reply.size;
 	}
-	if (reply.flags & MSHARE_WIRE_DONATE) {
+	if (building) {
 		if (donate(attachment->connection, attachment->uffd, backing, attachment->start,
-			   attachment->size, attachment->writable, &window) < 0)
+			   attachment->size, attachment->writable, &window, &complete) < 0)
 			goto fail;
-		replaced = true;
 	}
 	if (window >= 0) {
 		close_keeping_errno(backing);
 		backing = window;
 	}
 	attachment->backing = backing;
-	if (!replaced &&
+	if (!building &&
 	    window_map(attachment->start, attachment->size, backing, attachment->uffd,
 		       attachment->writable, attachment->connection, reply.flags) < 0)
 		goto fail;
 	return 0;
 fail:
-	if (attachment->backing < 0)
-		close_keeping_errno(backing);
-	drop_descriptors(attachment);
-	if (mapped == 0) {
-		int saved = errno;
-
+	saved = errno;
+	if (mapped == 0)
 		raw_munmap(attachment->start, attachment->size);
-		errno = saved;
-	}
+	if (complete && made)
+		unmake(attachment->connection, MSHARE_WIRE_UNLINK);
+	else if (building)
+		unmake(attachment->connection, MSHARE_WIRE_DETACH);
+	if (window >= 0 && window != backing)
+		close(window);
+	if (attachment->backing < 0 && backing >= 0)
+		close(backing);
+	drop_descriptors(attachment);
+	errno = saved;
 	return -1;
 }
 

@@ -69,7 +69,7 @@ struct donation {
 	size_t count, capacity;
 	char *start;
 	int backing;
-	int memory; /* /proc/self/mem, for what is not readable */
+	int memory; /* /proc/self/mem, for what is not readable, and for huge pages */
 	size_t page;
 	size_t huge; /* the backing's pages, if it is of huge pages; or 0 */
 	bool counting;
@@ -182,9 +182,19 @@ static int find_vmas(struct donation *donation, char *end)
 	return result;
 }
 
-/* The files behind shared VMAs.  Must come before registering splits the VMAs. */
+/*
+ * The files behind shared VMAs, and what else it takes descriptors for.  Must come
+ * before registering splits the VMAs.
+ */
 static int open_files(struct donation *donation, int connection, bool *try_each_page)
 {
+	for (size_t i = 0; i < donation->count && donation->memory < 0; i++) {
+		if ((donation->vmas[i].prot & PROT_READ) && !donation->huge)
+			continue;
+		donation->memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+		if (donation->memory < 0)
+			return -1;
+	}
 	for (size_t i = 0; i < donation->count; i++) {
 		struct vma *vma = &donation->vmas[i];
 		struct mshare_wire_request request = {
@@ -200,6 +210,9 @@ static int open_files(struct donation *donation, int connection, bool *try_each_
 			if (errno != EPERM)
 				return -1;
 			*try_each_page = true;
+		} else if (vma->file < 0) {
+			errno = EMFILE; /* there was no room for it: recvmsg(2) */
+			return -1;
 		}
 	}
 	return 0;
@@ -523,21 +536,78 @@ static int commit(const struct donation *donation, int connection, int *window_f
 	return result;
 }
 
+/* Not while a window is there: the freezer would hold back ourselves. */
+static int check_own_memory(const struct donation *donation, size_t size)
+{
+	char *stack = __builtin_frame_address(0);
+
+	if (stack < donation->start || stack >= donation->start + size)
+		return 0;
+	errno = EOPNOTSUPP;
+	return -1;
+}
+
+/*
+ * The region is there; its window takes the place of the donor's mappings.  Once it has,
+ * the region has the only copy, and stays.
+ */
+static int replace(const struct donation *donation, char **room, size_t size, int uffd,
+		   int window_fd, bool writable, int connection, bool *complete)
+{
+	bool protect = false;
+
+	for (size_t i = 0; i < donation->count; i++) {
+		const struct vma *vma = &donation->vmas[i];
+
+		protect |= !(vma->prot & PROT_WRITE) || (vma->mapped && vma->shared);
+	}
+	if (!writable && window_fd < 0) {
+		errno = EMFILE; /* there was no room for it: recvmsg(2) */
+		return -1;
+	}
+	if (donation->huge) {
+		/* Such a window must not be moved (see window.c), so it is closed at first. */
+		*complete = false;
+		if (window_map(donation->start, size, window_fd >= 0 ? window_fd : donation->backing,
+			       uffd, writable, connection, MSHARE_WIRE_PROTECTED) == 0)
+			return 0;
+		raw_munmap(donation->start, size);
+		return -1;
+	}
+	if (window_replace(*room, donation->start, size,
+			   window_fd >= 0 ? window_fd : donation->backing, uffd, writable, protect) < 0)
+		return -1;
+	*room = NULL;
+	*complete = false;
+	/*
+	 * The window is open already: what is protected is so from now on.  A daemon that
+	 * dies now finds a sharer like any other: its memory is there, and guarded.
+	 */
+	if (connection_ready(connection, MSHARE_WIRE_PROTECTED) == 0 || errno == ENOTCONN ||
+	    errno == ECONNRESET)
+		return 0;
+	raw_munmap(donation->start, size);
+	return -1;
+}
+
 int donate(int connection, int uffd, int backing, char *start, size_t size, bool writable,
-	   int *window_fd)
+	   int *window_fd, bool *complete)
 {
 	struct donation donation = {
 		.start = start,
 		.backing = backing,
 		.last_counted = UINTPTR_MAX,
-		.memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC),
+		.memory = -1,
 		.page = (size_t)sysconf(_SC_PAGESIZE),
 	};
-	bool try_each_page = false, protect = false;
+	bool try_each_page = false;
 	int freezer = -1, result = -1, saved;
 	struct statfs file_system;
+	char *room = NULL;
 
 	*window_fd = -1;
+	if (check_own_memory(&donation, size) < 0)
+		goto out;
 	if (fstatfs(backing, &file_system) < 0)
 		goto out;
 	if (file_system.f_type == HUGETLBFS_MAGIC)
@@ -550,11 +620,9 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 		goto out;
 	if (donation.huge && check_room(&donation, connection) < 0)
 		goto out;
-	for (size_t i = 0; i < donation.count; i++) {
-		const struct vma *vma = &donation.vmas[i];
-
-		protect |= !(vma->prot & PROT_WRITE) || (vma->mapped && vma->shared);
-	}
+	room = window_room(start, size);
+	if (!room)
+		goto out;
 	freezer = uffd_open(connection);
 	if (freezer < 0)
 		goto out;
@@ -564,20 +632,12 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 		goto out;
 	if (commit(&donation, connection, window_fd) < 0)
 		goto out;
-	if (*window_fd >= 0)
-		backing = *window_fd;
-	if (donation.huge) {
-		/* Such a window must not be moved (see window.c), so it is closed at first. */
-		result = window_map(start, size, backing, uffd, writable, connection,
-				    MSHARE_WIRE_PROTECTED);
-		goto out;
-	}
-	result = window_replace(start, size, backing, uffd, writable, protect);
-	/* The window is open already: what is protected is so from now on. */
-	if (result == 0)
-		result = connection_ready(connection, MSHARE_WIRE_PROTECTED);
+	*complete = true;
+	result = replace(&donation, &room, size, uffd, *window_fd, writable, connection, complete);
 out:
 	saved = errno;
+	if (room)
+		raw_munmap(room, size);
 	/* Unregisters what is still registered, lifts the protection, wakes who waits. */
 	if (freezer >= 0)
 		close(freezer);

@@ -83,9 +83,13 @@ char *attachment_above(const char *address);
 void attachment_lock(void);
 void attachment_unlock(void);
 
-/* donate.c: make what is mapped in [start, start + size) the region's memory. */
+/*
+ * donate.c: make what is mapped in [start, start + size) the region's memory.
+ * *window_fd: the descriptor that the window is of, if it is not the backing, or -1.
+ * *complete: on failure, whether the region is there nevertheless, and is to go.
+ */
 int donate(int connection, int uffd, int backing, char *start, size_t size, bool writable,
-	   int *window_fd);
+	   int *window_fd, bool *complete);
 
 /* window.c: async-signal-safe. */
 /* Keep the range free of other mappings; 1 if it has some, -1 with errno. */
@@ -93,11 +97,13 @@ int window_reserve(char *start, size_t size);
 /* Map the backing over a reserved range, guarded before anything can touch it. */
 int window_map(char *start, size_t size, int backing, int uffd, bool writable, int connection,
 	       uint32_t flags);
+/* Room for a window that is going to be moved to [start, start + size); NULL with errno. */
+char *window_room(char *start, size_t size);
 /*
- * The same over mappings that other threads may be using, and not of huge pages; see
- * donate.c.  protect:
- * some of its pages will be write-protected.
+ * As window_map(), over mappings that other threads may be using, and not of huge pages;
+ * see donate.c.  room is used up.  protect: some of its pages will be write-protected.
  */
-int window_replace(char *start, size_t size, int backing, int uffd, bool writable, bool protect);
+int window_replace(char *room, char *start, size_t size, int backing, int uffd, bool writable,
+		   bool protect);
 
 #endif

@@ -63,7 +63,7 @@ int uffd_open(int connection)
 		if (reply.flags & MSHARE_WIRE_USER_MODE_ONLY)
 			return by_system_call(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
 		if (opened < 0) {
-			errno = EPROTO;
+			errno = EMFILE; /* there was no room for it: recvmsg(2) */
 			return -1;
 		}
 	}

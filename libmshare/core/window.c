@@ -79,20 +79,36 @@ int window_map(char *start, size_t size, int backing, int uffd, bool writable, i
  * mremap() moves one VMA, and what is to be write-protected cannot be told apart
  * yet: so the whole window is registered for that, if any of it is.
  */
-int window_replace(char *start, size_t size, int backing, int uffd, bool writable, bool protect)
+int window_replace(char *room, char *start, size_t size, int backing, int uffd, bool writable,
+		   bool protect)
 {
-	int flags = flags_of(writable) & ~MAP_FIXED, saved;
-	char *made = raw_mmap(NULL, size, prot_of(writable), flags, backing, 0);
-
-	if (made == MAP_FAILED)
+	if (raw_mmap(room, size, prot_of(writable), flags_of(writable), backing, 0) == MAP_FAILED)
 		return -1;
-	if (raw_madvise(made, size, MADV_DONTFORK) == 0 &&
-	    uffd_register(uffd, made, size,
-			  UFFD_MISSING | (protect && writable ? UFFD_WRITE_PROTECT : 0)) == 0 &&
-	    raw_mremap(made, size, start) == 0)
-		return 0;
-	saved = errno;
-	raw_munmap(made, size);
-	errno = saved;
-	return -1;
+	if (raw_madvise(room, size, MADV_DONTFORK) < 0)
+		return -1;
+	if (uffd_register(uffd, room, size,
+			  UFFD_MISSING | (protect && writable ? UFFD_WRITE_PROTECT : 0)) < 0)
+		return -1;
+	return raw_mremap(room, size, start);
+}
+
+static char *reserve_anywhere(size_t size)
+{
+	char *got = raw_mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+			     0);
+
+	return got == MAP_FAILED ? NULL : got;
+}
+
+/* Had before anything is copied: what limits it (setrlimit(2), vm.max_map_count) tells so now. */
+char *window_room(char *start, size_t size)
+{
+	char *room = reserve_anywhere(size), *other;
+
+	if (!room || room + size <= start || start + size <= room)
+		return room;
+	/* In a part of the range that is not mapped: mremap() wants no overlap. */
+	other = reserve_anywhere(size);
+	raw_munmap(room, size);
+	return other;
 }

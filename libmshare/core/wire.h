@@ -30,7 +30,7 @@ enum mshare_wire_op {
 	 * Reply fd: the backing, read-only, if the region is.
 	 */
 	MSHARE_WIRE_COMMIT = 2,
-	/* The window is unmapped. */
+	/* The window is unmapped; or before COMMIT: there will be none. */
 	MSHARE_WIRE_DETACH = 3,
 	/* The same, and the name goes with the last sharer. */
 	MSHARE_WIRE_UNLINK = 4,

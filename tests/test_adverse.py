@@ -1,0 +1,92 @@
+"""Clients in adverse circumstances: out of descriptors or address space, under signals."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ALIGNMENT, BASE, Client, Daemon
+
+SIZE = 2 * ALIGNMENT
+PAGE = mmap.PAGESIZE
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
+Spawn = Callable[..., Client]
+
+
+def minus(code: int) -> str:
+    return str(-code)
+
+
+def descriptors(client: Client) -> list[str]:
+    """What the client has open, by number."""
+    directory = Path(f"/proc/{client.pid}/fd")
+    return sorted(f"{fd.name} {fd.readlink()}" for fd in directory.iterdir())
+
+
+def mapped(client: Client) -> list[str]:
+    """The client's mappings in the region's range."""
+    lines = Path(f"/proc/{client.pid}/maps").read_text().splitlines()
+    places = [(line, *(int(word, 16) for word in line.split()[0].split("-"))) for line in lines]
+    return [line for line, start, end in places if start < BASE + SIZE and end > BASE]
+
+
+def prepare(spawn: Spawn, kind: str, user: int) -> tuple[Client, tuple[object, ...]]:
+    """A client and a call of mshare() that would succeed."""
+    client = spawn(user=user, group=user, extra_groups=[])
+    client.ok("hello")  # the dynamic linker has finished
+    donor = spawn(user=user, group=user, extra_groups=[]) if kind == "attach" else client
+    if kind != "empty":
+        donor.ok("map", BASE, SIZE, mmap.MAP_SHARED)
+        donor.ok("fill", BASE, SIZE, 7)
+        donor.ok("mprotect", BASE, PAGE, 0)
+    if kind == "attach":
+        donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        return client, ("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+    access = os.O_RDONLY if kind == "donate for readers" else os.O_RDWR
+    return client, ("mshare", "r", BASE, SIZE, os.O_CREAT | os.O_EXCL | access, 0o600)
+
+
+KINDS = ("attach", "empty", "donate", "donate for readers")
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+@pytest.mark.parametrize("kind", KINDS)
+def test_out_of_descriptors_at_every_step(
+    spawn: Spawn, daemon: Daemon, kind: str, user: int
+) -> None:
+    client, call = prepare(spawn, kind, user)
+    used, before = descriptors(client), mapped(client)
+    answers = []
+    while not answers or answers[-1] != "0":
+        assert len(answers) < 20
+        client.ok("limit", resource.RLIMIT_NOFILE, len(used) + len(answers))
+        answers.append(client.do(*call))
+        if answers[-1] != "0":
+            # The device, once it has been handed one, is kept on purpose.
+            assert {fd for fd in descriptors(client) if "/dev/userfaultfd" not in fd} == set(used)
+            assert mapped(client) == before
+            assert (daemon.mount / "r").exists() == (kind == "attach")
+    assert set(answers[:-1]) == {minus(errno.EMFILE)}
+    assert len(answers) > 4
+    if kind != "empty":
+        assert client.do("load", BASE + PAGE) == "7"
+    if kind != "attach":
+        assert daemon.sharers("r") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_out_of_address_space(spawn: Spawn, daemon: Daemon, kind: str) -> None:
+    client, call = prepare(spawn, kind, 0)
+    used, before = descriptors(client), mapped(client)
+    size = int(Path(f"/proc/{client.pid}/statm").read_text().split()[0]) * PAGE
+    client.ok("limit", resource.RLIMIT_AS, size + SIZE // 2)
+    assert client.do(*call) == minus(errno.ENOMEM)
+    assert (descriptors(client), mapped(client)) == (used, before)
+    assert (daemon.mount / "r").exists() == (kind == "attach")
+    client.ok("limit", resource.RLIMIT_AS, size + (64 << 20))
+    client.ok(*call)
