@@ -103,7 +103,7 @@ LACKING: Final = {
     "hugetlb": "no hugetlbfs, no UFFD_FEATURE_MINOR_HUGETLBFS (Linux 5.13), or no right to mount: "
     "the backing hugetlb cannot be had",
     "map_files": "no right to /proc/PID/map_files (CAP_CHECKPOINT_RESTORE): a donor's shared "
-    "anonymous memory is searched page by page, slowly",
+    "anonymous memory is searched with mincore(2), or page by page if some is swapped out",
 }
 
 

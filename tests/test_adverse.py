@@ -30,9 +30,12 @@ def descriptors(client: Client) -> list[str]:
 
 def mapped(client: Client) -> list[str]:
     """The client's mappings in the region's range."""
-    lines = Path(f"/proc/{client.pid}/maps").read_text().splitlines()
-    places = [(line, *(int(word, 16) for word in line.split()[0].split("-"))) for line in lines]
-    return [line for line, start, end in places if start < BASE + SIZE and end > BASE]
+    found = []
+    for line in Path(f"/proc/{client.pid}/maps").read_text().splitlines():
+        start, end = (int(word, 16) for word in line.split()[0].split("-"))
+        if start < BASE + SIZE and end > BASE:
+            found.append(line)
+    return found
 
 
 def prepare(spawn: Spawn, kind: str, user: int) -> tuple[Client, tuple[object, ...]]:
@@ -61,7 +64,7 @@ def test_out_of_descriptors_at_every_step(
 ) -> None:
     client, call = prepare(spawn, kind, user)
     used, before = descriptors(client), mapped(client)
-    answers = []
+    answers: list[str] = []
     while not answers or answers[-1] != "0":
         assert len(answers) < 20
         client.ok("limit", resource.RLIMIT_NOFILE, len(used) + len(answers))

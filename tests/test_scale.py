@@ -285,7 +285,9 @@ def test_without_a_kernel_feature(
         donor, second = start(**user), start(**user)
         donor.ok("map", BASE, ALIGNMENT, mmap.MAP_SHARED)
         donor.ok("store", BASE + 8192, 1)
+        assert donor.do("fork", "store", BASE + ALIGNMENT - 4096, 3) == "0"
         donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        assert donor.do("load", BASE + ALIGNMENT - 4096) == "3"
         second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
         assert second.do("load", BASE + 8192) == "1"
         second.ok("store", BASE, 2)
@@ -293,6 +295,24 @@ def test_without_a_kernel_feature(
         assert second.do("load", BASE + ALIGNMENT) == "SIGBUS"
         assert donor.do("thread", "store", BASE + SIZE - 1, 1) == "SIGBUS"
         assert int(daemon.field("r", "memory")) < ALIGNMENT
+
+
+def test_without_map_files_and_knowledge_of_swap_each_page_is_tried(
+    make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--without=map_files")
+    daemon.expected.append("WARNING: no right to /proc/PID/map_files")
+    daemon.start()
+    hide = 'mount --bind /dev/null /proc/vmstat && exec "$@"'
+    with clients(client_program, daemon) as start:
+        donor = start(before=["unshare", "--mount", "sh", "-c", hide, "sh"])
+        donor.ok("map", BASE, ALIGNMENT, mmap.MAP_SHARED)
+        donor.ok("store", BASE, 1)
+        donor.ok("fork", "store", BASE + ALIGNMENT - 4096, 3)
+        donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        assert donor.do("load", BASE) == "1"
+        assert donor.do("load", BASE + 4096) == "0"
+        assert donor.do("load", BASE + ALIGNMENT - 4096) == "3"
 
 
 def test_without_write_protection_what_needs_it_is_refused(

@@ -23,9 +23,12 @@
  * populated by a relative, or swapped out, has no entry in our page table.  The
  * memory is a file of the kernel's own, and the daemon opens it for us by
  * /proc/PID/map_files (that takes CAP_CHECKPOINT_RESTORE); SEEK_DATA then tells.
- * A daemon without that right leaves us to try each page: with
- * UFFD_FEATURE_SIGBUS a system call on an absent page fails instead of sleeping.
- * mincore(2) would be quicker but reports swapped pages as absent.
+ * A daemon without that right (an ordinary user's) leaves us to find out.  mincore(2)
+ * tells which pages are in memory, whoever populated them; a page that is swapped out
+ * is absent for it.  So it will do as long as nothing of ours is swapped out (the VMA's
+ * Swap in /proc/self/smaps) and nobody's is meanwhile (/proc/vmstat).  Otherwise each
+ * page is tried: with UFFD_FEATURE_SIGBUS a system call on an absent page fails instead
+ * of sleeping.  That takes minutes for 512 GiB.
  *
  * On huge pages the last step is not one step: the window is closed for a moment before
  * it opens, and a thread that touches the range just then has SIGSEGV.  (Only mremap()
@@ -63,6 +66,9 @@ struct vma {
 	off_t offset; /* of vma_start in the file */
 	int file;     /* the file, or that of shared anonymous memory; or -1 */
 };
+
+/* How to find the pages of shared anonymous memory whose file is not to be had. */
+enum finding { BY_MINCORE, BY_TRYING };
 
 struct donation {
 	struct vma *vmas;
@@ -186,7 +192,7 @@ static int find_vmas(struct donation *donation, char *end)
  * The files behind shared VMAs, and what else it takes descriptors for.  Must come
  * before registering splits the VMAs.
  */
-static int open_files(struct donation *donation, int connection, bool *try_each_page)
+static int open_files(struct donation *donation, int connection, bool *files_known)
 {
 	for (size_t i = 0; i < donation->count && donation->memory < 0; i++) {
 		if ((donation->vmas[i].prot & PROT_READ) && !donation->huge)
@@ -209,7 +215,7 @@ static int open_files(struct donation *donation, int connection, bool *try_each_
 		if (connection_call(connection, &request, NULL, NULL, 0, &reply, &vma->file) < 0) {
 			if (errno != EPERM)
 				return -1;
-			*try_each_page = true;
+			*files_known = false;
 		} else if (vma->file < 0) {
 			errno = EMFILE; /* there was no room for it: recvmsg(2) */
 			return -1;
@@ -411,6 +417,40 @@ out:
 	return result;
 }
 
+static int copy_by_mincore(struct donation *donation, int freezer, const struct vma *vma)
+{
+	enum { PAGES = 1 << 18 };
+	unsigned char *present = malloc(PAGES);
+	char *page = vma->start, *run = NULL;
+	int result = -1;
+
+	while (present && page < vma->end) {
+		size_t left = (size_t)(vma->end - page) / donation->page;
+		size_t count = left < PAGES ? left : PAGES;
+
+		if (mincore(page, count * donation->page, present) < 0)
+			goto out;
+		if (!run && !memchr(present, 1, count)) {
+			page += count * donation->page;
+			continue;
+		}
+		for (size_t i = 0; i < count; i++, page += donation->page) {
+			if ((present[i] & 1) && !run)
+				run = page;
+			if (!(present[i] & 1) && run) {
+				if (freeze_and_copy(donation, freezer, vma, run, page) < 0)
+					goto out;
+				run = NULL;
+			}
+		}
+	}
+	if (present)
+		result = run ? freeze_and_copy(donation, freezer, vma, run, page) : 0;
+out:
+	free(present);
+	return result;
+}
+
 static int copy_by_pagemap(struct donation *donation, int freezer, const struct vma *vma)
 {
 	enum { ENTRIES = 8192 };
@@ -454,7 +494,7 @@ out:
 	return result;
 }
 
-static int copy_contents(struct donation *donation, int freezer)
+static int copy_contents(struct donation *donation, int freezer, enum finding finding)
 {
 	for (size_t i = 0; i < donation->count; i++) {
 		const struct vma *vma = &donation->vmas[i];
@@ -471,10 +511,10 @@ static int copy_contents(struct donation *donation, int freezer)
 			result = copy_by_pagemap(donation, freezer, vma);
 		else if (vma->file >= 0)
 			result = copy_by_seek(donation, freezer, vma);
-		else if (!donation->counting) /* too slow to be done twice */
-			result = copy_by_trying(donation, freezer, vma);
+		else if (finding == BY_MINCORE)
+			result = copy_by_mincore(donation, freezer, vma);
 		else
-			result = 0;
+			result = copy_by_trying(donation, freezer, vma);
 		if (result < 0)
 			return -1;
 	}
@@ -489,12 +529,77 @@ static int check_room(struct donation *donation, int connection)
 	int ignored, result;
 
 	donation->counting = true;
-	result = copy_contents(donation, -1);
+	result = copy_contents(donation, -1, BY_MINCORE);
 	donation->counting = false;
 	request.size = donation->counted * donation->huge;
 	if (result < 0 || request.size == 0)
 		return result;
 	return connection_call(connection, &request, NULL, NULL, 0, &reply, &ignored);
+}
+
+/* Pages that this machine has swapped out since it was started; -1 if that is not known. */
+static long long swapped_out(void)
+{
+	FILE *vmstat = fopen("/proc/vmstat", "re");
+	char key[64];
+	long long value, sum = 0;
+	bool known = false;
+
+	while (vmstat && fscanf(vmstat, "%63s %lld", key, &value) == 2) {
+		if (strstr(key, "swpout")) { /* pswpout, zswpout, swpout_zero, thp_swpout */
+			sum += value;
+			known = true;
+		}
+	}
+	if (vmstat)
+		fclose(vmstat);
+	return known ? sum : -1;
+}
+
+/* Whether a part of the donation is swapped out now; true if that is not known. */
+static bool is_swapped(const struct donation *donation, char *end)
+{
+	FILE *smaps = fopen("/proc/self/smaps", "re");
+	bool within = false, found = false, known = false;
+	char *line = NULL;
+	size_t capacity = 0;
+
+	while (smaps && getline(&line, &capacity, smaps) > 0) {
+		unsigned long from, to, swap;
+
+		if (sscanf(line, "%lx-%lx ", &from, &to) == 2)
+			within = (char *)to > donation->start && (char *)from < end;
+		else if (within && sscanf(line, "Swap: %lu kB", &swap) == 1) {
+			known = true;
+			found |= swap != 0;
+		}
+	}
+	free(line);
+	if (smaps)
+		fclose(smaps);
+	return found || !known;
+}
+
+/* Copies everything; *freezer holds back writers from then on, until it is closed. */
+static int freeze_and_copy_all(struct donation *donation, int connection, char *end,
+			       bool files_known, int *freezer)
+{
+	long long before = swapped_out();
+	enum finding finding = BY_MINCORE;
+
+	if (!files_known && (before < 0 || is_swapped(donation, end)))
+		finding = BY_TRYING;
+	for (;; finding = BY_TRYING) {
+		uint64_t features = finding == BY_TRYING ? UFFD_FEATURE_SIGBUS : 0;
+
+		*freezer = uffd_open(connection);
+		if (*freezer < 0 || uffd_handshake(*freezer, features) < 0 ||
+		    copy_contents(donation, *freezer, finding) < 0)
+			return -1;
+		if (files_known || finding == BY_TRYING || swapped_out() == before)
+			return 0;
+		close(*freezer); /* something may have been missed: all of it again */
+	}
 }
 
 static int commit(const struct donation *donation, int connection, int *window_fd)
@@ -600,7 +705,7 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 		.memory = -1,
 		.page = (size_t)sysconf(_SC_PAGESIZE),
 	};
-	bool try_each_page = false;
+	bool files_known = true;
 	int freezer = -1, result = -1, saved;
 	struct statfs file_system;
 	char *room = NULL;
@@ -614,7 +719,7 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 		donation.huge = (size_t)file_system.f_bsize;
 	if (find_vmas(&donation, start + size) < 0)
 		goto out;
-	if (open_files(&donation, connection, &try_each_page) < 0)
+	if (open_files(&donation, connection, &files_known) < 0)
 		goto out;
 	if (map_files(&donation, connection) < 0)
 		goto out;
@@ -623,12 +728,7 @@ int donate(int connection, int uffd, int backing, char *start, size_t size, bool
 	room = window_room(start, size);
 	if (!room)
 		goto out;
-	freezer = uffd_open(connection);
-	if (freezer < 0)
-		goto out;
-	if (uffd_handshake(freezer, try_each_page ? UFFD_FEATURE_SIGBUS : 0) < 0)
-		goto out;
-	if (copy_contents(&donation, freezer) < 0)
+	if (freeze_and_copy_all(&donation, connection, start + size, files_known, &freezer) < 0)
 		goto out;
 	if (commit(&donation, connection, window_fd) < 0)
 		goto out;
