@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -25,6 +26,8 @@ from msharefsd.errors import Refused
 from msharefsd.limits import Limits
 
 BUFFER: Final = 2 << 20
+_OTHERWISE: Final = os.O_APPEND | os.O_DIRECT
+"""Flags with which pwrite(2) and pread(2) do something else than a mapping does."""
 MOST_BUFFERS: Final = 16
 
 T = TypeVar("T")
@@ -108,6 +111,8 @@ class MappedFile:
         self.may_write = may_write
         self._close = close
         self._users = 1
+        self._plain: int | None = None
+        self._opening = threading.Lock()
         self.flushing = trio.Lock()
         """Held while dirty pages go to the file."""
         self.identity = kernel.identify(fd)
@@ -124,6 +129,25 @@ class MappedFile:
         if self._users == 0:
             self._close(self.fd)
             self.fd = -1
+            if self._plain is not None:
+                self._close(self._plain)
+
+    def _descriptor(self) -> int:
+        """One to read and write with at any offset.
+
+        pwrite(2) to an O_APPEND descriptor appends, and O_DIRECT wants everything
+        aligned.  The client may set either at any time (F_SETFL), and they are not
+        ours to change.  The same file is opened anew then, with the same access: no
+        right that the client's descriptor does not have.  May block.  Raises OSError.
+        """
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        if not flags & _OTHERWISE:
+            return self.fd
+        with self._opening:
+            if self._plain is None:
+                access = flags & os.O_ACCMODE | os.O_CLOEXEC
+                self._plain = os.open(f"/proc/self/fd/{self.fd}", access)
+            return self._plain
 
     def read(self, buffer: memoryview, offset: int, page: int) -> int:
         """Fill `buffer` from the file; what lies beyond its end is zeros.
@@ -131,9 +155,9 @@ class MappedFile:
         Returns how many bytes are before the end, rounded up to pages of `page` bytes:
         the rest has no memory (SIGBUS, mmap(2)).  May block.  Raises OSError.
         """
-        done = 0
+        done, fd = 0, self._descriptor()
         while done < len(buffer):
-            got = os.preadv(self.fd, [buffer[done:]], offset + done)
+            got = os.preadv(fd, [buffer[done:]], offset + done)
             if got == 0:
                 break
             done += got
@@ -147,8 +171,9 @@ class MappedFile:
         May block.  Raises OSError.
         """
         left = memoryview(content)[: max(0, os.fstat(self.fd).st_size - offset)]
+        fd = self._descriptor()
         while left:
-            done = os.pwrite(self.fd, left, offset)
+            done = os.pwrite(fd, left, offset)
             left, offset = left[done:], offset + done
 
     def sync(self) -> None:

@@ -267,6 +267,24 @@ def test_what_is_written_to_a_shared_file_mapping_is_in_the_file(pair: Pair, fil
     assert second.do("load", BASE + 3 * PAGE) == "0"
 
 
+@pytest.mark.parametrize("flag", [os.O_APPEND, os.O_DIRECT, os.O_SYNC])
+def test_how_the_file_was_opened_changes_nothing(
+    pair: Pair, file: Path, daemon: Daemon, flag: int
+) -> None:
+    first, second = pair
+    descriptors = daemon.descriptors()
+    content = bytearray(file.read_bytes())
+    first.ok("mmap", BASE, 8 * PAGE, BOTH, SHARED | FIXED, file, os.O_RDWR | flag, 0)
+    for page in (3, 7):
+        assert second.do("load", BASE + page * PAGE) == str(page + 1)
+        second.ok("store", BASE + page * PAGE, 98)
+        content[page * PAGE] = 98
+    second.ok("msync", BASE, 8 * PAGE, MS_SYNC)
+    assert file.read_bytes() == content
+    second.ok("munmap", BASE, 8 * PAGE)
+    eventually(lambda: daemon.descriptors() == descriptors, "the file is closed")
+
+
 def test_dirty_pages_reach_the_file_by_themselves(pair: Pair, file: Path) -> None:
     first, _ = pair
     first.ok("mmap", BASE, 8 * PAGE, BOTH, SHARED | FIXED, file, os.O_RDWR, 0)
