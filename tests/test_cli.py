@@ -284,16 +284,10 @@ def test_create_with_a_backing(mshare: Command) -> None:
     assert mshare.json("info", "r")["backing"] == "shm"
 
 
-def test_create_says_when_the_backing_is_another(
-    mshare: Command, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from libmshare.cli import create
-
-    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
-    monkeypatch.setenv("MSHARE_BACKING", "shm")
-    monkeypatch.setattr(create, "_want_backing", lambda _: None)  # as an old library
-    with pytest.raises(CommandError, match="asked for backing hugetlb, got shm"):
-        create.create(b"r", BASE, SIZE, 0o600, "hugetlb", 10.0, anonymous=False)
+def test_create_without_enough_huge_pages(mshare: Command, daemon: Daemon) -> None:
+    daemon.expected.append("huge pages")
+    why = mshare.fails("create", "r", "--start=2T", "--size=64T", "--backing=hugetlb")
+    assert "not enough huge pages" in why or "cannot have huge pages" in why
     assert mshare.json("ls") == []
 
 
@@ -774,7 +768,6 @@ def test_doctor(mshare: Command, daemon: Daemon) -> None:
         "userfaultfd for users",
         "/dev/shm",
         "/dev/shm huge=",
-        "huge pages",
         "mappings",
         "overcommit",
         "descriptors",
@@ -783,6 +776,7 @@ def test_doctor(mshare: Command, daemon: Daemon) -> None:
         assert findings[check]["status"] in ("ok", "warn", "fail")
         # What is not right comes with what to do.
         assert findings[check]["status"] == "ok" or findings[check]["advice"]
+    assert [check for check in findings if check.startswith("huge pages")]
     text = mshare.run("doctor").stdout
     for each in findings.values():
         assert any(

@@ -21,10 +21,12 @@ from libmshare.cli.output import Column, printable
 from msharefsd import capabilities, mounting
 from msharefsd.backing import SHM_DIRECTORY
 from msharefsd.config import ConfigError, load
+from msharefsd.hugetlb import Pool
 from msharefsd.uffd import DEVICE
 
 _DESCRIPTORS_A_SHARER: Final = 3
 """In the daemon: see msharefsd(8)."""
+_GIB: Final = 1 << 30
 _USUAL_MAP_COUNT: Final = 65530
 _COLUMNS: Final = (Column(""), Column("CHECK"), Column("FOUND"))
 
@@ -72,7 +74,7 @@ def doctor(timeout: float, config: str | None, *, json: bool) -> bool:
         _fuse(),
         _device(),
         *_shared_memory(),
-        _huge_pages(),
+        *_huge_pages(),
         _map_count(),
         _overcommit(),
         _descriptors(),
@@ -128,7 +130,7 @@ def _mounts(timeout: float) -> Iterator[Finding]:
         found = f"{printable(root)}, alignment {output.size(unit)}; its daemon answers"
         yield Finding("mount", Status.OK, found)
     except CommandError as failure:
-        yield Finding("mount", Status.FAIL, printable(root or "cannot be used"), str(failure))
+        yield Finding("mount", Status.FAIL, printable(root) if root else "none", str(failure))
     others = {mount.target for mount in mounting.mounts() if mount.fstype == mounting.FSTYPE}
     for target in sorted(others - {root}):
         yield _other_mount(target, timeout)
@@ -255,23 +257,22 @@ def _options_of(target: str) -> list[str] | None:
     return found
 
 
-def _huge_pages() -> Finding:
-    """For backing=hugetlb, and for nothing else."""
-    with open("/proc/meminfo", encoding="utf-8") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    if "HugePages_Total" not in lines:
-        return Finding(
-            "huge pages", Status.WARN, "no hugetlb in this kernel", "backing hugetlb needs it"
-        )
-    size = int(lines["Hugepagesize"].split()[0]) << 10
-    total, free, promised = (int(lines[f"HugePages_{key}"]) for key in ("Total", "Free", "Rsvd"))
-    left = free - promised
-    found = f"{total} of {output.size(size)} reserved, {left} free"
-    more = total + max((1 << 30) // size, 1)
-    advice = f"for 1G more: sysctl vm.nr_hugepages={more}"
-    if left > 0:
-        return Finding("huge pages", Status.OK, found, advice)
-    return Finding("huge pages", Status.WARN, found, f"backing hugetlb needs some; {advice}")
+def _huge_pages() -> Iterator[Finding]:
+    """For the backing hugetlb, and for nothing else."""
+    sizes = Pool.sizes()
+    if not sizes:
+        yield Finding("huge pages", Status.WARN, "this kernel has none", "no backing hugetlb")
+    for page in sizes:
+        pool = Pool(Path("/"), page)
+        check, found = f"huge pages of {output.size(page)}", f"{pool.total()}, {pool.free()} free"
+        wanted = max(_GIB // page, 1)
+        advice = f"for {output.size(wanted * page)} of them: {pool.command(wanted)}"
+        if pool.free() >= wanted:
+            yield Finding(check, Status.OK, found)
+        elif pool.free() > 0:
+            yield Finding(check, Status.OK, found, advice)
+        else:
+            yield Finding(check, Status.WARN, found, f"backing hugetlb needs some; {advice}")
 
 
 def _map_count() -> Finding:
