@@ -188,7 +188,9 @@ def test_the_texts_of_a_region() -> None:
 
 def _backing() -> Any:
     identity = SimpleNamespace(major=1, minor=1, inode=1)
-    return SimpleNamespace(kind="shm", name="/x", identity=identity, allocated=lambda: 4096)
+    return SimpleNamespace(
+        kind="shm", name="/x", page=PAGE, identity=identity, allocated=lambda: PAGE
+    )
 
 
 def test_a_window_grows_while_a_thread_goes_on() -> None:
