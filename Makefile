@@ -45,8 +45,12 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# What is to hold whatever holds the pages.
+CORPUS := tests/test_sharing.py tests/test_mapping.py tests/test_oracle.py
+
 check: setup
 	$(BIN)/pytest $(TESTS)
+	MSHARE_TEST_BACKING=hugetlb $(BIN)/pytest $(CORPUS)
 
 test: lint check
 

@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG: Final = 4096
 _SO_PEERGROUPS: Final = 59
-_MOST_GROUPS: Final = 1 << 16
-"""NGROUPS_MAX."""
+_MOST_GROUPS: Final = 256
+"""As many as Python's getsockopt() has room for."""
 MOST_UNCLOSED: Final = 64
 """How many files of a user's may wait for being closed; then their calls wait too."""
 UNCLOSED_SECONDS: Final = 0.05
@@ -107,7 +107,10 @@ def _peer_of(sock: trio.socket.SocketType) -> Peer:
 
 
 def _groups_of(sock: trio.socket.SocketType) -> tuple[int, ...]:
-    """The supplementary groups of who connected (SO_PEERGROUPS, Linux 4.13)."""
+    """The supplementary groups of who connected (SO_PEERGROUPS, Linux 4.13).
+
+    None for who has more of them than can be asked for.
+    """
     try:
         data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * 4)
     except OSError:

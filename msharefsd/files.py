@@ -9,6 +9,7 @@ stalls its own user's files only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -63,6 +64,10 @@ class Zeros:
         if length > self._length:
             flags = kernel.MAP_PRIVATE | kernel.MAP_ANONYMOUS | kernel.MAP_NORESERVE
             start = kernel.mmap(None, length, kernel.PROT_READ, flags, -1, 0)
+            # UFFDIO_COPY from pages that are absent takes a second huge page for a moment
+            # (hugetlb_mfill_atomic_pte(), mm/hugetlb.c), and there may be one only.
+            with contextlib.suppress(OSError):
+                kernel.madvise(start, length, kernel.MADV_POPULATE_READ)
             if self._length:
                 kernel.munmap(self._start, self._length)
             self._start, self._length = start, length

@@ -85,12 +85,18 @@ class Pool:
     def mount(self) -> None:
         """Mount hugetlbfs, if it is not mounted already by a daemon before.
 
-        Raises OSError.
+        Raises OSError: EBUSY when that has left memory in pages of another size.
         """
         target = str(self.directory)
         self.directory.mkdir(mode=0o700, exist_ok=True)
         mounted = mounting.top_mount(target)
-        if mounted is None or mounted.fstype != "hugetlbfs":
+        here = mounted is not None and mounted.fstype == "hugetlbfs"
+        if here and os.statvfs(target).f_bsize != self.page:
+            if os.listdir(target):
+                raise OSError(errno.EBUSY, "there are regions with huge pages of another size")
+            kernel.umount(target, kernel.MNT_DETACH)
+            here = False
+        if not here:
             flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
             options = f"pagesize={self.page >> 10}K,mode=0700"
             kernel.mount("msharefs", target, "hugetlbfs", flags, options)
@@ -219,15 +225,11 @@ class HugetlbBacking(Backing):
         `number` becomes its name, `stash` is its stash's.
 
         Raises Refused: EINVAL for a size that is not whole pages; ENOMEM when the
-        pool has no page at all, or for want of address space; EMFILE and the like.
+        pool has no page to give, or for want of address space; EMFILE and the like.
         """
         if size % pool.page:
             raise Refused(errno.EINVAL, f"not a multiple of the huge page, {pool.page} bytes")
-        if pool.total() == 0:
-            raise Refused(
-                errno.ENOMEM,
-                f"no huge pages of {pool.page >> 10} kB are reserved: {pool.command()}",
-            )
+        pool.check(pool.page)
         self.page = pool.page
         self.smallest_chunk = pool.page
         self.largest_chunk = max(LARGEST_CHUNK, pool.page)

@@ -136,18 +136,22 @@ class Daemon:
         """Patterns of warnings that the test provokes."""
         self.process: subprocess.Popen[bytes] | None = None
 
+    def command(self, program: Sequence[str] = ()) -> list[str]:
+        """How it is started; `program` stands in for msharefsd."""
+        return [
+            *(program or [str(BIN / "msharefsd")]),
+            f"--mountpoint={self.mount}",
+            f"--run-directory={self.run}",
+            "--log-level=info",
+            f"--backing={BACKING}",
+            *self.arguments,
+        ]
+
     def start(self, command: Sequence[str] = (), **popen: object) -> Daemon:
         """Start and wait until it is ready.  `command` stands in for msharefsd."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
-                [
-                    *(command or [str(BIN / "msharefsd")]),
-                    f"--mountpoint={self.mount}",
-                    f"--run-directory={self.run}",
-                    "--log-level=info",
-                    f"--backing={BACKING}",
-                    *self.arguments,
-                ],
+                self.command(command),
                 stdout=log,
                 stderr=log,
                 cwd="/",
