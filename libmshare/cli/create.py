@@ -17,7 +17,7 @@ _ADVICE: Final = {
     errno.EPERM: "not permitted; this process may not have a userfaultfd (see `mshare doctor`), or "
     "no huge pages: those are for root and the group of vm.hugetlb_shm_group",
     errno.EOPNOTSUPP: "this msharefsd cannot have huge pages; its log says why",
-    errno.ENOMEM: "no memory is left for it",
+    errno.ENOMEM: "no memory, or not enough huge pages, is left for it; see `mshare doctor`",
     errno.ENOSPC: "no memory is left for it; see `mshare doctor`",
 }
 
