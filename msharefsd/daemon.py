@@ -16,13 +16,14 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pyfuse3
 import trio
 
-from msharefsd import backing, capabilities, control, mounting, notify, privileges, trust
+from msharefsd import backing, capabilities, control, mounting, privileges, trust
 from msharefsd.addressspace import AddressSpaces
 from msharefsd.backing import Backing, ShmBacking
 from msharefsd.capabilities import Capabilities
@@ -37,9 +38,11 @@ from msharefsd.hugetlb import HugetlbBacking, Pool
 from msharefsd.limits import Limits
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
+from msharefsd.notify import Manager
 from msharefsd.pageserver import PageServer
-from msharefsd.regions import INFO_FILE, Region, Regions
+from msharefsd.regions import Region, Regions
 from msharefsd.seldom import Seldom
+from msharefsd.selfcheck import SelfCheck
 from msharefsd.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -117,15 +120,15 @@ def _mounted(config: Config, workspace: Path, operations: FileSystem) -> Iterato
             mounting.ungraft()
 
 
-def _self_check(mountpoint: str) -> None:
-    """Use the mount as a client would, once.
+def _open_root(mountpoint: str) -> int:
+    """The mount's root directory, whatever is mounted over it later."""
+    return os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    It shows that the kernel's and our side have met.  And it closes a file: flush()
-    answers ENOSYS, and from then on the kernel closes files of this mount without
-    asking.  The daemon relies on that when it closes descriptors of its own mount.
-    """
-    with open(os.path.join(mountpoint, os.fsdecode(INFO_FILE)), "rb") as file:
-        file.read()
+
+def _status(mountpoint: str, regions: Regions) -> str:
+    living = list(regions.alive())
+    sharers = sum(len(region.sharers) for region in living)
+    return f"serving {mountpoint}: regions {len(living)}, sharers {sharers}"
 
 
 def _bind_control(mountpoint: str) -> socket.socket:
@@ -243,6 +246,7 @@ async def _serve(
 ) -> None:
     mount = mounting.top_mount(config.mountpoint)
     assert mount is not None, "pyfuse3.init() returned without a mount"
+    manager = Manager()
     threads = Threads(regions.limits)
     pages = PageServer(found, metrics, config.region_memory_bytes, threads)
     writeback = Writeback(threads, metrics)
@@ -268,9 +272,16 @@ async def _serve(
             nursery.start_soon(_serve_fuse, nursery.cancel_scope)
             nursery.start_soon(_stop_when_unmounted, mount, nursery.cancel_scope)
             with trio.fail_after(SELF_CHECK_SECONDS):
-                await trio.to_thread.run_sync(
-                    _self_check, config.mountpoint, abandon_on_cancel=True
+                root = await trio.to_thread.run_sync(
+                    _open_root, config.mountpoint, abandon_on_cancel=True
                 )
+                stack.callback(os.close, root)
+                check = stack.enter_context(contextlib.closing(SelfCheck(root)))
+                # It shows that the kernel's and our side have met.  And a file is closed:
+                # flush() answers ENOSYS, and from then on the kernel closes files of this
+                # mount without asking.  We rely on that when we close descriptors of it.
+                if not await check.answers(SELF_CHECK_SECONDS):
+                    raise StartError(f"{config.mountpoint} is mounted and does not answer")
                 bound = await trio.to_thread.run_sync(
                     _bind_control, config.mountpoint, abandon_on_cancel=True
                 )
@@ -283,8 +294,9 @@ async def _serve(
                 nursery.start_soon(collapser.run, regions.alive)
             nursery.start_soon(server.run, listener)
             log.info("ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes)
-            notify.notify("READY=1", f"STATUS=serving {config.mountpoint}")
-        notify.notify("STOPPING=1")
+            status = partial(_status, config.mountpoint, regions)
+            nursery.start_soon(manager.run, status, check.answers)
+        manager.stopping()
         await writeback.finish(regions.alive())
         regions.release = Region.close_memory
     log.info("stopped")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -17,7 +16,7 @@ import trio
 import trio.testing
 from conftest import eventually
 
-from msharefsd import capabilities, config, kernel, liveness, notify, seldom, texts, uffd
+from msharefsd import capabilities, config, kernel, liveness, seldom, texts, uffd
 from msharefsd.config import ConfigError
 from msharefsd.control import Control
 from msharefsd.disposal import Disposal
@@ -92,20 +91,6 @@ def test_defaults_depend_on_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     with pytest.raises(ConfigError, match="XDG_RUNTIME_DIR"):
         config.load(None, {})
-
-
-@pytest.mark.parametrize("prefix", ["", "@"])
-def test_the_service_manager_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
-) -> None:
-    address = f"@{tmp_path.name}" if prefix else str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(address.replace("@", "\0", 1) if prefix else address)
-        monkeypatch.setenv("NOTIFY_SOCKET", address)
-        notify.notify("READY=1", "STATUS=x")
-        assert manager.recv(100) == b"READY=1\nSTATUS=x"
-    monkeypatch.delenv("NOTIFY_SOCKET")
-    notify.notify("READY=1")
 
 
 async def test_a_process_that_ends_is_noticed_once() -> None:
