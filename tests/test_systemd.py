@@ -1,0 +1,351 @@
+"""The units under a real systemd, in a machine of the tests' own (machine.py)."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ALIGNMENT, BASE, SUSPICIOUS, WATCHDOG_SECONDS, Client, eventually
+from machine import PROGRAMS, LackingError, Machine, Service, running
+
+from msharefsd import mounting
+
+SIZE = 2 * ALIGNMENT
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
+NOBODY = 65534
+READ, WRITE, FIXED, MS_SYNC = mmap.PROT_READ, mmap.PROT_WRITE, 0x10, 4
+MOUNT = "/sys/fs/mshare"
+RUN = "/run/msharefs/sys-fs-mshare"
+SETTINGS = """
+alignment = "2M"
+collapse_seconds = 0.2
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(client_program: Path) -> Iterator[Machine]:
+    directory = Path(tempfile.mkdtemp(prefix="mshare-test-"))
+    try:
+        with running(directory, client_program) as made:
+            made.write("/etc/msharefs.toml", SETTINGS)
+            made.write("/etc/default/msharefsd", "MSHAREFSD_OPTIONS=--config=/etc/msharefs.toml\n")
+            yield made
+    except LackingError as lacking:
+        pytest.skip(f"no systemd as PID 1 can be had here, for want of {lacking}")
+    finally:
+        shutil.rmtree(directory)
+
+
+class Watched(Service):
+    """The service, and what its journal may say."""
+
+    expected: tuple[str, ...] = ()
+
+    def is_serving(self) -> bool:
+        """Whether it is ready."""
+        return self.show("ActiveState") == "active"
+
+    def restarts(self) -> int:
+        """How often systemd started it by itself."""
+        return int(self.show("NRestarts"))
+
+    def came_back(self, number: int) -> None:
+        """Wait until it serves, started by itself for the `number`th time."""
+        eventually(lambda: self.restarts() == number and self.is_serving(), f"restart {number}", 50)
+
+
+@pytest.fixture
+def service(machine: Machine) -> Iterator[Watched]:
+    """msharefsd.service, started; stopped after the test, and then nothing is left."""
+
+    def bark() -> None:
+        machine.abort()
+        machine.kill()
+
+    watchdog = threading.Timer(WATCHDOG_SECONDS, bark)
+    watchdog.start()
+    before = machine.mounts()
+    made = Watched(machine)
+    start = machine.run("date", "+%s.%N").stdout.strip()
+    try:
+        made.systemctl("start")
+        yield made
+        made.systemctl("stop")
+        check_journal(made, start)
+        assert machine.mounts() == before
+        assert machine.run("find", "/dev/shm", "-name", "msharefs-*").stdout == ""
+        assert machine.run("ls", RUN, check=False).returncode != 0
+    finally:
+        watchdog.cancel()
+        made.systemctl("stop", check=False)
+        made.systemctl("reset-failed", check=False)
+        shutil.rmtree(machine.root / f"etc/systemd/system/{made.unit}.d", ignore_errors=True)
+        machine.run("systemctl", "daemon-reload")
+
+
+def field(machine: Machine, key: str) -> int:
+    """A number of region r's info."""
+    text = machine.run("cat", f"{MOUNT}/.regions/r/info").stdout
+    return int(dict(line.split(":", 1) for line in text.splitlines())[key])
+
+
+def metric(machine: Machine, name: str) -> float:
+    text = machine.run("cat", f"{MOUNT}/.metrics").stdout
+    found = re.search(rf"^msharefs_{name} (.*)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def process_status(machine: Machine, pid: int) -> dict[str, str]:
+    text = machine.run("cat", f"/proc/{pid}/status").stdout
+    return dict(line.split(":\t", 1) for line in text.splitlines())
+
+
+def sharers(machine: Machine) -> list[str]:
+    """The pids of region r's sharers, as the machine numbers them."""
+    lines = machine.run("cat", f"{MOUNT}/.regions/r/sharers").stdout.splitlines()
+    return [line.split()[0] for line in lines[1:]]
+
+
+def share(donor: Client, consumer: Client) -> None:
+    """Use a region."""
+    donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    donor.ok("mmap", BASE, SIZE, READ | WRITE, mmap.MAP_SHARED | FIXED)
+    consumer.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+    donor.ok("store", BASE + 4096, 7)
+    assert consumer.do("load", BASE + 4096) == "7"
+
+
+def check_journal(service: Watched, since: str) -> None:
+    text = service.journal(since)
+    assert "ready: " in text
+    for line in text.splitlines():
+        if SUSPICIOUS.search(line) and not any(re.search(p, line) for p in service.expected):
+            pytest.fail(f"suspicious line in the journal: {line}\n\n{text}")
+
+
+def test_it_is_ready_and_everybody_sees_the_mount(machine: Machine, service: Watched) -> None:
+    assert service.is_serving()
+    assert service.show("StatusText") == f"serving {MOUNT}: regions 0, sharers 0"
+    words = ("cat", f"{MOUNT}/mshare_info")
+    assert machine.run(*words).stdout == f"{ALIGNMENT}\n"
+    assert machine.run(*words, user=NOBODY).stdout == f"{ALIGNMENT}\n"
+    # Another service, with a view of its own.
+    own = ("--property=ProtectSystem=strict", "--property=PrivateTmp=yes")
+    for sandbox in ((), own):
+        done = machine.run("systemd-run", "--quiet", "--wait", "--pipe", *sandbox, *words)
+        assert done.stdout == f"{ALIGNMENT}\n"
+    # What was there shows through the graft.
+    assert "cgroup" in machine.run("ls", "/sys/fs").stdout.split()
+
+
+def test_a_service_that_was_there_before_sees_it_come_and_go(
+    machine: Machine, service: Watched
+) -> None:
+    service.systemctl("stop")
+    other = Service(machine, "earlier.service")
+    words = ("--quiet", "--unit=earlier", "--property=ProtectSystem=strict", "sleep", "1000")
+    machine.run("systemd-run", *words)
+    try:
+        inside = ("nsenter", f"--target={other.pid}", "--mount")
+        assert machine.run(*inside, "ls", MOUNT, check=False).returncode != 0
+        service.systemctl("start")
+        assert machine.run(*inside, "cat", f"{MOUNT}/mshare_info").stdout == f"{ALIGNMENT}\n"
+        service.systemctl("stop")
+        table = machine.run(*inside, "cat", "/proc/self/mountinfo").stdout
+        assert MOUNT not in table
+        assert mounting.GRAFT_SOURCE not in table
+        service.systemctl("start")
+    finally:
+        other.systemctl("stop")
+
+
+def test_it_has_the_rights_that_it_names_and_no_mount_namespace(
+    machine: Machine, service: Watched
+) -> None:
+    status, first = process_status(machine, service.pid), process_status(machine, 1)
+    named = {"kill": 5, "dac_read_search": 2, "sys_ptrace": 19, "sys_admin": 21, "sys_nice": 23}
+    for key in ("CapBnd", "CapPrm", "CapEff"):
+        assert int(status[key], 16) == sum(1 << number for number in named.values())
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    links = ("readlink", f"/proc/{service.pid}/ns/mnt", "/proc/1/ns/mnt")
+    assert len(set(machine.run(*links).stdout.split())) == 1
+    if int(first["CapEff"], 16) & 1 << 24:  # CAP_SYS_RESOURCE: PID 1 may raise what it has
+        limits = machine.run("cat", f"/proc/{service.pid}/limits").stdout
+        assert re.search(r"^Max open files +1048576 +1048576 ", limits, re.MULTILINE)
+        assert machine.run("cat", f"/proc/{service.pid}/oom_score_adj").stdout == "-900\n"
+
+
+@pytest.mark.parametrize("user", [None, NOBODY])
+def test_the_hardening_takes_nothing_away(
+    machine: Machine, service: Watched, user: int | None
+) -> None:
+    """Donors, files, faults in system calls, violations, collapse, sharers' deaths."""
+    before = metric(machine, "collapsed_chunks_total")
+    donor, consumer = machine.client(user), machine.client(user)
+    donor.ok("map", BASE, SIZE, mmap.MAP_SHARED)
+    donor.ok("store", BASE + 4096, 7)
+    donor.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    consumer.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+    assert consumer.do("load", BASE + 4096) == "7"
+    # A donor's shared memory is found by map_files, not searched page by page.
+    assert field(machine, "memory") == 4096
+    # Page tables are taken back.
+    for client in (donor, consumer):
+        client.ok("fill", BASE, ALIGNMENT, 1)
+    eventually(lambda: metric(machine, "collapsed_chunks_total") > before, "collapse")
+    # Faults in system calls, for an ordinary user as well.
+    assert consumer.do("from_memory", BASE + ALIGNMENT, 1) == "1"
+    # A file that is read and written back by the daemon, with its sharer's rights.
+    path = PROGRAMS / f"data-{user}"
+    machine.write(str(path), "x" * 4096)
+    machine.run("chown", f"{user or 0}:{user or 0}", path)
+    flags = mmap.MAP_SHARED | FIXED
+    donor.ok("munmap", BASE + ALIGNMENT, 4096)
+    donor.ok("mmap", BASE + ALIGNMENT, 4096, READ | WRITE, flags, path, os.O_RDWR, 0)
+    assert consumer.do("load", BASE + ALIGNMENT) == str(ord("x"))
+    consumer.ok("store", BASE + ALIGNMENT, ord("y"))
+    donor.ok("msync", BASE + ALIGNMENT, 4096, MS_SYNC)
+    assert machine.run("head", "-c", "2", path).stdout == "yx"
+    # Violations: SIGSEGV with its address, and EFAULT.
+    donor.ok("mprotect", BASE, 4096, READ)
+    assert consumer.do("guilty", BASE + 9) == str(BASE + 9)
+    assert consumer.do("to_memory", BASE, 1) == "-14"
+    donor.ok("mprotect", BASE, 4096, READ | WRITE)
+    # Who is killed is gone.
+    machine.run("kill", "-KILL", sharers(machine)[0])
+    eventually(lambda: len(sharers(machine)) == 1, "the death of a sharer")
+
+
+# What a killed daemon leaves, the next one clears away, and says so.
+LEFT_BEHIND = ("the mount that a dead daemon left", "removed shared memory")
+
+
+def test_a_killed_daemon_comes_back(machine: Machine, service: Watched) -> None:
+    service.expected = (*LEFT_BEHIND, r"status=9/KILL", "Failed with result 'signal'")
+    holder = machine.client()
+    share(holder, machine.client())
+    for number in (1, 2, 3):
+        machine.run("kill", "-KILL", service.pid)
+        service.came_back(number)
+        # Who has memory keeps it, whatever becomes of the daemon.
+        assert holder.do("load", BASE + 4096) == "7"
+        assert machine.run("cat", f"{MOUNT}/mshare_info").stdout == f"{ALIGNMENT}\n"
+    holder.kill()
+
+
+def test_a_daemon_that_hangs_is_killed_by_the_watchdog(machine: Machine, service: Watched) -> None:
+    service.expected = (
+        *LEFT_BEHIND,
+        "Watchdog timeout",
+        r"code=(dumped|killed), status=6/ABRT",
+        "Failed with result 'watchdog'",
+        # Where it hung: Python's faulthandler(3).
+        "Fatal Python error: Aborted",
+        "thread 0x[0-9a-f]+",
+    )
+    service.systemctl("stop")
+    service.drop_in(WatchdogSec="4s")
+    service.systemctl("start")
+    first = service.pid
+    # It lives on for longer than that as long as it serves.
+    machine.run("sleep", "6")
+    assert (service.pid, service.restarts()) == (first, 0)
+    machine.run("kill", "-STOP", first)
+    service.came_back(1)
+    assert service.pid != first
+    share(machine.client(), machine.client())
+
+
+def test_restart(machine: Machine, service: Watched) -> None:
+    first = service.pid
+    service.systemctl("restart")
+    assert service.is_serving()
+    assert service.pid != first
+    donor, consumer = machine.client(), machine.client()
+    share(donor, consumer)
+    donor.ok("unlink", "r")
+    consumer.ok("unlink", "r")
+
+
+def test_what_restarts_by_itself(machine: Machine, service: Watched) -> None:
+    """Any end but that of a stop; an umount by somebody else too."""
+    machine.run("kill", "-TERM", service.pid)
+    service.came_back(1)
+    machine.run("umount", "--lazy", MOUNT)
+    service.came_back(2)
+    assert machine.run("cat", f"{MOUNT}/mshare_info").stdout == f"{ALIGNMENT}\n"
+
+
+def test_wrong_settings_are_not_tried_again(machine: Machine, service: Watched) -> None:
+    service.expected = ("status=2/INVALIDARGUMENT", "Failed with result 'exit-code'")
+    service.systemctl("stop")
+    service.drop_in(Environment="MSHAREFSD_OPTIONS=--alignment=3", EnvironmentFile="")
+    service.systemctl("start", check=False)
+    assert service.show("ActiveState") == "failed"
+    assert service.restarts() == 0
+
+
+def test_the_units_are_well_formed(machine: Machine) -> None:
+    """systemd-analyze verify; by itself it says nothing of a unit that is right."""
+    runtime = {"XDG_RUNTIME_DIR": "/run"}
+    for scope in ("--system", "--user"):
+        unit = f"/usr/lib/systemd/{scope.strip('-')}/msharefsd.service"
+        done = machine.run("systemd-analyze", "verify", scope, "--man=no", unit, env=runtime)
+        assert done.stdout + done.stderr == ""
+
+
+def test_an_ordinary_users_own_service(machine: Machine, service: Watched) -> None:
+    """Beside the system's; fusermount3 mounts for it."""
+    runtime = f"/run/user/{NOBODY}"
+    environment = {"XDG_RUNTIME_DIR": runtime, "HOME": runtime}
+    machine.run("install", "--directory", f"--owner={NOBODY}", "--mode=700", runtime)
+    words = ("--quiet", "--unit=manager", f"--uid={NOBODY}", "--property=Delegate=yes")
+    variables = [f"--setenv={key}={value}" for key, value in environment.items()]
+    manager = ("/usr/lib/systemd/systemd", "--user", "--unit=basic.target")
+    machine.run("systemd-run", *words, *variables, *manager)
+    try:
+
+        def systemctl(*words: str, check: bool = True) -> str:
+            command = ("systemctl", "--user", *words)
+            return machine.run(*command, user=NOBODY, check=check, env=environment).stdout
+
+        eventually(
+            lambda: systemctl("is-active", "basic.target", check=False) == "active\n",
+            "the user's systemd",
+        )
+        file = f"{runtime}/.config/msharefsd.env"
+        machine.run("mkdir", f"{runtime}/.config", user=NOBODY)
+        machine.run("sh", "-c", f"echo MSHAREFSD_OPTIONS=--alignment=2M >{file}", user=NOBODY)
+        systemctl("start", "msharefsd")
+        info = f"{runtime}/mshare/mshare_info"
+        assert machine.run("cat", info, user=NOBODY).stdout == f"{ALIGNMENT}\n"
+        # The mount is that user's alone.
+        assert machine.run("cat", info, check=False).returncode != 0
+        donor, consumer = (
+            machine.client(NOBODY, MSHARE_ROOT=f"{runtime}/mshare") for _ in range(2)
+        )
+        share(donor, consumer)
+        pid = systemctl("show", "--property=MainPID", "--value", "msharefsd").strip()
+        machine.run("kill", "-KILL", pid)
+        eventually(
+            lambda: (
+                systemctl("show", "--property=NRestarts,ActiveState", "msharefsd")
+                == "NRestarts=1\nActiveState=active\n"
+            ),
+            "a restart",
+        )
+        assert machine.run("cat", info, user=NOBODY).stdout == f"{ALIGNMENT}\n"
+        systemctl("stop", "msharefsd")
+        assert f"{runtime}/mshare" not in {mount.target for mount in machine.mounts()}
+        assert machine.run("ls", f"{runtime}/msharefs/mshare", check=False).returncode != 0
+    finally:
+        machine.run("systemctl", "stop", "manager.service", check=False)
+        machine.run("rm", "--recursive", "--force", runtime)
