@@ -25,6 +25,8 @@ SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
 SECOND = 1_000_000
 
+pytestmark = pytest.mark.shm_only
+
 
 class Listener:
     """A service manager, as far as its socket goes."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, SUSPICIOUS, WATCHDOG_SECONDS, Client, eventually
+from conftest import ALIGNMENT, BASE, SUSPICIOUS, WATCHDOG_SECONDS, Client, eventually, huge_pages
 from machine import PROGRAMS, LackingError, Machine, Service, running
 
 from msharefsd import mounting
@@ -27,6 +27,9 @@ SETTINGS = """
 alignment = "2M"
 collapse_seconds = 0.2
 """
+
+
+pytestmark = pytest.mark.shm_only
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +225,29 @@ def test_the_hardening_takes_nothing_away(
     # Who is killed is gone.
     machine.run("kill", "-KILL", sharers(machine)[0])
     eventually(lambda: len(sharers(machine)) == 1, "the death of a sharer")
+
+
+def test_huge_pages_are_had_under_the_hardening(machine: Machine, service: Watched) -> None:
+    huge = 2 << 20
+    service.systemctl("stop")
+    machine.write("/etc/huge.toml", 'alignment = "4M"\nbacking = "hugetlb"\n')
+    service.drop_in(EnvironmentFile="", Environment="MSHAREFSD_OPTIONS=--config=/etc/huge.toml")
+    with huge_pages(8):
+        service.systemctl("start")
+        # Where everybody sees it, and the next daemon will find it.
+        assert (f"{RUN}/huge", "hugetlbfs") in {(m.target, m.fstype) for m in machine.mounts()}
+        donor, consumer = machine.client(), machine.client()
+        donor.ok("mshare", "r", BASE, 2 * huge, CREATE, 0o600)
+        donor.ok("mmap", BASE, 2 * huge, READ | WRITE, mmap.MAP_SHARED | FIXED)
+        consumer.ok("mshare", "r", BASE, 2 * huge, os.O_RDWR, 0)
+        donor.ok("store", BASE + huge, 7)
+        assert consumer.do("load", BASE + huge) == "7"
+        assert consumer.do("from_memory", BASE, 1) == "1"
+        donor.ok("munmap", BASE, huge)
+        assert consumer.do("load", BASE) == "SIGBUS"
+        donor.ok("unlink", "r")
+        consumer.ok("unlink", "r")
+        service.systemctl("stop")
 
 
 # What a killed daemon leaves, the next one clears away, and says so.
