@@ -53,8 +53,12 @@ class _Attachment:
         return True
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _attachments: dict[str, _Attachment] = {}
+# A child has the threads' locks and not the threads: one that was held stays so.
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 
 
 class Region:

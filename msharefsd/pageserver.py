@@ -269,10 +269,13 @@ class PageServer:
         self._metrics.faults.labels("violation").inc()
         if not violation.may_signal(sharer):
             return self._poison(sharer, sharer.region.start + offset)
-        if violation.in_system_call(sharer.pid, fault.thread):
+        where = violation.where(sharer.pid, fault.thread)
+        if where is violation.Where.SYSTEM_CALL:
             self._start(self._fail_system_call, sharer, offset)
-        else:
+        elif where is violation.Where.USER:
             violation.signal(sharer.pid, fault.thread, signal.SIGSEGV, fault.address)
+        else:
+            uffd.wake(sharer.uffd, sharer.region.start + offset, sharer.region.page)
         return Outcome.DONE
 
     async def _fail_system_call(self, sharer: Sharer, offset: int) -> None:
@@ -566,12 +569,15 @@ class PageServer:
         Code has a signal and no poison: the file may grow.
         """
         self._metrics.sigbus.labels("file").inc()
-        if violation.in_system_call(sharer.pid, fault.thread):
+        where = violation.where(sharer.pid, fault.thread)
+        if where is violation.Where.SYSTEM_CALL:
             self._sigbus(sharer, offset, fault.thread)
-        elif violation.may_signal(sharer):
+        elif not violation.may_signal(sharer):
+            self._poison(sharer, sharer.region.start + offset)
+        elif where is violation.Where.USER:
             violation.signal(sharer.pid, fault.thread, signal.SIGBUS, fault.address)
         else:
-            self._poison(sharer, sharer.region.start + offset)
+            uffd.wake(sharer.uffd, sharer.region.start + offset, sharer.region.page)
 
     # -- SIGBUS --
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal as signals
+from enum import Enum
 from typing import Final
 
 from msharefsd import kernel, liveness
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 SYSTEM_CALL_SECONDS: Final = 0.002
 """How long a page is kept poisoned for a system call to meet it.  If it was not
 scheduled in that time, it faults again."""
+_LOOKS: Final = 5
 
 
 def _thread(pid: int, number: int) -> int | None:
@@ -49,18 +51,36 @@ def _field(pid: int, thread: int, key: str) -> str:
     return ""
 
 
-def in_system_call(pid: int, number: int) -> bool:
-    """Whether a thread that waits in a fault came there by a system call.
+class Where(Enum):
+    """Where a thread is whose fault has been read."""
 
-    /proc/PID/task/TID/syscall begins with the call's number, or -1 outside of one
-    (proc_pid_syscall(5)).  It takes the right to ptrace(2); without that right the
-    thread is taken for being in user mode.
+    USER = "waits in a fault that its code made"
+    SYSTEM_CALL = "waits in a fault that a system call made"
+    ELSEWHERE = "does not wait"
+
+
+def where(pid: int, number: int) -> Where:
+    """Where a thread is now.
+
+    /proc/PID/task/TID/syscall begins with the call's number, with -1 outside of one, or
+    is "running" (proc_pid_syscall(5)).  It takes the right to ptrace(2); without that
+    right the thread is taken for being in user mode.
+
+    A signal ends the wait for a fault that code made, and the thread comes back to it
+    with a fault of its own: the one that we know is over, and a signal for it would
+    hit whatever the thread does by then.
     """
     thread = _thread(pid, number)
     if thread is None:
-        return True
-    first = liveness.read_proc(pid, f"task/{thread}/syscall").partition(" ")[0]
-    return first.isdigit()
+        return Where.SYSTEM_CALL
+    first = ""
+    for _ in range(_LOOKS):  # it tells of a fault a moment before it sleeps
+        first = liveness.read_proc(pid, f"task/{thread}/syscall").split(" ")[0].strip()
+        if first != "running":
+            break
+    if first == "running":
+        return Where.ELSEWHERE
+    return Where.SYSTEM_CALL if first.isdigit() else Where.USER
 
 
 def may_signal(sharer: Sharer) -> bool:

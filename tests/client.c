@@ -20,6 +20,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -35,6 +36,14 @@ static void on_signal(int number, siginfo_t *information, void *context)
 	caught = number;
 	caught_at = (unsigned long)information->si_addr;
 	siglongjmp(landing, 1);
+}
+
+static volatile sig_atomic_t alarms;
+
+static void on_alarm(int number)
+{
+	(void)number;
+	alarms++;
 }
 
 static void say_errno(long result)
@@ -151,7 +160,8 @@ static void in_child(pid_t child, char *line, const char *self)
 		fflush(stdout);
 		_exit(0);
 	}
-	waitpid(child, &status, 0);
+	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+		;
 	if (WIFSIGNALED(status))
 		printf("killed by %d\n", WTERMSIG(status));
 }
@@ -490,6 +500,17 @@ static void run(char *line, const char *self)
 		pthread_join(thread, NULL);
 	} else if (IS("writers")) { /* name address length threads */
 		donate_under_writers(words[1], (char *)n[2], n[3], (int)n[4]);
+	} else if (IS("on_stack")) { /* address length, then the command of a thread that has its stack there */
+		struct job job = { .self = self };
+		pthread_attr_t attributes;
+		pthread_t thread;
+
+		snprintf(job.line, sizeof job.line, "%s", strchr(strchr(copy, ' ') + 1, ' ') + 1);
+		pthread_attr_init(&attributes);
+		pthread_attr_setstack(&attributes, (void *)n[1], n[2]);
+		pthread_create(&thread, &attributes, in_thread, &job);
+		pthread_attr_destroy(&attributes);
+		pthread_join(thread, NULL);
 	} else if (IS("cycle")) { /* name address length: attach, touch, detach until killed */
 		for (unsigned long i = 0;; i++) {
 			if (mshare(words[1], (void *)n[2], n[3], O_RDWR, 0) < 0)
@@ -517,6 +538,13 @@ static void run(char *line, const char *self)
 	} else if (IS("true")) { /* an ordinary program instead of us */
 		execl("/bin/echo", "echo", "0", (char *)NULL);
 		say_errno(-1);
+	} else if (IS("timer")) { /* microseconds: interrupt whatever can be; says how often it was */
+		struct sigaction action = { .sa_handler = on_alarm }; /* not SA_RESTART */
+		struct itimerval every = { { 0, (suseconds_t)n[1] }, { 0, (suseconds_t)n[1] } };
+
+		sigaction(SIGALRM, &action, NULL);
+		setitimer(ITIMER_REAL, &every, NULL);
+		printf("%d\n", (int)alarms);
 	} else if (IS("limit")) { /* which soft: see getrlimit(2) */
 		struct rlimit limit;
 
@@ -544,9 +572,9 @@ int main(int argc, char **argv)
 		size_t length = 0;
 		ssize_t got;
 
-		while ((got = read(0, line + length, 1)) == 1 && line[length] != '\n' &&
-		       length < sizeof line - 1)
-			length++;
+		while (((got = read(0, line + length, 1)) < 0 && errno == EINTR) ||
+		       (got == 1 && line[length] != '\n' && length < sizeof line - 1))
+			length += got == 1;
 		if (got <= 0)
 			return 0;
 		line[length] = '\0';

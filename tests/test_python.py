@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import textwrap
@@ -351,6 +352,54 @@ def test_threads_attach_and_touch_at_once(daemon: Daemon) -> None:
         assert failures == []
         assert daemon.sharers("r") == 1
         memory.unlink()
+
+
+def in_child(function: Callable[[], int]) -> int:
+    """What `function` returns in a child after fork; 255 if it fails, -14 if it hangs."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            os._exit(function())
+        finally:
+            os._exit(255)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_fork_while_another_thread_attaches(daemon: Daemon) -> None:
+    with create() as memory:
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                with Region("other", create=True, start=BASE + 4 * SIZE, size=SIZE):
+                    pass
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            for _ in range(50):
+                assert in_child(lambda: Region("r").buf[0]) == 0
+        finally:
+            stop.set()
+            thread.join()
+        Region("other").unlink()
+        memory.unlink()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "two words", "caf\udce9", "x" * 255, "-rf", "%s%n", "~"])
+def test_odd_names(daemon: Daemon, name: str) -> None:
+    with Region(name, create=True, start=BASE, size=SIZE) as memory:
+        memory.buf[0] = 5
+        assert in_child(lambda: memory.buf[0]) == 5
+        assert name in os.listdir(daemon.mount)
+        assert len(daemon.info(name, "maps").splitlines()) == 1
+        assert daemon.sharers(name) == 1
+        with pickle.loads(pickle.dumps(memory)) as same:
+            assert same.buf[0] == 5
+        memory.unlink()
+    assert name not in os.listdir(daemon.mount)
 
 
 def test_the_module_prints_how_to_build() -> None:

@@ -328,8 +328,11 @@ static int copy(const struct donation *donation, const struct vma *vma, const ch
 
 		if (done < 0 && errno == EINTR)
 			continue;
-		if (done < 0)
+		if (done < 0) {
+			if (errno == EFAULT) /* a guard page (madvise(2)), or broken memory */
+				errno = EOPNOTSUPP;
 			return -1;
+		}
 		if (done == 0) {
 			errno = ENOSPC;
 			return -1;

@@ -64,11 +64,15 @@ static int check_root(const char *root)
 	char path[PATH_MAX];
 	struct stat status;
 
-	if (root_join(root, ".control", path) < 0 || stat(path, &status) < 0)
+	if (root_join(root, ".control", path) < 0)
 		return -1;
-	if (S_ISSOCK(status.st_mode))
-		return 0;
-	errno = ENOENT;
+	if (stat(path, &status) == 0) {
+		if (S_ISSOCK(status.st_mode))
+			return 0;
+		errno = ENOENT;
+	} else if (errno == ENOTDIR) {
+		errno = ENOENT; /* nor is msharefs mounted on a file */
+	}
 	return -1;
 }
 
