@@ -163,6 +163,21 @@ def test_a_call_that_sticks_out_of_the_region_is_split(pair: Pair) -> None:
         assert client.do("load", BASE) == "SIGBUS"
 
 
+@pytest.mark.parametrize("call", [("mprotect", READ), ("madvise", DONTNEED), ("msync", MS_SYNC)])
+def test_a_call_that_sticks_out_to_where_nothing_is_does_nothing(
+    pair: Pair, call: tuple[str, int]
+) -> None:
+    first, _ = pair
+    first.ok("mmap", BASE, SIZE, BOTH, PRIVATE | FIXED)
+    first.ok("fill", BASE, SIZE, 4)
+    for start in (BASE - PAGE, BASE + SIZE - PAGE):
+        assert first.do(call[0], start, 2 * PAGE, call[1]) == minus(errno.ENOMEM)
+    for client in pair:
+        for page in (BASE, BASE + SIZE - PAGE):
+            assert client.do("load", page) == "4"
+            client.ok("store", page, 4)
+
+
 def test_protection_holds_for_everybody_and_can_be_lifted(pair: Pair, spawn: Spawn) -> None:
     first, second = pair
     first.ok("mmap", BASE, 64 * PAGE, BOTH, SHARED | FIXED)

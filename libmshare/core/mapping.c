@@ -3,9 +3,10 @@
  * mmap() and its kin where they touch a region: there they act on the region, for
  * every sharer at once; elsewhere they are the system calls of their names.
  *
- * A range that lies partly in a region is split.  The region's parts come first:
- * they can fail for reasons of their own (a daemon that has died), and then nothing
- * has been done.  A mapping cannot be split, so mmap() refuses (EINVAL).
+ * A range that lies partly in a region is split.  What is not mapped elsewhere is found
+ * out first; then come the region's parts: they can fail for reasons of their own (a
+ * daemon that has died), and then nothing has been done.  A mapping cannot be split, so
+ * mmap() refuses (EINVAL).
  */
 #include "internal.h"
 
@@ -93,6 +94,18 @@ static int call_part(const struct part *part, uint16_t op, int prot)
 typedef int (*in_region)(const struct part *part, int argument);
 typedef int (*elsewhere)(void *addr, size_t length, int argument);
 
+static int unmap_elsewhere(void *addr, size_t length, int argument)
+{
+	(void)argument;
+	return raw_munmap(addr, length);
+}
+
+/* msync(MS_ASYNC) does nothing in Linux but to say ENOMEM where nothing is mapped. */
+static int check_mapped(void *addr, size_t length)
+{
+	return raw_msync(addr, length, MS_ASYNC);
+}
+
 static int on_each_part(char *start, size_t length, int argument, in_region inside,
 			elsewhere outside)
 {
@@ -100,6 +113,12 @@ static int on_each_part(char *start, size_t length, int argument, in_region insi
 	int result = 0;
 
 	attachment_lock();
+	for (char *at = start; result == 0 && outside != unmap_elsewhere && at < end;) {
+		struct part part = next_part(&at, end);
+
+		if (!part.in)
+			result = check_mapped(part.start, part.length);
+	}
 	for (char *at = start; result == 0 && at < end;) {
 		struct part part = next_part(&at, end);
 
@@ -201,12 +220,6 @@ static int unmap_part(const struct part *part, int argument)
 {
 	(void)argument;
 	return call_part(part, MSHARE_WIRE_MUNMAP, 0);
-}
-
-static int unmap_elsewhere(void *addr, size_t length, int argument)
-{
-	(void)argument;
-	return raw_munmap(addr, length);
 }
 
 MSHARE_EXPORT int mshare_munmap(void *addr, size_t length)
