@@ -222,6 +222,14 @@ class Daemon:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
+    def has_open(self, file: Path) -> bool:
+        directory = Path(f"/proc/{self.pid}/fd")
+        for fd in directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if fd.readlink() == file:
+                    return True
+        return False
+
     def metric(self, name: str) -> float:
         """The value of a metric, 0 if it has none yet."""
         for line in (self.mount / ".metrics").read_text().splitlines():
