@@ -345,11 +345,17 @@ class _Connection:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
             for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
         ]
-        if not data:
+        try:
+            if not data:
+                return False
+            reply, out = await self._answer(data, fds, flags)
+            await self._send(reply, out)
+        finally:
             self._close_all(fds)
-            return False
+        return True
+
+    async def _answer(self, data: bytes, fds: list[int], flags: int) -> tuple[Reply, int | None]:
         op = 0
-        out: int | None = None
         try:
             if flags & socket.MSG_CTRUNC and len(fds) < wire.MAX_FDS:
                 raise Refused(errno.EMFILE, "the daemon is out of descriptors")
@@ -357,7 +363,7 @@ class _Connection:
                 raise Refused(errno.EINVAL, "message or its descriptors too large")
             request = wire.parse_request(data)
             op = request.op
-            reply, out = await self._handle(request, fds)
+            return await self._handle(request, fds)
         except Refused as refused:
             code = errno.errorcode.get(refused.code, str(refused.code))
             self._control.metrics.refused.labels(code).inc()
@@ -365,15 +371,11 @@ class _Connection:
             often = not self._control.seldom.now((self._peer.uid, code))
             level = logging.DEBUG if often else logging.INFO
             log.log(level, "process %d: %s: %s", self._peer.pid, code, refused.message)
-            reply = Reply(op, error=refused.code, message=refused.message)
+            return Reply(op, error=refused.code, message=refused.message), None
         except Exception:
             log.exception("a call of process %d failed", self._peer.pid)
-            reply = Reply(op, error=errno.EIO, message="internal error: see the daemon's log")
-        try:
-            await self._send(reply, out)
-        finally:
-            self._close_all(fds)
-        return True
+            message = "internal error: see the daemon's log"
+            return Reply(op, error=errno.EIO, message=message), None
 
     def _close_all(self, fds: list[int]) -> None:
         for fd in fds:
@@ -468,7 +470,7 @@ class _Connection:
         write = bool(item.prot & kernel.PROT_WRITE)
         may_write = files.check_mappable(fds[0], shared=not private, write=write)
         uid = self._peer.uid
-        await self._control.threads.run(uid, partial(files.check_mapping, fds[0]))
+        await files.check_mapping(self._control.threads, uid, fds[0])
         close = partial(self._control.disposal.close_fd, uid=uid)
         file = MappedFile(fds.pop(), uid, may_write=may_write, close=close)
         try:

@@ -121,8 +121,10 @@ class MappedFile:
         self.flushing = trio.Lock()
         """Held while dirty pages go to the file."""
         self.identity = kernel.identify(fd)
-        # readlink asks the dentry cache, not the file system.
-        self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
+        self.path = b"?"  # longer than any link can say
+        with contextlib.suppress(OSError):
+            # readlink asks the dentry cache, not the file system.
+            self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
 
     def hold(self) -> None:
         """One more user."""
@@ -216,13 +218,33 @@ def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
     return may_write
 
 
-def check_mapping(fd: int) -> None:
+async def check_mapping(threads: Threads, uid: int, fd: int) -> None:
     """Raise Refused(ENODEV) for a file that mmap(2) would not map.
 
     Files of /proc, /sys and the like are regular files, and some of them judge who
     reads or writes them at that moment: it would be us, not the client that opened
-    them.  They cannot be mapped, so it is tried.  May block.
+    them.  They cannot be mapped, so it is tried, in a thread of the user's.
     """
+    # Who waits for it may be gone before it is done: it needs a descriptor of its own.
+    own = os.dup(fd)
+    begun = False
+
+    def look() -> None:
+        nonlocal begun
+        begun = True
+        try:
+            _try_to_map(own)
+        finally:
+            os.close(own)
+
+    try:
+        await threads.run(uid, look)
+    finally:
+        if not begun:
+            os.close(own)
+
+
+def _try_to_map(fd: int) -> None:
     try:
         flags = kernel.MAP_PRIVATE | kernel.MAP_NORESERVE
         at = kernel.mmap(None, kernel.PAGE, kernel.PROT_NONE, flags, fd, 0)

@@ -23,7 +23,8 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -47,6 +48,7 @@ from msharefsd import texts
 from msharefsd.backing import SHM_DIRECTORY
 from msharefsd.errors import Refused
 from msharefsd.metrics import Metrics
+from msharefsd.protection import Breath
 from msharefsd.regions import INFO_FILE, NAME_MAX, Region, Regions
 
 log = logging.getLogger(__name__)
@@ -74,12 +76,18 @@ FIXED: Final = {
 # A region's inodes follow from its id: its file, its directory, the files there.
 _INODES_PER_REGION: Final = 8
 _FILE, _DIRECTORY = 0, 1
-_TEXTS: Final[dict[bytes, tuple[int, Callable[[Region], str]]]] = {
+_TEXTS: Final[dict[bytes, tuple[int, Callable[[Region], str | Iterator[str]]]]] = {
     b"info": (2, texts.info),
     b"maps": (3, texts.maps),
     b"sharers": (4, texts.sharers),
 }
 _RENDER: Final = dict(_TEXTS.values())
+
+MOST_HELD: Final = 64 << 20
+"""How much text a user's open files and directories may hold, in bytes."""
+_HANDLE_BYTES: Final = 512
+_ENTRY_BYTES: Final = 128
+"""What an open handle and an entry of a listing take besides."""
 
 
 def region_inode(region: Region, kind: int = _FILE) -> int:
@@ -124,6 +132,18 @@ def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
     return guarded
 
 
+async def _written(text: str | Iterator[str]) -> bytes:
+    """A text as bytes.  A long one lets others go first now and then."""
+    if isinstance(text, str):
+        return os.fsencode(text)
+    breath = Breath()
+    lines = []
+    for line in text:
+        lines.append(os.fsencode(line))
+        await breath.take()
+    return b"".join(lines)
+
+
 class _GuardedOperations(pyfuse3.Operations):
     def __init_subclass__(cls) -> None:
         """Guard every handler of the class, whoever adds one."""
@@ -148,6 +168,10 @@ class FileSystem(_GuardedOperations):
         """Regions whose file the kernel knows, alive or not."""
         self._contents: dict[int, bytes] = {}
         """What an open handle of a text file reads: one moment, however it is cut."""
+        self._costs: dict[int, tuple[int, int]] = {}
+        """Of each open handle: the user, and the bytes."""
+        self._held: Counter[int] = Counter()
+        """Bytes by user."""
         self._next_handle = 1
         self._listings: dict[int, list[tuple[int, bytes, int]]] = {}
 
@@ -274,7 +298,11 @@ class FileSystem(_GuardedOperations):
         if parent_inode != ROOT:
             raise FUSEError(errno.EPERM)
         region = self._regions.create(name, mode, ctx.uid, ctx.gid)
-        return self._open_region(region), self._entry(region_inode(region))
+        try:
+            return self._open_region(region, ctx.uid), self._entry(region_inode(region))
+        except FUSEError:
+            self._regions.unlink(region)
+            raise
 
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         inode = self._resolve(parent_inode, name)
@@ -399,16 +427,32 @@ class FileSystem(_GuardedOperations):
 
     # -- handlers: files --
 
-    def _handle(self, content: bytes) -> FileInfo:
+    def _new_handle(self, uid: int, size: int) -> int:
+        """The number of a handle that takes `size` bytes; FUSEError(EMFILE)."""
+        size += _HANDLE_BYTES
+        if self._held[uid] + size > MOST_HELD:
+            raise FUSEError(errno.EMFILE)
         number = self._next_handle
         self._next_handle += 1
+        self._held[uid] += size
+        self._costs[number] = uid, size
+        return number
+
+    def _release(self, handle: int) -> None:
+        uid, size = self._costs.pop(handle, (0, 0))
+        self._held[uid] -= size
+        if not self._held[uid]:
+            del self._held[uid]
+
+    def _handle(self, content: bytes, uid: int) -> FileInfo:
+        number = self._new_handle(uid, len(content))
         self._contents[number] = content
         # direct_io: reads come here with their own sizes, so a file may say that
         # its size is 0; and no page of it stays in the kernel's cache.
         return FileInfo(fh=FileHandleT(number), direct_io=True, keep_cache=False)
 
-    def _open_region(self, region: Region) -> FileInfo:
-        return self._handle(INFO_STRUCT.pack(region.start, region.size))
+    def _open_region(self, region: Region, uid: int) -> FileInfo:
+        return self._handle(INFO_STRUCT.pack(region.start, region.size), uid)
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         if inode == INFO_INODE:
@@ -423,11 +467,11 @@ class FileSystem(_GuardedOperations):
                     raise FUSEError(errno.ESTALE)
                 if flags & os.O_TRUNC:
                     raise FUSEError(errno.EPERM)
-                return self._open_region(region)
-            content = os.fsencode(_RENDER[kind](region))
+                return self._open_region(region, ctx.uid)
+            content = await _written(_RENDER[kind](region))
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EACCES)
-        return self._handle(content)
+        return self._handle(content, ctx.uid)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         return self._contents[fh][off : off + size]
@@ -444,15 +488,16 @@ class FileSystem(_GuardedOperations):
 
     async def release(self, fh: FileHandleT) -> None:
         self._contents.pop(fh, None)
+        self._release(fh)
 
     # -- handlers: directories --
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        number = self._next_handle
-        self._next_handle += 1
         # Offsets in a listing are places in this list, taken when it was opened, so
         # they stay true however names come and go meanwhile.
-        self._listings[number] = self._list(inode)
+        names = self._list(inode)
+        number = self._new_handle(ctx.uid, len(names) * _ENTRY_BYTES)
+        self._listings[number] = names
         return FileHandleT(number)
 
     def _list(self, inode: int) -> list[tuple[int, bytes, int]]:
@@ -482,6 +527,7 @@ class FileSystem(_GuardedOperations):
 
     async def releasedir(self, fh: FileHandleT) -> None:
         self._listings.pop(fh, None)
+        self._release(fh)
 
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         return

@@ -1,9 +1,14 @@
-"""The text files under .regions/NAME: the same region, for people."""
+"""The text files under .regions/NAME: the same region, for people.
+
+What may be long comes line by line, so that whoever writes it down can let others go
+first; it is taken from the region as that is when it is asked for.
+"""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 
 from msharefsd import kernel, liveness
 from msharefsd.regions import Region
@@ -29,10 +34,9 @@ def info(region: Region) -> str:
     return "".join(f"{key + ':':<9} {value}\n" for key, value in rows)
 
 
-def maps(region: Region) -> str:
+def maps(region: Region) -> Iterator[str]:
     """`maps`: the objects in the format of /proc/PID/maps (proc_pid_maps(5))."""
-    lines = []
-    for item in region.objects:
+    for item in list(region.objects):
         start = region.start + item.offset
         prot = "".join(
             letter if item.prot & bit else "-"
@@ -52,17 +56,15 @@ def maps(region: Region) -> str:
             name = os.fsdecode(item.file.path).replace("\n", "\\012")
         fixed = f"{start:x}-{start + item.length:x} {prot}{'p' if item.private else 's'} {file}"
         # The kernel pads to column 73 before the name.
-        lines.append(f"{fixed:<72} {name}\n")
-    return "".join(lines)
+        yield f"{fixed:<72} {name}\n"
 
 
-def sharers(region: Region) -> str:
+def sharers(region: Region) -> Iterator[str]:
     """`sharers`: one process a line."""
-    lines = ["PID      UID      ACCESS     SINCE                COMMAND\n"]
-    for sharer in region.sharers.values():
+    yield "PID      UID      ACCESS     SINCE                COMMAND\n"
+    for sharer in list(region.sharers.values()):
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sharer.since))
         access = "read-write" if sharer.writable else "read-only"
         # A process names itself, with newlines if it likes.
         command = liveness.read_proc(sharer.pid, "comm").rstrip("\n").replace("\n", "\\012")
-        lines.append(f"{sharer.pid:<8} {sharer.uid:<8} {access:<10} {since} {command}\n")
-    return "".join(lines)
+        yield f"{sharer.pid:<8} {sharer.uid:<8} {access:<10} {since} {command}\n"

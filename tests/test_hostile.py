@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -24,7 +25,7 @@ from pathlib import Path
 import pytest
 from bare import PAGE, Answer, Bare, become
 from conftest import ALIGNMENT, BASE, TESTS, Daemon, clients, eventually
-from world import EVIL, KINDS, MALLORY, World, attached, uffd_by_device
+from world import CREATE, EVIL, KINDS, MALLORY, SIZE, World, attached, uffd_by_device
 from world import world_fixture as _world_fixture  # noqa: F401 - the tests ask for `world`
 
 from msharefsd import kernel, mounting, uffd, wire
@@ -145,6 +146,7 @@ def test_files_of_a_file_system_that_answers_nothing(
         finally:
             os.kill(server.pid, signal.SIGCONT)
         child.kill()
+        world.mallory.ok("munmap", EVIL + PAGE, 2 * PAGE)
         for end in (*ready, *go):
             os.close(end)
         if private:
@@ -391,3 +393,63 @@ def test_connections_that_ask_and_never_read(world: World) -> None:
     child.kill()
     # Whatever was refused how often: the log does not grow with it.
     assert world.daemon.log().count("EPROTO") <= 2
+
+
+def test_whoever_is_killed_while_it_waits_leaves_no_descriptor(world: World) -> None:
+    """In the middle of a call, with descriptors on the way: a region that is being made."""
+    donor = Bare(world.mount)
+    made = os.open(world.mount / "made", CREATE, 0o666)
+    os.chmod(world.mount / "made", 0o666)
+    flags = wire.RequestFlag.HAS_MAPPINGS
+    answer = donor.call(
+        Op.ATTACH,
+        made,
+        uffd_by_device(),
+        start=EVIL + (1 << 40),
+        size=ALIGNMENT,
+        oflags=os.O_RDWR | os.O_CREAT,
+        flags=flags,
+    )
+    assert answer.error == 0
+    held = world.daemon.descriptors()
+
+    def wait() -> None:
+        for _ in range(10):
+            one = Bare(world.mount)
+            one.send(request(Op.ATTACH), os.open(world.mount / "made", os.O_RDWR), uffd_by_device())
+            waiting.append(one)
+        time.sleep(50)
+
+    waiting: list[Bare] = []
+    child = world.mallory_does(wait)
+    eventually(lambda: world.daemon.descriptors() >= held + 40, "they wait")
+    child.kill()
+    eventually(lambda: world.daemon.descriptors() == held, "nothing of theirs is left")
+    donor.close()
+    os.close(made)
+    (world.mount / "made").unlink()
+
+
+def request(op: Op) -> bytes:
+    flags = wire.RequestFlag.AS_IT_LIES
+    return wire.REQUEST.pack(wire.MAGIC, wire.VERSION, op, 0, 0, os.O_RDWR, flags, 0, 0)
+
+
+def test_open_files_of_the_mount_take_only_so_much_of_the_daemon(world: World) -> None:
+    """What an open file reads is made when it is opened, and kept: a long text, each time."""
+    prots = (1, 3)
+    for page in range(1000):
+        world.mallory.ok("mmap", EVIL + page * PAGE, PAGE, prots[page % 2], SHARED | 0x10)
+
+    def open_many() -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with pytest.raises(OSError, match="Too many open files"):  # noqa: PT012 - one of many
+            for _ in range(900):
+                os.open(world.mount / ".regions/evil/maps", os.O_RDONLY)
+        os.dup(0)  # it is not our own limit
+
+    child = world.mallory_does(open_many)
+    assert child.wait() == 0
+    assert (world.mount / ".regions/evil/maps").read_bytes().count(b"\n") == 1000
+    world.mallory.ok("munmap", EVIL, SIZE)

@@ -160,11 +160,11 @@ def test_the_texts_of_a_region() -> None:
     region.objects.insert(Object(0, PAGE, 1, True))
     region.objects.insert(Object(PAGE, PAGE, 3, False))
     regions.attach(region, os.getpid(), 7, -1, writable=False)
-    assert texts.maps(region).splitlines() == [
+    assert "".join(texts.maps(region)).splitlines() == [
         f"10000000000-10000001000 r--p 00000000 00:00 0{'':<28}[anon:a\\040b]",
         f"10000001000-10000002000 rw-s 00000000 00:00 0{'':<28}[anon_shmem:a\\040b]",
     ]
-    header, line = texts.sharers(region).splitlines()
+    header, line = "".join(texts.sharers(region)).splitlines()
     assert header.split() == ["PID", "UID", "ACCESS", "SINCE", "COMMAND"]
     assert line.split()[:3] == [str(os.getpid()), "7", "read-only"]
     info = dict(row.split(":", 1) for row in texts.info(region).splitlines())

@@ -9,6 +9,7 @@ import mmap
 import os
 import select
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ class World:
         self.mallory.ok("store", EVIL, 1)
         self.mallory.ok("mprotect", EVIL, PAGE, 0)
         self.mallory.ok("mprotect", EVIL, PAGE, 3)
-        self.mallory.ok("fork", "reader", "evil", EVIL + PAGE)
+        self.mallory.ok("fork", "reader", "evil", EVIL + ALIGNMENT - PAGE)
         self.alice_is_well()
         self.children: list[Child] = []
         self.baseline = Baseline(daemon)
@@ -179,6 +180,18 @@ def _stale() -> int:
     return fd
 
 
+def _far_away() -> int:
+    """A file whose path is longer than a link can say (PATH_MAX)."""
+    with tempfile.TemporaryDirectory() as top:
+        at = os.open(top, os.O_RDONLY)
+        for _ in range(20):
+            os.mkdir("d" * 250, dir_fd=at)
+            deeper = os.open("d" * 250, os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at = deeper
+        return os.open("file", os.O_RDWR | os.O_CREAT, dir_fd=at)
+
+
 def _listening() -> int:
     sock = socket.socket(socket.AF_UNIX)
     sock.bind("")
@@ -235,6 +248,7 @@ KINDS: dict[str, Callable[[Path], int]] = {
     "hugetlb memfd": lambda _: _huge(),
     "secret memfd": lambda _: _secret(),
     "write-only file": lambda _: os.open("/dev/shm", os.O_WRONLY | os.O_TMPFILE),
+    "file far away": lambda _: _far_away(),
     "epoll": lambda _: _epoll(),
     "eventfd": lambda _: os.eventfd(0),
     "pidfd": lambda _: os.pidfd_open(os.getpid()),
