@@ -182,7 +182,7 @@ async def run(config: Config) -> None:
         stack.callback(regions.close)
         stack.callback(disposal.close)
         metrics = Metrics(regions.alive)
-        regions.limits = _limits(config, metrics)
+        regions.limits = _limits(config, metrics, pool)
         operations = FileSystem(regions, metrics)
         stack.enter_context(_mounted(config, directory / "graft", operations))
         privileges.drop()
@@ -219,15 +219,18 @@ def _backing_prefix(directory: Path) -> str:
     return f"/msharefs-{digest}-"
 
 
-def _limits(config: Config, metrics: Metrics) -> Limits:
+def _limits(config: Config, metrics: Metrics, pool: Pool | None) -> Limits:
     seldom = Seldom()
+
+    def memory() -> int:
+        return backing.pool_bytes() + (pool.total() * pool.page if pool else 0)
 
     def hit(limit: str, message: str) -> None:
         metrics.limited.labels(limit).inc()
         if seldom.now(message):
             log.warning("%s", message)
 
-    return Limits(config.limits, backing.pool_bytes, hit)
+    return Limits(config.limits, memory, hit)
 
 
 def _forget_name(name: bytes) -> None:

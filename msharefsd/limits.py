@@ -114,15 +114,15 @@ class Account:
         LOOK bytes, and when little is left.
         """
         if self._credit < wanted and time.monotonic() >= self._look_again:
-            self._look()
+            self._look(wanted)
         given = int(min(wanted, self._credit))
         self._credit -= given
         return given
 
-    def _look(self) -> None:
+    def _look(self, wanted: int) -> None:
         since = time.monotonic()
         left = self._memory_limit() - self.memory()
-        self._credit = max(0, min(left, LOOK))
+        self._credit = max(0, min(left, max(LOOK, wanted)))  # a page may have 1 GiB
         if left < kernel.PAGE:
             # Somebody with many regions and no room must not cost others their faults.
             now = time.monotonic()

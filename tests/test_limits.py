@@ -148,6 +148,15 @@ def test_memory_is_given_up_to_the_limit_and_again_when_it_is_freed() -> None:
     assert account.room(PAGE) == PAGE
 
 
+def test_a_page_may_be_larger_than_what_is_given_at_once() -> None:
+    account = Account(ALICE, LimitSettings(memory="3G"))
+    memory = Memory()
+    account.regions.add(memory)
+    assert account.room(1 << 30) == 1 << 30
+    memory.size = 5 << 29
+    assert account.room(1 << 30) == 1 << 29
+
+
 def test_the_memory_of_many_regions_is_not_added_up_at_every_fault() -> None:
     account = Account(ALICE, LimitSettings(memory="1G"))
     memory = Memory()
