@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 from bare import PAGE, Answer, Bare, become
 from conftest import ALIGNMENT, BASE, TESTS, Daemon, clients, eventually
+from test_death import Baseline
 from world import CREATE, EVIL, KINDS, MALLORY, SIZE, World, attached, uffd_by_device
 from world import world_fixture as _world_fixture  # noqa: F401 - the tests ask for `world`
 
@@ -411,7 +412,7 @@ def test_whoever_is_killed_while_it_waits_leaves_no_descriptor(world: World) -> 
         flags=flags,
     )
     assert answer.error == 0
-    held = world.daemon.descriptors()
+    before = Baseline(world.daemon)
 
     def wait() -> None:
         for _ in range(10):
@@ -422,9 +423,11 @@ def test_whoever_is_killed_while_it_waits_leaves_no_descriptor(world: World) -> 
 
     waiting: list[Bare] = []
     child = world.mallory_does(wait)
-    eventually(lambda: world.daemon.descriptors() >= held + 40, "they wait")
+    each = 4  # connection, pidfd, and the two that are on the way
+    wanted = before.held[2] + 10 * each
+    eventually(lambda: world.daemon.descriptors() >= wanted, "they wait")
     child.kill()
-    eventually(lambda: world.daemon.descriptors() == held, "nothing of theirs is left")
+    eventually(before.back, "nothing of theirs is left")
     donor.close()
     os.close(made)
     (world.mount / "made").unlink()
