@@ -276,6 +276,11 @@ class Backing(SparseFile):
         return self._host
 
     @property
+    def mapped_at(self) -> int | None:
+        """Where the host mapping is, if it has been made."""
+        return self._host.start if self._host else None
+
+    @property
     def stash(self) -> ShmObject | None:
         """Where pages are that must exist and that nobody may touch, if there are any.
 

@@ -10,7 +10,7 @@ messages that the kernel does not see.  The exceptions are what never changes, s
 that connecting to .control asks us nothing.
 
 Handlers never await anything but trio's checkpoints: they are short, and pyfuse3's
-workers are never all busy.
+workers are never all busy.  The exception is `pagetables`, which a few may wait for.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from msharefsd import texts
 from msharefsd.backing import SHM_DIRECTORY
 from msharefsd.errors import Refused
 from msharefsd.metrics import Metrics
+from msharefsd.pagetables import PageTables
 from msharefsd.protection import Breath
 from msharefsd.regions import INFO_FILE, NAME_MAX, Region, Regions
 
@@ -82,6 +83,12 @@ _TEXTS: Final[dict[bytes, tuple[int, Callable[[Region], str | Iterator[str]]]]] 
     b"sharers": (4, texts.sharers),
 }
 _RENDER: Final = dict(_TEXTS.values())
+_PAGETABLES: Final = (b"pagetables", 5)
+"""The one text that takes time; see pagetables.py."""
+_NAMES: Final = {
+    **{name: kind for name, (kind, _) in _TEXTS.items()},
+    _PAGETABLES[0]: _PAGETABLES[1],
+}
 
 MOST_HELD: Final = 64 << 20
 """How much text a user's open files and directories may hold, in bytes."""
@@ -160,6 +167,7 @@ class FileSystem(_GuardedOperations):
         super().__init__()
         self._regions = regions
         self._metrics = metrics
+        self._page_tables = PageTables()
         self._born = time.time_ns()
         self._control: tuple[int, int, int] | None = None
         """Mode, uid and gid of .control once it is bound."""
@@ -203,8 +211,8 @@ class FileSystem(_GuardedOperations):
             region = self._regions.find(name)
             if region is not None:
                 return region_inode(region, _DIRECTORY)
-        elif _split_inode(parent)[1] == _DIRECTORY and name in _TEXTS:
-            return region_inode(self._region(parent), _TEXTS[name][0])
+        elif _split_inode(parent)[1] == _DIRECTORY and name in _NAMES:
+            return region_inode(self._region(parent), _NAMES[name])
         raise FUSEError(errno.ENOENT)
 
     # -- attributes --
@@ -468,7 +476,12 @@ class FileSystem(_GuardedOperations):
                 if flags & os.O_TRUNC:
                     raise FUSEError(errno.EPERM)
                 return self._open_region(region, ctx.uid)
-            content = await _written(_RENDER[kind](region))
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise FUSEError(errno.EACCES)
+            if kind == _PAGETABLES[1]:
+                content = os.fsencode(await self._page_tables.text(region))
+            else:
+                content = await _written(_RENDER[kind](region))
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EACCES)
         return self._handle(content, ctx.uid)
@@ -512,7 +525,7 @@ class FileSystem(_GuardedOperations):
             names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._regions]
         else:
             region = self._region(inode)
-            names = [(name, region_inode(region, kind)) for name, (kind, _) in _TEXTS.items()]
+            names = [(name, region_inode(region, kind)) for name, kind in _NAMES.items()]
         return [(place, name, number) for place, (name, number) in enumerate(names, start=1)]
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:

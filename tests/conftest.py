@@ -249,10 +249,10 @@ class Daemon:
                 return value.strip()
         raise KeyError(key)
 
-    def field_as(self, region: str, key: str, user: int) -> str:
-        """As `field`, by another user: an ordinary user's mount is closed even to root."""
-        text = subprocess.run(
-            ["cat", str(self.mount / ".regions" / region / "info")],
+    def info_as(self, region: str, file: str, user: int) -> str:
+        """As `info`, by another user: an ordinary user's mount is closed even to root."""
+        return subprocess.run(
+            ["cat", str(self.mount / ".regions" / region / file)],
             check=True,
             capture_output=True,
             text=True,
@@ -260,7 +260,11 @@ class Daemon:
             group=user,
             extra_groups=[],
         ).stdout
-        return dict(line.split(":", 1) for line in text.splitlines())[key].strip()
+
+    def field_as(self, region: str, key: str, user: int) -> str:
+        """As `field`, by another user."""
+        lines = self.info_as(region, "info", user).splitlines()
+        return dict(line.split(":", 1) for line in lines)[key].strip()
 
     def sharers(self, region: str) -> int:
         return int(self.field(region, "sharers"))

@@ -208,6 +208,7 @@ def test_an_ordinary_user_runs_a_daemon_of_their_own(
     daemon.run = runtime / "run"
     # Without privileges a full userfaultfd is not to be had here; it says so.
     daemon.expected += ["vm.unprivileged_userfaultfd", "CAP_CHECKPOINT_RESTORE"]
+    daemon.expected.append("the backing hugetlb cannot be had")
     user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
     daemon.start([sys.executable, "-c", BECOME_NOBODY])
     with clients(client_program, daemon) as start:
@@ -222,6 +223,8 @@ def test_an_ordinary_user_runs_a_daemon_of_their_own(
             donor.ok("store", base + ALIGNMENT, 8)
             assert consumer.do("load", base + ALIGNMENT) == "8"
             assert int(daemon.field_as(f"r{number}", "memory", NOBODY)) < SIZE
+        tables = daemon.info_as("r1", "pagetables", NOBODY)
+        assert f"\n{consumer.pid} " in tables
         # The price, and never zeros: a system call on an absent page fails.
         assert consumer.do("from_memory", BASE + SIZE - 4096, 1) == "-14"
         donor.ok("unlink", "r0")
