@@ -429,6 +429,7 @@ def clients(program: Path, of: Daemon) -> Iterator[Callable[..., Client]]:
             text=True,
             env=environment,
             cwd="/",
+            start_new_session=True,
             **popen,
         )
         started.append(Client(process))
@@ -438,7 +439,9 @@ def clients(program: Path, of: Daemon) -> Iterator[Callable[..., Client]]:
         yield start
     finally:
         for client in started:
-            client.process.kill()
+            # With its children: one may try a system call on memory that is gone for ever.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(client.pid, signal.SIGKILL)
             client.process.wait()
             for pipe in (client.process.stdin, client.process.stdout):
                 if pipe is not None:
