@@ -3,6 +3,7 @@
 # make test    linters, type checker, tests
 # make bench   side by side with peers: a table, and JSON in benchmarks/results
 # make fuzz    the fuzzers, SECONDS each
+# make kills   kill the daemon under load, KILLS times
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
 # make clean
@@ -18,7 +19,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
 	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench fuzz oracle soak clean
+.PHONY: setup demo test lint check bench fuzz kills oracle soak clean
 
 setup: $(VENV)/.project
 
@@ -60,6 +61,10 @@ bench: setup
 SECONDS ?= 600
 fuzz: setup
 	MSHARE_FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest tests/fuzz
+
+KILLS ?= 200
+kills: setup
+	MSHARE_KILLS=$(KILLS) $(BIN)/pytest -s tests/test_restart.py -k at_random
 
 PROGRAMS ?= 100000
 oracle: setup

@@ -16,6 +16,7 @@ import trio
 
 from msharefsd import config, daemon
 from msharefsd.capabilities import UnsupportedError
+from msharefsd.errors import StartError
 from msharefsd.mounting import MountError
 
 VERSION: Final = version("msharefs")
@@ -25,7 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="msharefsd",
         description="Mount msharefs and serve its regions, in the foreground.",
-        epilog="Sizes take K, M, G and T.  SIGTERM unmounts.  See msharefsd(8).",
+        epilog="Sizes take K, M, G and T.  SIGTERM unmounts, SIGHUP leaves all to the next "
+        "msharefsd.  See msharefsd(8).",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -55,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run-directory", metavar="DIR", help="for the lock and the like (in /run/msharefs)"
     )
+    parser.add_argument(
+        "--fd-store",
+        choices=["auto", "systemd", "keeper"],
+        help="who keeps mapped files when the daemon dies (auto)",
+    )
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
     parser.add_argument(
         "--without",
@@ -83,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
     try:
         trio.run(daemon.run, settings, strict_exception_groups=True)
-    except* (UnsupportedError, MountError, daemon.StartError) as group:
+    except* (UnsupportedError, MountError, StartError) as group:
         for failure in group.exceptions:
             logging.getLogger("msharefsd").error("%s", failure)
         code = 1

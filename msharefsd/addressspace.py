@@ -5,6 +5,9 @@ memory is unmapped by punching it out of the backing (the kernel unmaps it
 everywhere), a new object needs nothing but the region's map, and protection is
 protection.py's.  So a sharer that is stopped delays nobody.
 
+What a call is about to do is written down before memory changes, so that the next
+daemon finishes it should this one be killed in the middle (state.py).
+
 Each call holds the region's `change` lock to its end; page faults do not, so
 between two awaits the map, the memory and the protection must fit together.
 """
@@ -22,12 +25,14 @@ import trio
 
 from msharefsd import kernel, protection
 from msharefsd.backing import HUGE_PAGE
+from msharefsd.barriers import barrier
 from msharefsd.capabilities import Capabilities
 from msharefsd.errors import Refused
 from msharefsd.objects import MOST_OBJECTS, Object
 from msharefsd.pageserver import PageServer
 from msharefsd.ranges import Ranges
-from msharefsd.regions import Region
+from msharefsd.regions import Region, Sharer
+from msharefsd.state import State
 from msharefsd.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -39,10 +44,14 @@ class AddressSpaces:
     """Changes the address spaces of regions.
 
     Offsets and lengths are bytes from the region's start; every method raises
-    Refused with the errno that the system call of its name would give.
+    Refused with the errno that the system call of its name would give.  `by` is the
+    sharer whose call it is: that it is done is written down with what it did.
     """
 
-    def __init__(self, capabilities: Capabilities, pages: PageServer, writeback: Writeback) -> None:
+    def __init__(
+        self, capabilities: Capabilities, pages: PageServer, writeback: Writeback, state: State
+    ) -> None:
+        self._state = state
         self._capabilities = capabilities
         self._pages = pages
         self._writeback = writeback
@@ -62,7 +71,9 @@ class AddressSpaces:
         if new.guarded and new.accessible and not self._capabilities.write_protect:
             raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
 
-    async def mmap(self, region: Region, new: Object, *, replace: bool) -> None:
+    async def mmap(
+        self, region: Region, new: Object, *, replace: bool, by: Sharer | None = None
+    ) -> None:
         """Put an object in; with `replace` in place of what is there, else EEXIST."""
         self.check(region, new.offset, new.length)
         self._check_prot(new, errno.EPERM)
@@ -78,18 +89,59 @@ class AddressSpaces:
             with _leaving(region, new.offset, new.end):
                 if occupied:
                     await self._write_back(region, new.offset, new.end)
-                with _to_the_end():
-                    if occupied:
-                        await self._remove(region, new.offset, new.length)
                     _alive(region)
+                with _to_the_end():
+                    removed = self._put(region, new.offset, new.length, new, by)
+                    barrier("mmap")
                     # A page that was there before, or is poison, must not show through.
-                    await _discard(region, new.offset, new.length)
+                    await self._finish_removal(region, new.offset, new.length, removed)
                     _alive(region)
                     await self._pages.clear_poison(region, new.offset, new.length)
                     _alive(region)
-                    if new.file is not None:
-                        new.file.hold()
-                    region.objects.insert(new)
+                    self._state.cleared(region)
+
+    def _put(
+        self, region: Region, offset: int, length: int, new: Object | None, by: Sharer | None
+    ) -> list[Object]:
+        """Have `new` in the map, or a hole, and written down; returns what was there before.
+
+        The memory of the range is the caller's to discard.
+        """
+        removed = region.objects.insert(new) if new else region.objects.remove(offset, length)
+        try:
+            self._state.save_objects(
+                region,
+                by=by,
+                gone=(offset, length),
+                # A hole has no memory anyway, which the next daemon sees to.
+                clearing=[(offset, length)] if new else [],
+            )
+        except Refused:
+            region.objects.remove(offset, length)
+            for item in removed:
+                region.objects.insert(item)
+            raise
+        if new is not None and new.file is not None:
+            new.file.hold()
+        lost = [page for page in region.dirty if offset <= page < offset + length]
+        for page in lost:
+            del region.dirty[page]
+        if lost:  # as in the kernel, munmap() succeeds all the same
+            log.error(
+                "region %s: unmapped %d bytes that a file did not take",
+                region.label(),
+                len(lost) * region.page,
+            )
+        _let_go(region, removed)
+        return removed
+
+    async def _finish_removal(
+        self, region: Region, offset: int, length: int, removed: list[Object]
+    ) -> None:
+        await _discard(region, offset, length)
+        # Punching leaves the protection where a page was mapped.
+        if any(item.guarded for item in removed):
+            await protection.unprotect(region, offset, offset + length)
 
     async def donate(self, region: Region, new: Object) -> None:
         """Put an object in whose contents the donor has copied into the backing."""
@@ -107,9 +159,11 @@ class AddressSpaces:
         """The donor's PROT_NONE memory is copied: out of reach with it."""
         for item in list(region.objects):
             if not item.accessible:
-                await self._hide(region, item)
+                await self.hide(region, item)
 
-    async def munmap(self, region: Region, offset: int, length: int) -> None:
+    async def munmap(
+        self, region: Region, offset: int, length: int, by: Sharer | None = None
+    ) -> None:
         """Make a hole; returns when nobody has the memory any more."""
         self.check(region, offset, length)
         # Most of it now: a file that takes its time holds up nobody's calls.
@@ -118,34 +172,19 @@ class AddressSpaces:
             _check_objects(region, _splits(region, offset, offset + length))
             with _leaving(region, offset, offset + length):
                 await self._write_back(region, offset, offset + length)
+                _alive(region)
                 with _to_the_end():
-                    await self._remove(region, offset, length)
-
-    async def _remove(self, region: Region, offset: int, length: int) -> None:
-        """What MAP_FIXED and munmap() take away; file pages have been written back."""
-        end = offset + length
-        _alive(region)
-        removed = region.objects.remove(offset, length)
-        lost = [page for page in region.dirty if offset <= page < end]
-        for page in lost:
-            del region.dirty[page]
-        if lost:  # as in the kernel, munmap() succeeds all the same
-            log.error(
-                "region %s: unmapped %d bytes that a file did not take",
-                region.label(),
-                len(lost) * region.page,
-            )
-        _let_go(region, removed)
-        await _discard(region, offset, length)
-        # Punching leaves the protection where a page was mapped.
-        if any(item.guarded for item in removed):
-            await protection.unprotect(region, offset, end)
+                    removed = self._put(region, offset, length, None, by)
+                    barrier("munmap")
+                    await self._finish_removal(region, offset, length, removed)
 
     async def _write_back(self, region: Region, start: int, end: int) -> None:
         with contextlib.suppress(OSError):  # it has been logged
             await self._writeback.flush(region, start, end)
 
-    async def mprotect(self, region: Region, offset: int, length: int, prot: int) -> None:
+    async def mprotect(
+        self, region: Region, offset: int, length: int, prot: int, by: Sharer | None = None
+    ) -> None:
         """Change the protection; up to the first hole, then ENOMEM, as mprotect(2) does."""
         self.check(region, offset, length)
         if prot & ~_PROTECTIONS:
@@ -163,12 +202,13 @@ class AddressSpaces:
                     _check_objects(region, (whole.offset < item.offset) + (item.end < whole.end))
                 if new.written_back and new.writable and item.file and not item.file.may_write:
                     raise Refused(errno.EACCES, "the file was not opened O_RDWR")
-                await self._protect(region, item, prot)
+                done = by if item.end == offset + length else None
+                await self._protect(region, item, prot, done)
                 at = item.end
             if at != offset + length:
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
-    async def _protect(self, region: Region, item: Object, prot: int) -> None:
+    async def _protect(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
         if item.prot == prot:
             return
         if prot == kernel.PROT_NONE and item.written_back:
@@ -176,26 +216,27 @@ class AddressSpaces:
                 await self._write_back(region, item.offset, item.end)
         _alive(region)
         with _to_the_end():
-            await self._apply(region, item, prot)
+            await self._apply(region, item, prot, by)
 
-    async def _apply(self, region: Region, item: Object, prot: int) -> None:
-        assert region.backing is not None
+    async def _apply(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
         new = replace(item, prot=prot)
         if new.guarded:
-            if new.accessible:
-                protection.arm(region, new.offset, new.end)
-            elif not self._capabilities.write_protect and (
-                region.backing.next_data(new.offset) < new.end
-            ):
-                raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
+            self._prepare_to_protect(region, new)
         region.objects.protect(item.offset, item.length, prot)
+        try:
+            self._state.save_objects(region, by=by)
+        except Refused:
+            region.objects.protect(item.offset, item.length, item.prot)
+            raise
+        barrier("mprotect")
         if not new.accessible:
             await self._pages.clear_poison(region, new.offset, new.length)
             _alive(region)
             try:
-                await self._hide(region, new)
+                await self.hide(region, new)
             except Refused:
                 region.objects.protect(item.offset, item.length, item.prot)
+                self._state.save_objects(region)
                 if not item.guarded:
                     await protection.unprotect(region, item.offset, item.end)
                 raise
@@ -204,7 +245,16 @@ class AddressSpaces:
         else:
             await protection.unprotect(region, new.offset, new.end)
 
-    async def _hide(self, region: Region, item: Object) -> None:
+    def _prepare_to_protect(self, region: Region, new: Object) -> None:
+        assert region.backing is not None
+        if new.accessible:
+            protection.arm(region, new.offset, new.end)
+        elif not self._capabilities.write_protect and (
+            region.backing.next_data(new.offset) < new.end
+        ):
+            raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
+
+    async def hide(self, region: Region, item: Object) -> None:
         """PROT_NONE: nobody can reach the pages, and their contents stay."""
         runs = await protection.present(region, item.offset, item.end)
         for start, end in runs:
@@ -232,7 +282,9 @@ class AddressSpaces:
         if not region.objects.covers(offset, length):
             raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
-    async def discard(self, region: Region, offset: int, length: int) -> None:
+    async def discard(
+        self, region: Region, offset: int, length: int, by: Sharer | None = None
+    ) -> None:
         """madvise(MADV_DONTNEED): private memory starts fresh at the next touch.
 
         For shared mappings it changes nothing: their contents stay.
@@ -241,11 +293,17 @@ class AddressSpaces:
         async with region.change:
             if region.backing is None:
                 return
-            for item in region.objects.within(offset, length):
-                if item.private:
+            private = [item for item in region.objects.within(offset, length) if item.private]
+            # Nobody may write to what the next daemon would discard again.
+            with _leaving(region, offset, offset + length), _to_the_end():
+                self._state.save_objects(
+                    region, by=by, clearing=[(item.offset, item.length) for item in private]
+                )
+                for item in private:
                     _alive(region)
-                    with _to_the_end():
-                        await _discard(region, item.offset, item.length)
+                    await _discard(region, item.offset, item.length)
+                _alive(region)
+                self._state.cleared(region)
             if not region.objects.covers(offset, length):
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 

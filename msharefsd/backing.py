@@ -20,13 +20,15 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Container, Iterator
 from typing import ClassVar, Final
 
 import posix_ipc
 import trio
 
 from msharefsd import kernel, uffd
+from msharefsd.barriers import barrier
 from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.uffd import Feature, Mode
@@ -137,6 +139,26 @@ def _punch(fd: int, offset: int, length: int) -> None:
     kernel.punch(fd, offset, length)
 
 
+def open_left(path: str, size: int) -> int:
+    """Open what another daemon made.  Raises OSError if it is not there.
+
+    EPERM if it is not ours alone.  What a sharer has truncated has its size again.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    status = os.fstat(fd)
+    if (
+        not stat.S_ISREG(status.st_mode)
+        or status.st_uid != os.geteuid()
+        or stat.S_IMODE(status.st_mode) != 0o600
+    ):
+        os.close(fd)
+        raise OSError(errno.EPERM, "it has another owner or mode than it was given")
+    if status.st_size != size:
+        log.warning("%s was cut to %d bytes", path, status.st_size)
+        os.ftruncate(fd, size)
+    return fd
+
+
 def _create_shm(name: str, size: int) -> int:
     try:
         memory = _create(name, size)
@@ -144,6 +166,10 @@ def _create_shm(name: str, size: int) -> int:
         code = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
         raise Refused(code, f"cannot create shared memory {name}: {error}") from error
     return int(memory.fd)
+
+
+def _shm(name: str, size: int, *, adopt: bool) -> int:
+    return open_left(SHM_DIRECTORY + name, size) if adopt else _create_shm(name, size)
 
 
 def _unlink_shm(name: str) -> None:
@@ -155,12 +181,13 @@ def _unlink_shm(name: str) -> None:
 class ShmObject(SparseFile):
     """A sparse POSIX shared memory object."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, *, adopt: bool = False) -> None:
         """Create the object `name` of `size` bytes, all of them absent.
 
-        Raises Refused (EMFILE, ENFILE, ENOSPC, ENOMEM as the kernel says).
+        Raises Refused (EMFILE, ENFILE, ENOSPC, ENOMEM as the kernel says).  With
+        `adopt` it is there already: see open_left().
         """
-        super().__init__(name, size, _create_shm(name, size))
+        super().__init__(name, size, _shm(name, size, adopt=adopt))
 
     def _unlink(self) -> None:
         _unlink_shm(self.name)
@@ -218,8 +245,13 @@ class Backing(SparseFile):
     smallest_chunk: int = 64 << 10
     """And for a fault at a random place."""
 
-    def __init__(self, name: str, size: int, fd: int, disposal: Disposal) -> None:
-        """`fd` is taken over; `disposal` is who closes what takes its time to close."""
+    def __init__(
+        self, name: str, size: int, fd: int, disposal: Disposal, *, adopt: bool = False
+    ) -> None:
+        """`fd` is taken over; `disposal` is who closes what takes its time to close.
+
+        With `adopt` the backing is another daemon's, and may have a stash.
+        """
         super().__init__(name, size, fd)
         self._disposal = disposal
         self._host: HostMapping | None = None
@@ -228,6 +260,9 @@ class Backing(SparseFile):
         # Descriptions of their own for the sharers: they may seek and set flags.
         self._writable = self._open(os.O_RDWR)
         self._readable = self._open(os.O_RDONLY)
+        if adopt:
+            with contextlib.suppress(FileNotFoundError):
+                self._stash = ShmObject(self.stash_name, size, adopt=True)
 
     @abc.abstractmethod
     def _open(self, access: int) -> int:
@@ -306,6 +341,7 @@ class Backing(SparseFile):
                 if not content:
                     break  # truncated by a sharer
                 at += os.pwrite(self._stash.fd, content, at)
+        barrier("backing.stashed")
         self.punch(offset, length)
 
     async def runs(self, start: int, end: int) -> list[tuple[int, int]]:
@@ -363,9 +399,9 @@ class ShmBacking(Backing):
     kind = "shm"
     charges_sharer = True
 
-    def __init__(self, name: str, size: int, disposal: Disposal) -> None:
-        """Create it, without a page.  Raises Refused as ShmObject does."""
-        super().__init__(name, size, _create_shm(name, size), disposal)
+    def __init__(self, name: str, size: int, disposal: Disposal, *, adopt: bool = False) -> None:
+        """Create it, without a page, or adopt it.  Raises as ShmObject does."""
+        super().__init__(name, size, _shm(name, size, adopt=adopt), disposal, adopt=adopt)
 
     def _open(self, access: int) -> int:
         return os.open(SHM_DIRECTORY + self.name, access | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -387,10 +423,14 @@ def stash_name(name: str) -> str:
     return f"{name}-stash"
 
 
-def remove_leftovers(prefix: str) -> list[str]:
-    """Unlink shared memory objects of a daemon that died; returns their names."""
-    pattern = re.compile(re.escape(prefix.lstrip("/")) + r"\d+(-stash)?\Z")
-    names = [name for name in os.listdir(SHM_DIRECTORY) if pattern.match(name)]
+def remove_leftovers(prefix: str, used: Container[int] = ()) -> list[str]:
+    """Unlink shared memory of a daemon that died and no region's; returns the names.
+
+    `used`: the numbers of backings that are in use.
+    """
+    pattern = re.compile(re.escape(prefix.lstrip("/")) + r"(\d+)(-stash)?\Z")
+    matches = [pattern.match(name) for name in os.listdir(SHM_DIRECTORY)]
+    names = [match[0] for match in matches if match and int(match[1]) not in used]
     for name in names:
         posix_ipc.unlink_shared_memory("/" + name)
     return names

@@ -30,6 +30,7 @@ import trio
 
 from msharefsd import kernel
 from msharefsd.backing import HUGE_PAGE, ShmBacking
+from msharefsd.barriers import barrier
 from msharefsd.metrics import Metrics
 from msharefsd.regions import Region, Sharer
 
@@ -99,6 +100,7 @@ class Collapser:
         address = region.start + chunk
         region.collapsed.add(chunk)  # before: what changes it meanwhile takes it out again
         since = time.monotonic()
+        barrier("collapse")
         try:
             await self._in_thread(
                 partial(kernel.process_madvise, pidfd, address, HUGE_PAGE, kernel.MADV_COLLAPSE)

@@ -92,6 +92,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     collapse: bool = True
     collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 5.0
     run_directory: str = ""
+    fd_store: Literal["auto", "systemd", "keeper"] = "auto"
     limits: LimitSettings = LimitSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     without: Annotated[frozenset[str], msgspec.Meta(description="features not to use")] = (

@@ -4,6 +4,10 @@ One connection attaches one region, and its end is the sharer's end.  So a clien
 that is killed at any point leaves nothing: the connection's task undoes what its
 calls did, in one place (`_Connection.close`).
 
+Unless it is we who end.  A client whose daemon has died connects to the next one, says
+which attachment it goes on with (REJOIN), and makes its call again.  A call that must
+not be done twice has a number, and the number of the last one that was done is known.
+
 Every descriptor that arrives is hostile until `kernel.identify` has said what it
 is.  Even closing one can hang: the last close of a file on a FUSE mount waits for
 that mount's daemon, so what is not ours is closed in a thread.
@@ -16,27 +20,29 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 import trio
 
 from msharefsd import files, hugetlb, kernel, liveness, protection, uffd, wire
 from msharefsd.addressspace import AddressSpaces
+from msharefsd.barriers import barrier
 from msharefsd.capabilities import Capabilities
 from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
-from msharefsd.files import MappedFile, Threads
+from msharefsd.files import Files, Threads
 from msharefsd.hugetlb import HugetlbBacking
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
+from msharefsd.orphans import Orphans
 from msharefsd.pageserver import PageServer
 from msharefsd.regions import Region, Regions, Sharer, State, writes
 from msharefsd.seldom import Seldom
@@ -66,6 +72,7 @@ _KINDS: Final = {
     BackingKind.BACKING_SHM: "shm",
     BackingKind.BACKING_HUGETLB: "hugetlb",
 }
+_NUMBERED: Final = frozenset({Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.DISCARD, Op.COMMIT})
 _LARGEST_FILE: Final = (1 << 63) - 1
 
 
@@ -140,13 +147,20 @@ class Control:
         mount_device: tuple[int, int],
         disposal: Disposal,
         threads: Threads,
+        mapped_files: Files,
+        orphans: Orphans,
         default_backing: str,
+        keeping: Callable[[], bool],
     ) -> None:
         """Serve `regions`.
 
         `region_of_inode` finds a region by its file's inode number on the mount
-        whose device numbers are `mount_device`.
+        whose device numbers are `mount_device`.  `keeping()`: whether another
+        daemon comes after us.
         """
+        self.mapped_files = mapped_files
+        self.orphans = orphans
+        self.keeping = keeping
         self.regions = regions
         self.pages = pages
         self.spaces = spaces
@@ -244,7 +258,11 @@ class Control:
         try:
             await connection.run()
         finally:
-            connection.close()
+            # If it is we who end, what it would undo is the next daemon's; unless there
+            # is none.
+            ending = trio.current_effective_deadline() == -math.inf
+            if not (ending and self.keeping()):
+                connection.close()
 
     def is_ours(self, identity: kernel.FileIdentity) -> bool:
         """Whether a file is on our mount, or the backing of a region."""
@@ -268,11 +286,14 @@ class Control:
             os.close(self._device)
 
 
-def _check_attach(region: Region, request: Request) -> None:
-    """Raise Refused unless the request fits a region that exists already."""
+def _check_attach(region: Region, request: Request, *, may_exist: bool) -> None:
+    """Raise Refused unless the request fits a region that exists already.
+
+    `may_exist`: it is the peer itself who created it.
+    """
     if region.state is State.GONE:
         raise Refused(errno.ENOENT, "the region is gone")
-    if request.oflags & os.O_EXCL:
+    if request.oflags & os.O_EXCL and not may_exist:
         raise Refused(errno.EEXIST, "somebody else created it first")
     here = (request.start, request.size) == (region.start, region.size)
     if not here and RequestFlag.AS_IT_LIES not in request.flags:
@@ -293,7 +314,6 @@ class _Connection:
         self._sharer: Sharer | None = None
         self._serving = trio.CancelScope()
         self._building: Region | None = None
-        self._made_file = False
         self._noted = False
 
     async def run(self) -> None:
@@ -315,20 +335,18 @@ class _Connection:
 
     def _detach(self, how: Callable[[Sharer], None]) -> None:
         if self._building is not None:
-            self._control.regions.abandon(self._building, drop_name=self._made_file)
+            self._control.regions.abandon(self._building)
             self._building = None
         sharer = self._sharer
         if sharer is None:
             return
         self._sharer = None
         self._serving.cancel()
-        self._control.pages.forget(sharer)
-        trio.lowlevel.notify_closing(sharer.uffd)
-        os.close(sharer.uffd)
-        # The number may be another file's in a moment, one of our own mount even, and
-        # an ioctl on that would wait for ourselves.
-        sharer.uffd = -1
-        sharer.pidfd = None
+        self._control.pages.close(sharer)
+        if sharer.region.creator == self._peer.pid:
+            # It knows: from now on whoever says so is another.
+            with contextlib.suppress(Refused):
+                self._control.regions.change(sharer.region, creator=0)
         how(sharer)
 
     async def _one_call(self) -> bool:
@@ -349,6 +367,8 @@ class _Connection:
             if not data:
                 return False
             reply, out = await self._answer(data, fds, flags)
+            if reply.op:
+                barrier(f"reply.{Op(reply.op).name}")
             await self._send(reply, out)
         finally:
             self._close_all(fds)
@@ -363,7 +383,7 @@ class _Connection:
                 raise Refused(errno.EINVAL, "message or its descriptors too large")
             request = wire.parse_request(data)
             op = request.op
-            return await self._handle(request, fds)
+            return self._repeated(request) or await self._handle(request, fds)
         except Refused as refused:
             code = errno.errorcode.get(refused.code, str(refused.code))
             self._control.metrics.refused.labels(code).inc()
@@ -405,6 +425,8 @@ class _Connection:
         match request.op:
             case Op.ATTACH:
                 return await self._attach(request, fds)
+            case Op.REJOIN:
+                await self._rejoin(fds)
             case Op.COMMIT:
                 return await self._commit(request)
             case Op.USERFAULTFD:
@@ -415,14 +437,25 @@ class _Connection:
                 self._need(request.size)
             case Op.READY:
                 protection.admit(self._need_sharer())
-            case Op.DETACH:
+            case Op.DETACH | Op.UNLINK:
                 self._need_attached()
-                self._detach(self._control.regions.detach)
-            case Op.UNLINK:
-                self._need_attached()
-                self._detach(self._control.regions.detach_and_unlink)
+                regions = self._control.regions
+                unlink = request.op is Op.UNLINK
+                self._detach(regions.detach_and_unlink if unlink else regions.detach)
             case _:
                 await self._change(request, fds)
+        return Reply(request.op), None
+
+    def _repeated(self, request: Request) -> tuple[Reply, int | None] | None:
+        """The answer of a call whose first answer was lost with its daemon; else None."""
+        sharer = self._sharer
+        if sharer is None or request.op not in _NUMBERED:
+            return None
+        if not request.sequence or request.sequence != sharer.done:
+            sharer.call = request.sequence
+            return None
+        if request.op is Op.COMMIT:
+            return self._committed(request, sharer)
         return Reply(request.op), None
 
     async def _change(self, request: Request, fds: list[int]) -> None:
@@ -437,17 +470,18 @@ class _Connection:
         spaces, region, (item,) = self._control.spaces, sharer.region, request.objects
         match request.op:
             case Op.MMAP:
-                await self._mmap(region, item, fds)
+                await self._mmap(sharer, item, fds)
             case Op.MUNMAP:
-                await spaces.munmap(region, item.offset, item.length)
+                await spaces.munmap(region, item.offset, item.length, sharer)
             case Op.MPROTECT:
-                await spaces.mprotect(region, item.offset, item.length, item.prot)
+                await spaces.mprotect(region, item.offset, item.length, item.prot, sharer)
             case Op.MSYNC:
                 await spaces.msync(region, item.offset, item.length)
             case Op.DISCARD:
-                await spaces.discard(region, item.offset, item.length)
+                await spaces.discard(region, item.offset, item.length, sharer)
 
-    async def _mmap(self, region: Region, item: wire.WireObject, fds: list[int]) -> None:
+    async def _mmap(self, sharer: Sharer, item: wire.WireObject, fds: list[int]) -> None:
+        region = sharer.region
         if item.flags & ~_MMAP_FLAGS or item.prot & ~_PROTECTIONS:
             raise Refused(errno.EINVAL, "unknown flags or protection of mmap")
         kind = item.flags & (kernel.MAP_SHARED | kernel.MAP_PRIVATE)
@@ -459,7 +493,7 @@ class _Connection:
         if item.flags & kernel.MAP_ANONYMOUS:
             if not item.flags & kernel.MAP_NORESERVE and region.backing is not None:
                 region.backing.check_room(item.length)
-            await self._control.spaces.mmap(region, new, replace=fixed)
+            await self._control.spaces.mmap(region, new, replace=fixed, by=sharer)
             return
         if len(fds) != 1:
             raise Refused(errno.EBADF, "a mapping that is not anonymous takes a file")
@@ -471,11 +505,10 @@ class _Connection:
         may_write = files.check_mappable(fds[0], shared=not private, write=write)
         uid = self._peer.uid
         await files.check_mapping(self._control.threads, uid, fds[0])
-        close = partial(self._control.disposal.close_fd, uid=uid)
-        file = MappedFile(fds.pop(), uid, may_write=may_write, close=close)
+        file = await self._control.mapped_files.new(fds.pop(), uid, may_write=may_write)
         try:
             new = Object(item.offset, item.length, item.prot, private, file, item.file_offset)
-            await self._control.spaces.mmap(region, new, replace=fixed)
+            await self._control.spaces.mmap(region, new, replace=fixed, by=sharer)
         finally:
             file.let_go()
 
@@ -500,6 +533,7 @@ class _Connection:
         writable = writes(request.oflags)
         if writable and not may_write:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
+        created = self._supersede(region, request)
         while region.state is State.BUILDING:
             await region.settled.wait()
         regions.limits.account(self._peer.uid).check_sharers()
@@ -507,30 +541,76 @@ class _Connection:
         flags = wire.NO_FLAGS
         if region.state is State.FILE:
             self._check_create(region, request, may_write=may_write)
-            flags = self._create(region, request, fds[1])
+            if request.oflags & os.O_EXCL and RequestFlag.REPEATED in request.flags and not created:
+                raise Refused(errno.EEXIST, "somebody else created it first")
+            flags = self._create(region, request, fds[1], made_file=created)
         else:
-            _check_attach(region, request)
+            _check_attach(region, request, may_exist=created)
             self._adopt(fds[1])
-        self._sharer = regions.attach(
+            if created:
+                flags |= ReplyFlag.CREATED
+        sharer = regions.attach(
             region,
             self._peer.pid,
             self._peer.uid,
-            fds.pop(1),
+            fds[1],
             writable=writable,
             ended=self._peer.has_ended,
             pidfd=self._peer.pidfd,
+            uffd_number=request.userfaultfd,
+            started=liveness.started(self._peer.pid) if self._peer.pid else 0,
         )
+        fds.pop(1)
         self._control.metrics.attaches.inc()
-        self._serving = trio.CancelScope()
-        self._nursery.start_soon(self._serve_faults, self._sharer, self._serving)
+        self._join(sharer)
         assert region.backing is not None
-        self._sharer.note = self._send_note
         if region.armed:
             flags |= ReplyFlag.PROTECTED
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
         fd = region.backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
         return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
+
+    def _supersede(self, region: Region, request: Request) -> bool:
+        """Undo what the peer's ATTACH did in a daemon that died before it could answer.
+
+        Returns whether the peer made the region, which it says it does once more.
+        """
+        if RequestFlag.REPEATED not in request.flags:
+            return False
+        orphan = self._control.orphans.find(region, self._peer.pid)
+        if orphan is not None:
+            region.made_file = False  # the name is needed yet
+            self._control.orphans.end(orphan)
+        return region.creator == self._peer.pid and region.linked and not region.sharers
+
+    async def _rejoin(self, fds: list[int]) -> None:
+        """Go on with an attachment of this process that another daemon had."""
+        if self._sharer is not None:
+            raise Refused(errno.EINVAL, "this connection has attached a region already")
+        if len(fds) != 1:
+            raise Refused(errno.EINVAL, "REJOIN takes the region's backing")
+        orphans = self._control.orphans
+        try:
+            region, may_write = self._region_of(fds[0])
+        except Refused as refused:
+            raise Refused(errno.ESTALE, "the region is gone") from refused
+        sharer = orphans.find(region, self._peer.pid)
+        if sharer is None:
+            raise Refused(errno.ESTALE, "this process is no sharer of the region any more")
+        if sharer.writable and not may_write:
+            raise Refused(errno.EACCES, "the descriptor is not open for writing")
+        await orphans.hand_over(sharer)
+        sharer.pidfd, sharer.ended = self._peer.pidfd, self._peer.has_ended
+        self._join(sharer)
+        if region.state is State.BUILDING:
+            self._building = region
+
+    def _join(self, sharer: Sharer) -> None:
+        self._sharer = sharer
+        self._serving = trio.CancelScope()
+        self._nursery.start_soon(self._serve_faults, sharer, self._serving)
+        sharer.note = self._send_note
 
     def _check_create(self, region: Region, request: Request, *, may_write: bool) -> None:
         """Raise Refused unless the peer may give a name that has no range its range."""
@@ -541,10 +621,12 @@ class _Connection:
             # Whoever may only read somebody's empty file does not decide what it is.
             raise Refused(errno.EACCES, "only who may write the file gives it a range")
 
-    def _create(self, region: Region, request: Request, uffd_fd: int) -> ReplyFlag:
+    def _create(
+        self, region: Region, request: Request, uffd_fd: int, *, made_file: bool
+    ) -> ReplyFlag:
         """Give the region its range; what the reply has to say about that."""
         regions = self._control.regions
-        made_file = RequestFlag.MADE_FILE in request.flags
+        made_file = made_file or RequestFlag.MADE_FILE in request.flags
         try:
             self._adopt(uffd_fd)
             regions.establish(
@@ -553,13 +635,14 @@ class _Connection:
                 request.size,
                 kind=self._kind_of_backing(request),
                 read_only=not writes(request.oflags),
+                made_file=made_file,
             )
         except Refused:
             if made_file:
                 regions.unlink(region)
             raise
         if RequestFlag.HAS_MAPPINGS in request.flags:
-            self._building, self._made_file = region, made_file
+            self._building = region
             return ReplyFlag.CREATED | ReplyFlag.DONATE
         regions.commit(region)
         return ReplyFlag.CREATED
@@ -616,8 +699,13 @@ class _Connection:
             )
         await self._control.spaces.hide_donated(region)
         self._control.pages.check_memory(region)
-        self._control.regions.commit(region)
+        self._control.regions.commit(region, sharer)
         self._building = None
+        return self._committed(request, sharer)
+
+    @staticmethod
+    def _committed(request: Request, sharer: Sharer) -> tuple[Reply, int | None]:
+        region = sharer.region
         assert region.backing is not None
         fd = None if sharer.writable else region.backing.descriptor(writable=False)
         flags = ReplyFlag.PROTECTED if region.armed else wire.NO_FLAGS

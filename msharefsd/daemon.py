@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,17 @@ from typing import Final
 import pyfuse3
 import trio
 
-from msharefsd import backing, capabilities, control, mounting, privileges, trust
+from msharefsd import (
+    apart,
+    backing,
+    capabilities,
+    control,
+    fdstore,
+    mounting,
+    privileges,
+    recovery,
+    trust,
+)
 from msharefsd.addressspace import AddressSpaces
 from msharefsd.backing import Backing, ShmBacking
 from msharefsd.capabilities import Capabilities
@@ -31,18 +42,21 @@ from msharefsd.collapse import Collapser
 from msharefsd.config import Config
 from msharefsd.control import Control
 from msharefsd.disposal import Disposal
-from msharefsd.errors import Refused
-from msharefsd.files import Threads
+from msharefsd.errors import Refused, StartError
+from msharefsd.fdstore import FdStore
+from msharefsd.files import Files, Threads
 from msharefsd.filesystem import CONTROL_NAME, FileSystem
 from msharefsd.hugetlb import HugetlbBacking, Pool
 from msharefsd.limits import Limits
 from msharefsd.liveness import Deaths
 from msharefsd.metrics import Metrics
 from msharefsd.notify import Manager
+from msharefsd.orphans import Orphans
 from msharefsd.pageserver import PageServer
 from msharefsd.regions import Region, Regions
 from msharefsd.seldom import Seldom
 from msharefsd.selfcheck import SelfCheck
+from msharefsd.state import State
 from msharefsd.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -51,8 +65,13 @@ SELF_CHECK_SECONDS: Final = 30
 _MOST_DESCRIPTORS: Final = 1 << 20
 
 
-class StartError(Exception):
-    """The daemon cannot start; the text says why and what to do."""
+@dataclass(slots=True)
+class _End:
+    """How the daemon ends."""
+
+    for_good: bool
+    """Nothing stays.  Otherwise everything does, for the next daemon: as when we are
+    killed, so it is what happens unless somebody says otherwise."""
 
 
 @contextlib.contextmanager
@@ -73,10 +92,12 @@ def _locked(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             raise StartError(f"another msharefsd holds {directory}: stop that one first") from None
         yield
-        # Nothing of ours is in there any more; anything else is not ours to remove.
+        # What the next daemon needs is in there, or nothing of ours any more; anything
+        # else is not ours to remove.
         with contextlib.suppress(OSError):
-            os.unlink(directory / "lock")
-            directory.rmdir()
+            if set(os.listdir(directory)) <= {"lock"}:
+                os.unlink(directory / "lock")
+                directory.rmdir()
     finally:
         os.close(fd)
 
@@ -95,7 +116,7 @@ def _raise_descriptor_limit() -> None:
 
 
 @contextlib.contextmanager
-def _mounted(config: Config, workspace: Path, operations: FileSystem) -> Iterator[None]:
+def _mounted(config: Config, workspace: Path, operations: FileSystem, end: _End) -> Iterator[None]:
     workspace.mkdir(exist_ok=True)
     try:
         grafted = mounting.prepare(config.mountpoint, workspace)
@@ -112,11 +133,12 @@ def _mounted(config: Config, workspace: Path, operations: FileSystem) -> Iterato
         try:
             yield
         finally:
-            if mounting.is_mounted(config.mountpoint):
+            # A mount whose daemon is gone tells its users to wait for the next one.
+            if end.for_good and mounting.is_mounted(config.mountpoint):
                 mounting.unmount(config.mountpoint)
             pyfuse3.close(unmount=False)
     finally:
-        if grafted:
+        if grafted and end.for_good:
             mounting.ungraft()
 
 
@@ -131,20 +153,24 @@ def _status(mountpoint: str, regions: Regions) -> str:
     return f"serving {mountpoint}: regions {len(living)}, sharers {sharers}"
 
 
-def _bind_control(mountpoint: str) -> socket.socket:
-    path = os.path.join(mountpoint, os.fsdecode(CONTROL_NAME))
+async def _bind_control(mountpoint: str) -> socket.socket:
     listener = socket.socket(
         socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
     )
-    try:
+
+    def bind() -> None:
+        path = os.path.join(mountpoint, os.fsdecode(CONTROL_NAME))
         if len(os.fsencode(path)) < 108:
             listener.bind(path)
-        else:
-            directory = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                listener.bind(f"/proc/self/fd/{directory}/{os.fsdecode(CONTROL_NAME)}")
-            finally:
-                os.close(directory)
+            return
+        directory = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            listener.bind(f"/proc/thread-self/fd/{directory}/{os.fsdecode(CONTROL_NAME)}")
+        finally:
+            os.close(directory)
+
+    try:
+        await apart.run(bind, keep=[listener.fileno()])
         listener.listen(control.BACKLOG)
     except BaseException:
         listener.close()
@@ -153,7 +179,7 @@ def _bind_control(mountpoint: str) -> socket.socket:
 
 
 async def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT, after which nothing stays, or SIGHUP.
 
     Raises StartError, MountError or UnsupportedError when it cannot start.
     """
@@ -164,33 +190,55 @@ async def run(config: Config) -> None:
     directory = Path(config.run_directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(directory))
+        manager = Manager()
+        state = State(directory)
+        # If it does not come so far that there is something to leave.
+        end = _End(for_good=not state.regions())
+        stack.callback(lambda: state.close(remove=end.for_good))
         prefix = _backing_prefix(directory)
-        for name in backing.remove_leftovers(prefix):
-            log.warning("removed shared memory %s of a daemon that died", name)
-        pool = stack.enter_context(_huge_pages(config, found, directory))
+        pool = stack.enter_context(_huge_pages(config, found, directory, end))
         disposal = Disposal()
 
-        def make_backing(number: int, start: int, size: int, kind: str) -> Backing:
+        def open_backing(
+            number: int, start: int, size: int, kind: str, *, adopt: bool = False
+        ) -> Backing:
             name = f"{prefix}{number}"
             if (kind or config.backing) == ShmBacking.kind:
-                return ShmBacking(name, size, disposal)
+                return ShmBacking(name, size, disposal, adopt=adopt)
             if pool is None:
                 raise Refused(errno.EOPNOTSUPP, capabilities.LACKING["hugetlb"])
-            return HugetlbBacking(pool, number, start, size, backing.stash_name(name), disposal)
+            stash = backing.stash_name(name)
+            return HugetlbBacking(pool, number, start, size, stash, disposal, adopt=adopt)
 
-        regions = Regions(config.alignment_bytes, make_backing, _forget_name)
-        stack.callback(regions.close)
+        regions = Regions(config.alignment_bytes, open_backing, database=state)
+        stack.callback(lambda: regions.close() if end.for_good else None)
         stack.callback(disposal.close)
         metrics = Metrics(regions.alive)
         regions.limits = _limits(config, metrics, pool)
         operations = FileSystem(regions, metrics)
-        stack.enter_context(_mounted(config, directory / "graft", operations))
+        stack.enter_context(_mounted(config, directory / "graft", operations, end))
         privileges.drop()
-        await _serve(config, found, regions, metrics, operations, disposal)
+        # From here on there may be threads.
+        store = fdstore.open_store(config.fd_store, directory, manager)
+        stack.callback(lambda: store.close(for_good=end.for_good))
+        files = Files(state, store, disposal)
+        kept = store.take()
+        recovery.adopt_regions(state, regions, files, kept, partial(open_backing, adopt=True))
+        used = {region.id for region in regions.alive()}
+        for name in backing.remove_leftovers(prefix, used):
+            log.warning("removed shared memory %s of no region", name)
+        for name in pool.remove_leftovers(used) if pool else ():
+            log.warning("removed huge pages %s of no region", name)
+        daemon = _Daemon(
+            config, found, manager, end, state, store, disposal, regions, files, metrics
+        )
+        await daemon.serve(operations)
 
 
 @contextlib.contextmanager
-def _huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator[Pool | None]:
+def _huge_pages(
+    config: Config, found: Capabilities, directory: Path, end: _End
+) -> Iterator[Pool | None]:
     """The pool of the hugetlb backing, if there can be one."""
     if not found.hugetlb:
         if config.backing == HugetlbBacking.kind:
@@ -203,14 +251,12 @@ def _huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterato
     except OSError as error:
         raise StartError(f"cannot mount hugetlbfs: {error}") from error
     try:
-        for name in pool.leftovers():
-            log.warning("removed huge pages %s of a daemon that died", name)
-            (pool.directory / name).unlink()
         if config.backing == HugetlbBacking.kind and pool.total() == 0:
             log.warning("no huge pages are reserved: %s", pool.command())
         yield pool
     finally:
-        pool.unmount()
+        if end.for_good:
+            pool.unmount()
 
 
 def _backing_prefix(directory: Path) -> str:
@@ -233,76 +279,92 @@ def _limits(config: Config, metrics: Metrics, pool: Pool | None) -> Limits:
     return Limits(config.limits, memory, hit)
 
 
-def _forget_name(name: bytes) -> None:
-    # Names have no lifetime in the kernel's cache, but a dentry that is in use stays
-    # until it is looked up again; drop it now.
-    pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(name), ignore_enoent=True)
+@dataclass(slots=True)
+class _Daemon:
+    config: Config
+    found: Capabilities
+    manager: Manager
+    end: _End
+    state: State
+    store: FdStore
+    disposal: Disposal
+    regions: Regions
+    files: Files
+    metrics: Metrics
 
-
-async def _serve(
-    config: Config,
-    found: Capabilities,
-    regions: Regions,
-    metrics: Metrics,
-    operations: FileSystem,
-    disposal: Disposal,
-) -> None:
-    mount = mounting.top_mount(config.mountpoint)
-    assert mount is not None, "pyfuse3.init() returned without a mount"
-    manager = Manager()
-    threads = Threads(regions.limits)
-    pages = PageServer(found, metrics, config.region_memory_bytes, threads)
-    writeback = Writeback(threads, metrics)
-    regions.release = writeback.release
-    spaces = AddressSpaces(found, pages, writeback)
-    with contextlib.closing(Deaths()) as deaths, contextlib.ExitStack() as stack:
-        server = Control(
-            regions,
-            pages,
-            spaces,
-            found,
-            deaths,
-            metrics,
-            operations.region_of_inode,
-            mount.device,
-            disposal,
-            threads,
-            config.backing,
+    async def serve(self, operations: FileSystem) -> None:
+        config, regions, end = self.config, self.regions, self.end
+        mount = mounting.top_mount(config.mountpoint)
+        assert mount is not None, "pyfuse3.init() returned without a mount"
+        threads = Threads(regions.limits)
+        pages = PageServer(
+            self.found, self.metrics, config.region_memory_bytes, threads, self.state
         )
-        stack.callback(server.close)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(_stop_on_signal, nursery.cancel_scope)
-            nursery.start_soon(_serve_fuse, nursery.cancel_scope)
-            nursery.start_soon(_stop_when_unmounted, mount, nursery.cancel_scope)
-            with trio.fail_after(SELF_CHECK_SECONDS):
-                root = await trio.to_thread.run_sync(
-                    _open_root, config.mountpoint, abandon_on_cancel=True
-                )
-                stack.callback(os.close, root)
-                check = stack.enter_context(contextlib.closing(SelfCheck(root)))
-                # It shows that the kernel's and our side have met.  And a file is closed:
-                # flush() answers ENOSYS, and from then on the kernel closes files of this
-                # mount without asking.  We rely on that when we close descriptors of it.
-                if not await check.answers(SELF_CHECK_SECONDS):
-                    raise StartError(f"{config.mountpoint} is mounted and does not answer")
-                bound = await trio.to_thread.run_sync(
-                    _bind_control, config.mountpoint, abandon_on_cancel=True
-                )
-            listener = stack.enter_context(trio.socket.from_stdlib_socket(bound))
-            nursery.start_soon(deaths.run)
-            nursery.start_soon(pages.run)
-            nursery.start_soon(writeback.run, regions.alive)
-            if config.collapse and found.collapse:
-                collapser = Collapser(metrics, config.collapse_seconds)
-                nursery.start_soon(collapser.run, regions.alive)
-            nursery.start_soon(server.run, listener)
-            log.info("ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes)
-            status = partial(_status, config.mountpoint, regions)
-            nursery.start_soon(manager.run, status, check.answers)
-        manager.stopping()
-        await writeback.finish(regions.alive())
-        regions.release = Region.close_memory
-    log.info("stopped")
+        writeback = Writeback(threads, self.metrics, self.state)
+        regions.release = writeback.release
+        spaces = AddressSpaces(self.found, pages, writeback, self.state)
+        with contextlib.closing(Deaths()) as deaths, contextlib.ExitStack() as stack:
+            orphans = Orphans(regions, pages, deaths)
+            server = Control(
+                regions,
+                pages,
+                spaces,
+                self.found,
+                deaths,
+                self.metrics,
+                operations.region_of_inode,
+                mount.device,
+                self.disposal,
+                threads,
+                self.files,
+                orphans,
+                config.backing,
+                keeping=lambda: not end.for_good,
+            )
+            stack.callback(server.close)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(_stop_on_signal, nursery.cancel_scope, end)
+                nursery.start_soon(_serve_fuse, nursery.cancel_scope)
+                nursery.start_soon(_stop_when_unmounted, mount, nursery.cancel_scope, end)
+                check = await self._check(stack)
+                nursery.start_soon(self.store.run)
+                nursery.start_soon(deaths.run)
+                await nursery.start(pages.run)
+                await nursery.start(orphans.run)
+                await recovery.adopt_sharers(self.state, regions, pages, spaces, orphans)
+                with trio.fail_after(SELF_CHECK_SECONDS):
+                    bound = await _bind_control(config.mountpoint)
+                listener = stack.enter_context(trio.socket.from_stdlib_socket(bound))
+                nursery.start_soon(writeback.run, regions.alive)
+                if config.collapse and self.found.collapse:
+                    collapser = Collapser(self.metrics, config.collapse_seconds)
+                    nursery.start_soon(collapser.run, regions.alive)
+                nursery.start_soon(server.run, listener)
+                end.for_good = False
+                log.info("ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes)
+                status = partial(_status, config.mountpoint, regions)
+                nursery.start_soon(self.manager.run, status, check.answers)
+            self.manager.stopping()
+            if end.for_good:
+                await writeback.finish(regions.alive())
+            regions.release = Region.close_memory
+        log.info("stopped%s", "" if end.for_good else ", and left everything to the next daemon")
+
+    async def _check(self, stack: contextlib.ExitStack) -> SelfCheck:
+        """Use the mount as a client would, once.
+
+        It shows that the kernel's and our side have met.  And it closes a file: flush()
+        answers ENOSYS, and from then on the kernel closes files of this mount without
+        asking.  We rely on that when we close descriptors of it.
+        """
+        mountpoint = self.config.mountpoint
+        with trio.fail_after(SELF_CHECK_SECONDS):
+            root = await trio.to_thread.run_sync(_open_root, mountpoint, abandon_on_cancel=True)
+            stack.callback(os.close, root)
+            check = stack.enter_context(contextlib.closing(SelfCheck(root)))
+            if not await check.answers(SELF_CHECK_SECONDS):
+                raise StartError(f"{mountpoint} is mounted and does not answer")
+        return check
 
 
 async def _serve_fuse(scope: trio.CancelScope) -> None:
@@ -312,17 +374,21 @@ async def _serve_fuse(scope: trio.CancelScope) -> None:
         scope.cancel()  # the connection was aborted: nothing is left to serve
 
 
-async def _stop_when_unmounted(mount: mounting.Mount, scope: trio.CancelScope) -> None:
+async def _stop_when_unmounted(mount: mounting.Mount, scope: trio.CancelScope, end: _End) -> None:
     await mounting.until_unmounted(mount)
     log.info("unmounted by somebody else: stopping")
+    end.for_good = True
     scope.cancel()
 
 
 async def _stop_on_signal(
-    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    scope: trio.CancelScope,
+    end: _End,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:
             log.info("%s: stopping", signal.Signals(number).name)
+            end.for_good = number != signal.SIGHUP
             scope.cancel()

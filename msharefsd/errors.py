@@ -14,3 +14,7 @@ class Refused(OSError):  # noqa: N818 - an answer, not a defect
         super().__init__(code, message)
         self.code = code
         self.message = message
+
+
+class StartError(Exception):
+    """The daemon cannot start; the text says why and what to do."""

@@ -13,22 +13,31 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
+import logging
 import mmap
 import os
 import stat
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
 from msharefsd import kernel
+from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
+from msharefsd.fdstore import FdStore
 from msharefsd.limits import Limits
+from msharefsd.state import SavedFile, State
+
+log = logging.getLogger(__name__)
 
 BUFFER: Final = 2 << 20
 _OTHERWISE: Final = os.O_APPEND | os.O_DIRECT
 """Flags with which pwrite(2) and pread(2) do something else than a mapping does."""
+_NOBODY: Final = -1
 MOST_BUFFERS: Final = 16
 
 T = TypeVar("T")
@@ -109,8 +118,23 @@ class MappedFile:
     user lets go.
     """
 
-    def __init__(self, fd: int, uid: int, *, may_write: bool, close: Callable[[int], None]) -> None:
-        """`fd` is taken over; `close` is how to close it (it may hang in close(2))."""
+    def __init__(
+        self,
+        fd: int,
+        uid: int,
+        *,
+        may_write: bool,
+        close: Callable[[int], None],
+        key: int = 0,
+        identity: kernel.FileIdentity | None = None,
+        path: bytes = b"",
+    ) -> None:
+        """`fd` is taken over; `close` is how to close it (it may hang in close(2)).
+
+        `key` is the file's number, which no other ever has.  `identity` and `path` are
+        for a file whose descriptor is lost (`fd` is -1).
+        """
+        self.key = key
         self.fd = fd
         self.uid = uid
         self.may_write = may_write
@@ -120,11 +144,12 @@ class MappedFile:
         self._opening = threading.Lock()
         self.flushing = trio.Lock()
         """Held while dirty pages go to the file."""
-        self.identity = kernel.identify(fd)
-        self.path = b"?"  # longer than any link can say
-        with contextlib.suppress(OSError):
-            # readlink asks the dentry cache, not the file system.
-            self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
+        self.identity = identity or kernel.identify(fd)
+        self.path = path or b"?"  # longer than any link can say
+        if not path:
+            with contextlib.suppress(OSError):
+                # readlink asks the dentry cache, not the file system.
+                self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
 
     def hold(self) -> None:
         """One more user."""
@@ -147,6 +172,8 @@ class MappedFile:
         ours to change.  The same file is opened anew then, with the same access: no
         right that the client's descriptor does not have.  May block.  Raises OSError.
         """
+        if self.fd < 0:
+            raise OSError(errno.EIO, "its descriptor was lost when a daemon died")
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
         if not flags & _OTHERWISE:
             return self.fd
@@ -177,15 +204,78 @@ class MappedFile:
 
         May block.  Raises OSError.
         """
-        left = memoryview(content)[: max(0, os.fstat(self.fd).st_size - offset)]
         fd = self._descriptor()
+        left = memoryview(content)[: max(0, os.fstat(fd).st_size - offset)]
         while left:
             done = os.pwrite(fd, left, offset)
             left, offset = left[done:], offset + done
 
     def sync(self) -> None:
         """fdatasync(2), as msync(2) does.  May block.  Raises OSError."""
-        os.fdatasync(self.fd)
+        os.fdatasync(self._descriptor())
+
+
+class Files:
+    """Makes mapped files, and closes each everywhere it is kept."""
+
+    def __init__(self, state: State, store: FdStore, disposal: Disposal) -> None:
+        self._state = state
+        self._store = store
+        self._disposal = disposal
+        self._keys = itertools.count(state.next_file())
+
+    async def new(self, fd: int, uid: int, *, may_write: bool) -> MappedFile:
+        """A file that would survive us.  `fd` is taken over.  Raises Refused."""
+        key = next(self._keys)
+        file = MappedFile(
+            fd, uid, may_write=may_write, close=partial(self._close, key, uid), key=key
+        )
+        try:
+            await self._store.put(key, fd)
+        except OSError as error:
+            file.let_go()
+            raise Refused(
+                error.errno or errno.EIO, f"nobody to keep the file: {error.strerror}"
+            ) from error
+        except BaseException:
+            file.let_go()
+            raise
+        return file
+
+    def restore(self, saved: SavedFile, fd: int) -> MappedFile:
+        """A file that another daemon had; `fd` is -1 if its descriptor was lost."""
+        path = os.fsdecode(saved.path)
+        if fd >= 0:
+            found = kernel.identify(fd)
+            if (found.major, found.minor, found.inode) != (saved.major, saved.minor, saved.inode):
+                log.error("what was kept of %s is another file: not used", path)
+                self._disposal.close_fd(fd, saved.uid)
+                fd = -1
+        else:
+            log.error(
+                "the descriptor of %s was lost: what is in memory stays, the rest is SIGBUS, and "
+                "nothing is written back; map it again",
+                path,
+            )
+        return MappedFile(
+            fd,
+            saved.uid,
+            may_write=bool(saved.may_write),
+            close=partial(self._close, saved.key, saved.uid),
+            key=saved.key,
+            identity=kernel.FileIdentity(saved.major, saved.minor, saved.inode, stat.S_IFREG),
+            path=saved.path,
+        )
+
+    def drop(self, key: int, fd: int) -> None:
+        """A descriptor of no file that is mapped, of nobody knows whom."""
+        self._close(key, _NOBODY, fd)
+
+    def _close(self, key: int, uid: int, fd: int) -> None:
+        self._state.forget_file(key)
+        self._store.remove(key)
+        if fd >= 0:
+            self._disposal.close_fd(fd, uid)
 
 
 def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:

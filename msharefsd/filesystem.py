@@ -44,8 +44,9 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from msharefsd import texts
+from msharefsd import liveness, texts
 from msharefsd.backing import SHM_DIRECTORY
+from msharefsd.barriers import barrier
 from msharefsd.errors import Refused
 from msharefsd.metrics import Metrics
 from msharefsd.pagetables import PageTables
@@ -305,7 +306,9 @@ class FileSystem(_GuardedOperations):
     ) -> tuple[FileInfo, EntryAttributes]:
         if parent_inode != ROOT:
             raise FUSEError(errno.EPERM)
-        region = self._regions.create(name, mode, ctx.uid, ctx.gid)
+        creator = liveness.process_of(ctx.pid)
+        region = self._regions.create(name, mode, ctx.uid, ctx.gid, creator=creator)
+        barrier("create")
         try:
             return self._open_region(region, ctx.uid), self._entry(region_inode(region))
         except FUSEError:
@@ -319,6 +322,7 @@ class FileSystem(_GuardedOperations):
         if parent_inode != ROOT or region is None or kind != _FILE:
             raise FUSEError(errno.EPERM)
         self._regions.unlink(region)
+        barrier("unlink")
 
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
@@ -393,17 +397,20 @@ class FileSystem(_GuardedOperations):
             # A region's size is its own, fixed by mshare(); its file has no other.
             raise FUSEError(errno.EPERM)
         region = self._region(inode)
+        changes = {"ctime_ns": time.time_ns()}
         if fields.update_mode:
-            region.mode = attr.st_mode & 0o7777
+            changes["mode"] = attr.st_mode & 0o7777
+        if fields.update_uid:
+            changes["uid"] = attr.st_uid
+        if fields.update_gid:
+            changes["gid"] = attr.st_gid
+        if fields.update_atime:
+            changes["atime_ns"] = attr.st_atime_ns
+        if fields.update_mtime:
+            changes["mtime_ns"] = attr.st_mtime_ns
+        self._regions.change(region, **changes)
         if fields.update_uid:
             self._regions.give(region, attr.st_uid)
-        if fields.update_gid:
-            region.gid = attr.st_gid
-        if fields.update_atime:
-            region.atime_ns = attr.st_atime_ns
-        if fields.update_mtime:
-            region.mtime_ns = attr.st_mtime_ns
-        region.ctime_ns = time.time_ns()
         return self._attributes(inode)
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:

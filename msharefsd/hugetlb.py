@@ -40,14 +40,14 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from msharefsd import kernel, mounting
-from msharefsd.backing import Backing, HostMapping
+from msharefsd.backing import Backing, HostMapping, open_left
 from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.uffd import Feature
@@ -139,9 +139,16 @@ class Pool:
                 f"{self.command(needed)}",
             )
 
-    def leftovers(self) -> list[str]:
-        """The names of backings that a daemon which died has left."""
-        return [name for name in os.listdir(self.directory) if re.fullmatch(r"\d+", name)]
+    def remove_leftovers(self, used: Container[int]) -> list[str]:
+        """Remove what a daemon that died has left of no region's; returns the names.
+
+        `used`: the numbers of backings that are in use.
+        """
+        names = [name for name in os.listdir(self.directory) if re.fullmatch(r"\d+", name)]
+        names = [name for name in names if int(name) not in used]
+        for name in names:
+            (self.directory / name).unlink()
+        return names
 
     def shares(self) -> bool:
         """Whether this kernel shares page tables of such pages; tried, not derived.
@@ -218,9 +225,17 @@ class HugetlbBacking(Backing):
     charges_sharer = False
 
     def __init__(
-        self, pool: Pool, number: int, start: int, size: int, stash: str, disposal: Disposal
+        self,
+        pool: Pool,
+        number: int,
+        start: int,
+        size: int,
+        stash: str,
+        disposal: Disposal,
+        *,
+        adopt: bool = False,
     ) -> None:
-        """Create it, without a page, for a region at `start`.
+        """Create it, without a page, for a region at `start`; or adopt it.
 
         `number` becomes its name, `stash` is its stash's.
 
@@ -229,7 +244,8 @@ class HugetlbBacking(Backing):
         """
         if size % pool.page:
             raise Refused(errno.EINVAL, f"not a multiple of the huge page, {pool.page} bytes")
-        pool.check(pool.page)
+        if not adopt:
+            pool.check(pool.page)
         self.page = pool.page
         self.smallest_chunk = pool.page
         self.largest_chunk = max(LARGEST_CHUNK, pool.page)
@@ -238,6 +254,10 @@ class HugetlbBacking(Backing):
         self._stash_name = stash
         self._vector = (ctypes.c_ubyte * (_SCANNED // kernel.PAGE))()
         path = str(pool.directory / str(number))
+        if adopt:
+            super().__init__(path, size, open_left(path, size), disposal, adopt=True)
+            self._map_all()
+            return
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             fd = os.open(path, flags, 0o600)
@@ -292,6 +312,15 @@ class HugetlbBacking(Backing):
     def check_room(self, size: int) -> None:
         """Raise Refused(ENOMEM) if it is known that `size` bytes more cannot be had."""
         self.pool.check(size)
+
+    def _map_all(self) -> None:
+        """Have every page that is there in the new host mapping: see `is_present`."""
+        left = os.fstat(self.fd).st_blocks * 512
+        for offset in range(0, self.size, self.page):
+            if left <= 0:
+                break
+            if self.is_present(offset):
+                left -= self.page
 
     # -- which pages are there --
 

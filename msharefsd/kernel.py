@@ -49,6 +49,8 @@ MS_SLAVE: Final = 1 << 19
 
 MNT_DETACH: Final = 2
 
+CLONE_FILES: Final = 0x400
+
 AT_EMPTY_PATH: Final = 0x1000
 AT_STATX_DONT_SYNC: Final = 0x4000
 STATX_TYPE: Final = 0x1
@@ -82,6 +84,7 @@ _libc.mount.argtypes = [
     ctypes.c_char_p,
 ]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.unshare.argtypes = [ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 _libc.capget.argtypes = _libc.capset.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 _libc.statx.argtypes = [
@@ -96,6 +99,7 @@ _libc.syscall.restype = ctypes.c_long
 _SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
 _SYS_RT_TGSIGQUEUEINFO: Final = {"x86_64": 297, "aarch64": 240}
 _SYS_PROCESS_MADVISE: Final = 440
+_SYS_PIDFD_GETFD: Final = 438
 _IOVEC: Final = struct.Struct("=QQ")
 # siginfo_t: signo, errno, code, padding, si_addr; 128 bytes in all.
 _SIGINFO: Final = struct.Struct("=iii4xQ104x")
@@ -122,6 +126,18 @@ def userfaultfd(flags: int) -> int:
     fd = int(_libc.syscall(number, flags))
     _check(fd)
     return fd
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """pidfd_getfd(2): a duplicate of another process's descriptor; takes ptrace's right."""
+    fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
+    _check(fd)
+    return fd
+
+
+def unshare(flags: int) -> None:
+    """unshare(2), of the calling thread."""
+    _check(_libc.unshare(flags))
 
 
 def process_madvise(pidfd: int, address: int, length: int, advice: int) -> None:

@@ -55,6 +55,25 @@ def has_ended(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
+def started(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 if it is gone.
+
+    With the pid it names one process for good: field 22 of /proc/PID/stat, counted
+    from behind the name, which may hold anything (proc_pid_stat(5)).
+    """
+    fields = read_proc(pid, "stat").rpartition(")")[2].split()
+    return int(fields[19]) if len(fields) > 19 else 0
+
+
+def process_of(thread: int) -> int:
+    """The process that a thread is of; 0 if it is gone."""
+    for line in read_proc(thread, "status").splitlines():
+        name, _, value = line.partition(":")
+        if name == "Tgid":
+            return int(value)
+    return 0
+
+
 def read_proc(pid: int, name: str) -> str:
     """A short text of /proc/PID, empty if the process is gone."""
     try:

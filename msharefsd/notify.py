@@ -5,10 +5,11 @@ The protocol is promised stable, and a datagram needs no library.
 
 from __future__ import annotations
 
+import array
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import trio
@@ -30,8 +31,8 @@ class Manager:
         self.watchdog_seconds = _watchdog_seconds(environment) if self._address else None
         """How long it waits for a sign of life before it kills us; None for ever."""
 
-    def send(self, *assignments: str) -> bool:
-        """Send `assignments` (READY=1, ...), without waiting.
+    def send(self, *assignments: str, fds: Sequence[int] = ()) -> bool:
+        """Send `assignments` (READY=1, ...), and descriptors, without waiting.
 
         Returns False if the manager's queue is full, so that it makes sense to try
         again.  Nobody there to send to is no error: whoever unset or mistyped an
@@ -47,7 +48,8 @@ class Manager:
                 socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
             ) as sock:
                 text = "\n".join(line.replace("\n", " ") for line in assignments)
-                sock.sendto(os.fsencode(text), address)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                sock.sendmsg([os.fsencode(text)], rights if fds else [], 0, address)
         except BlockingIOError:
             return False
         except OSError as error:

@@ -81,12 +81,27 @@ class ObjectMap:
 
     def __init__(self) -> None:
         self._by_offset: SortedDict[int, Object] = SortedDict()
+        self.changed: set[int] = set()
+        """Offsets at which an object begins, or does no more, that were not saved yet."""
 
     def __len__(self) -> int:
         return len(self._by_offset)
 
     def __iter__(self) -> Iterator[Object]:
         return iter(self._by_offset.values())
+
+    def at(self, offset: int) -> Object | None:
+        """The object that begins at `offset`."""
+        found: Object | None = self._by_offset.get(offset)
+        return found
+
+    def _put(self, item: Object) -> None:
+        self._by_offset[item.offset] = item
+        self.changed.add(item.offset)
+
+    def _drop(self, offset: int) -> None:
+        del self._by_offset[offset]
+        self.changed.add(offset)
 
     def find(self, offset: int) -> Object | None:
         """The object that has the byte at `offset`, or None for a hole."""
@@ -118,13 +133,13 @@ class ObjectMap:
         replaced = self.remove(new.offset, new.length)
         before = self.find(new.offset - 1) if new.offset else None
         if before is not None and before.merges_with(new):
-            del self._by_offset[before.offset]
+            self._drop(before.offset)
             new = replace(before, length=new.end - before.offset)
         after = self._by_offset.get(new.end)
         if after is not None and new.merges_with(after):
-            del self._by_offset[after.offset]
+            self._drop(after.offset)
             new = replace(new, length=after.end - new.offset)
-        self._by_offset[new.offset] = new
+        self._put(new)
         return replaced
 
     def remove(self, offset: int, length: int) -> list[Object]:
@@ -137,11 +152,11 @@ class ObjectMap:
         for part in removed:
             old = self.find(part.offset)
             assert old is not None
-            del self._by_offset[old.offset]
+            self._drop(old.offset)
             if old.offset < offset:
-                self._by_offset[old.offset] = old.part(old.offset, offset)
+                self._put(old.part(old.offset, offset))
             if old.end > end:
-                self._by_offset[end] = old.part(end, old.end)
+                self._put(old.part(end, old.end))
         return removed
 
     def protect(self, offset: int, length: int, prot: int) -> list[Object]:

@@ -41,6 +41,7 @@ import trio
 
 from msharefsd import kernel, protection, uffd, violation
 from msharefsd.backing import HUGE_PAGE, Backing, ShmObject
+from msharefsd.barriers import barrier
 from msharefsd.capabilities import Capabilities
 from msharefsd.errors import Refused
 from msharefsd.files import BUFFER, Buffers, MappedFile, Threads, Zeros
@@ -48,6 +49,7 @@ from msharefsd.metrics import Metrics
 from msharefsd.objects import Object
 from msharefsd.regions import Region, Sharer
 from msharefsd.seldom import Seldom
+from msharefsd.state import State
 from msharefsd.uffd import Fault, Mode, Outcome
 
 log = logging.getLogger(__name__)
@@ -123,12 +125,14 @@ class PageServer:
         metrics: Metrics,
         region_memory: int | None,
         threads: Threads,
+        state: State,
     ) -> None:
         """`region_memory`: the most bytes a region may hold, or None."""
         self._capabilities = capabilities
         self._metrics = metrics
         self._region_memory = region_memory
         self._threads = threads
+        self._state = state
         self._buffers = Buffers()
         self._zeros = Zeros()
         self._fills: dict[int, list[_Fill]] = {}
@@ -139,10 +143,11 @@ class PageServer:
         self._seldom = Seldom()
         self._nursery: trio.Nursery | None = None
 
-    async def run(self) -> None:
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Everything that outlives a single fault; forever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            task_status.started()
             await self._mend_forever()
 
     def _start(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
@@ -166,10 +171,14 @@ class PageServer:
             return
         window = Window(region.backing.smallest_chunk, region.backing.largest_chunk)
         breath = protection.Breath()
+        if sharer.starved:
+            self._starving.add(sharer)
+            self._starvation.set()
         try:
             while True:
                 await trio.lowlevel.wait_readable(sharer.uffd)
                 for fault in self._reader.faults(sharer.uffd):
+                    barrier("fault.read")
                     try:
                         outcome = self._answer(sharer, window, fault)
                     except OSError as error:
@@ -204,6 +213,22 @@ class PageServer:
             return
         with contextlib.suppress(OSError):
             uffd.wake(sharer.uffd, sharer.region.start, sharer.region.size)
+
+    def close(self, sharer: Sharer) -> None:
+        """A sharer is being detached: let go of its userfaultfd."""
+        self.forget(sharer)
+        trio.lowlevel.notify_closing(sharer.uffd)
+        os.close(sharer.uffd)
+        # The number may be another file's in a moment, one of our own mount even, and
+        # an ioctl on that would wait for ourselves.
+        sharer.uffd = -1
+        sharer.pidfd = None
+
+    def starve(self, sharer: Sharer, offset: int) -> None:
+        """A poisoned page of an object is to be populated as soon as there is memory."""
+        sharer.starved.add(offset)
+        self._starving.add(sharer)
+        self._starvation.set()
 
     # -- what a fault is --
 
@@ -250,6 +275,9 @@ class PageServer:
             return self._violation(sharer, offset, fault)
         if found is not None and found.written_back:
             self._metrics.faults.labels("dirty").inc()
+            if offset not in region.dirty:
+                self._state.add_dirty(region, offset)
+                barrier("fault.dirty")
             region.dirty.setdefault(offset, set()).add(sharer)
         elif found is not None:
             # Left over from a protection that is gone: of the whole chunk at once.
@@ -303,9 +331,11 @@ class PageServer:
             try:
                 if found is not None:
                     region.backing.stash_pages(offset, region.page)
+                barrier("violation.stashed")
                 with contextlib.suppress(OSError):
                     uffd.write_unprotect(sharer.uffd, page, region.page, wake=False)
                 self._sigbus(sharer, offset, None)
+                barrier("violation.poisoned")
                 await trio.sleep(violation.SYSTEM_CALL_SECONDS)
                 if sharer.number in region.sharers and region.backing is not None:
                     await self.clear_poison(region, offset, region.page)
@@ -380,6 +410,7 @@ class PageServer:
             got = os.preadv(source.fd, [buffer.view[: end - start]], start)
             end = start + got - got % sharer.region.page
             outcome = self._put(sharer, start, end, buffer.address, guarded=found.guarded)
+            barrier("stash.copied")
             if outcome in (Outcome.DONE, Outcome.PRESENT):
                 source.punch(start, end - start)
         finally:
@@ -495,6 +526,7 @@ class PageServer:
             fills.remove(fill)
             if not fills:
                 del self._fills[region.id]
+        barrier("fill.read")
         # Nothing awaits from here on: what is true now stays true.
         try:
             if region.backing is not None:
@@ -585,9 +617,12 @@ class PageServer:
         page = sharer.region.start + offset
         if not self._capabilities.poison:
             return self._signal(sharer, page, thread)
+        known = offset in sharer.poisoned or len(sharer.poisoned) < MOST_POISONED
+        if known:
+            self._state.add_poisoned(sharer, offset)
         outcome = self._poison(sharer, page)
         if outcome is Outcome.DONE:
-            if len(sharer.poisoned) < MOST_POISONED:
+            if known:
                 sharer.poisoned.add(offset)
                 sharer.region.refused.add(sharer)
             elif self._seldom.now((sharer.region.id, "poisoned")):
@@ -657,7 +692,7 @@ class PageServer:
         outcome = self._put(sharer, page, page + backing.page, None, guarded=False)
         if outcome is Outcome.NO_MEMORY:
             # Something may be mapped there in a moment: then the page is the region's.
-            self._hunger(sharer, page)
+            self.starve(sharer, page)
             return
         self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
         backing.punch(page, backing.page)
@@ -672,7 +707,7 @@ class PageServer:
         stash = backing.stash
         stashed = stash is not None and stash.next_data(page) == page
         if not stashed and self._room(sharer.region, backing.page) < backing.page:
-            self._hunger(sharer, page)
+            self.starve(sharer, page)
             return
         if found.file is not None and not stashed:
             self._read_file(found, page, page + backing.page, _Waiting(sharer, page, None))
@@ -687,7 +722,9 @@ class PageServer:
         If it came into this very sharer, it has replaced the marker.  If not, only
         UFFDIO_CONTINUE replaces it, which takes MINOR mode.
         """
-        sharer.poisoned.discard(offset)
+        if offset in sharer.poisoned:
+            sharer.poisoned.discard(offset)
+            self._state.forget_poisoned(sharer, offset)
         sharer.starved.discard(offset)
         region = sharer.region
         backing = region.backing
@@ -703,7 +740,10 @@ class PageServer:
         address = region.start + offset
         found = region.objects.find(offset)
         guarded = found is not None and found.guarded and sharer.writable
-        mode = Mode.MISSING | Mode.MINOR | (Mode.WP if guarded else Mode(0))
+        # Registering anew for MINOR takes away every mode that is not asked for again
+        # (userfaultfd_register_range(), mm/userfaultfd.c).
+        armed = sharer.writable and sharer.region.armed.contains(offset)
+        mode = Mode.MISSING | Mode.MINOR | (Mode.WP if armed else Mode(0))
         with contextlib.suppress(OSError):  # the window is gone, or the process
             uffd.register(sharer.uffd, address, backing.page, mode)
             uffd.map_present(sharer.uffd, address, backing.page, protect=guarded)
@@ -715,14 +755,8 @@ class PageServer:
         self._log_starvation(sharer)
         outcome = self._sigbus(sharer, offset, thread)
         if offset in sharer.poisoned:
-            self._hunger(sharer, offset)
+            self.starve(sharer, offset)
         return outcome
-
-    def _hunger(self, sharer: Sharer, offset: int) -> None:
-        """A poisoned page is to have memory as soon as there is some."""
-        sharer.starved.add(offset)
-        self._starving.add(sharer)
-        self._starvation.set()
 
     def _log_starvation(self, sharer: Sharer) -> None:
         if self._seldom.now(sharer.region.id):

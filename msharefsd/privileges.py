@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NEEDED: Final = {
     "CAP_DAC_READ_SEARCH": 2,  # /proc/PID/task/TID/syscall is its process's user's alone
     "CAP_KILL": 5,  # SIGSEGV and SIGBUS for sharers
-    "CAP_SYS_PTRACE": 19,  # that file too
+    "CAP_SYS_PTRACE": 19,  # that file too; pidfd_getfd(2)
     "CAP_SYS_ADMIN": 21,  # umount2(2) at the end; /proc/PID/map_files
     "CAP_SYS_NICE": 23,  # process_madvise(2)
 }

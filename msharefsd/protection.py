@@ -168,3 +168,8 @@ def wake(region: Region, start: int, end: int) -> None:
     """Let every sharer's threads that wait in [start, end) look again."""
     for sharer in region.sharers.values():
         _try(uffd.wake, sharer, start, end)
+
+
+def wake_sharer(sharer: Sharer) -> None:
+    """Let all threads of a sharer that wait in the region look again."""
+    _try(uffd.wake, sharer, 0, sharer.region.size)

@@ -18,6 +18,7 @@ task ever sees a region half changed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -35,6 +36,7 @@ from msharefsd.errors import Refused
 from msharefsd.limits import Account, Limits
 from msharefsd.objects import ObjectMap
 from msharefsd.ranges import Ranges
+from msharefsd.state import State as Database
 
 NAME_MAX: Final = 255
 INFO_FILE: Final = b"mshare_info"
@@ -83,6 +85,14 @@ class Sharer:
     """Those of them that were poisoned for want of memory, to be mended."""
     ready: bool = False
     """It has asked for what is protected since it mapped its window."""
+    uffd_number: int = -1
+    """What `uffd` is in the process itself: how the next daemon gets it."""
+    started: int = 0
+    """When the process started (liveness.started): it and its pid name one process."""
+    call: int = 0
+    """The number of its call that is under way; 0 for none that counts."""
+    done: int = 0
+    """The number of its last call that is done and must not be done again."""
     note: Callable[[], None] = lambda: None
     """Tell it to ask, once: protection has changed while it was attaching."""
 
@@ -109,6 +119,12 @@ class Region:
     """Created O_RDONLY: "read only access by everyone"."""
     objects: ObjectMap = field(default_factory=ObjectMap)
     backing: Backing | None = None
+    creator: int = 0
+    """The process that made the file, so that it may say so twice."""
+    made_file: bool = False
+    """BUILDING: the donor made the file, which goes if it does not finish."""
+    closed: Callable[[Region], None] = lambda _: None
+    """Told when the memory is closed."""
     sharers: dict[int, Sharer] = field(default_factory=dict)
     settled: trio.Event = field(default_factory=trio.Event)
     """Set when BUILDING ends, one way or the other."""
@@ -152,6 +168,7 @@ class Region:
         self.account.freed()
         if self.state is State.GONE:
             self.account.regions.discard(self)
+        self.closed(self)
 
     def label(self) -> str:
         r"""The name for logs and texts: printable, on one line, and no other name's.
@@ -173,24 +190,24 @@ class Regions:
         self,
         alignment: int,
         make_backing: Callable[[int, int, int, str], Backing],
-        on_name_gone: Callable[[bytes], None],
         release: Callable[[Region], None] = Region.close_memory,
         limits: Limits | None = None,
+        database: Database | None = None,
     ) -> None:
         """Start without regions.
 
-        `make_backing(region id, start, size, kind)` makes memory; `on_name_gone(name)` is
-        told when the daemon itself, not unlink(2), took a name away; `release(region)`
-        sees to it that the memory of a region that nobody uses any more is closed;
-        `limits` says what each user may have.
+        `make_backing(region id, start, size, kind)` makes memory; `release(region)` sees
+        to it that the memory of a region that nobody uses any more is closed;
+        `limits` says what each user may have; `database` is where everything is
+        written before it is so.
         """
         self.release = release
         self.limits = limits or Limits()
+        self.database = database or Database()
         self.alignment = alignment
         self._make_backing = make_backing
-        self._on_name_gone = on_name_gone
-        self._ids = itertools.count(1)
-        self._sharer_numbers = itertools.count(1)
+        self._ids = itertools.count(self.database.next_region())
+        self._sharer_numbers = itertools.count(self.database.next_sharer())
         self._by_name: dict[bytes, Region] = {}
         self._by_id: dict[int, Region] = {}
         self._by_backing: dict[tuple[int, int, int], Region] = {}
@@ -198,6 +215,10 @@ class Regions:
     def __iter__(self) -> Iterator[Region]:
         """Regions that have a name, oldest first."""
         return iter(sorted(self._by_name.values(), key=lambda region: region.id))
+
+    def all(self) -> Iterator[Region]:
+        """Every region that has a name, memory or a sharer."""
+        return iter(list(self._by_id.values()))
 
     def alive(self) -> Iterator[Region]:
         """Every region with memory, its name gone or not."""
@@ -215,7 +236,30 @@ class Regions:
         """The region whose backing is that file."""
         return self._by_backing.get((major, minor, inode))
 
-    def create(self, name: bytes, mode: int, uid: int, gid: int) -> Region:
+    def adopt(self, region: Region) -> None:
+        """Take over a region that another daemon left."""
+        region.closed = self._closed
+        region.account = self.limits.account(region.uid)
+        region.account.regions.add(region)
+        self._by_id[region.id] = region
+        if region.linked:
+            self._by_name[region.name] = region
+        if region.backing is not None:
+            self._by_backing[_key(region.backing)] = region
+
+    def change(self, region: Region, **fields: object) -> None:
+        """Set fields of a region, and write it down.  Raises Refused, and nothing is set."""
+        before = {name: getattr(region, name) for name in fields}
+        for name, value in fields.items():
+            setattr(region, name, value)
+        try:
+            self.database.save_region(region)
+        except Refused:
+            for name, value in before.items():
+                setattr(region, name, value)
+            raise
+
+    def create(self, name: bytes, mode: int, uid: int, gid: int, *, creator: int = 0) -> Region:
         """A new name without a range.
 
         Raises Refused (EEXIST, EPERM, ENAMETOOLONG; EDQUOT, see limits.py).
@@ -226,10 +270,20 @@ class Regions:
         account = self.limits.account(uid)
         account.check_regions()
         now = time.time_ns()
-        region = Region(next(self._ids), name, mode & 0o7777, uid, gid, now, now, now, account)
-        account.regions.add(region)
-        self._by_name[name] = region
-        self._by_id[region.id] = region
+        region = Region(
+            next(self._ids),
+            name,
+            mode & 0o7777,
+            uid,
+            gid,
+            now,
+            now,
+            now,
+            account,
+            creator=creator,
+        )
+        self.database.save_region(region)
+        self.adopt(region)
         return region
 
     def give(self, region: Region, uid: int) -> None:
@@ -254,7 +308,14 @@ class Regions:
             raise Refused(errno.EINVAL, "the range is not in user space")
 
     def establish(
-        self, region: Region, start: int, size: int, *, kind: str = "", read_only: bool
+        self,
+        region: Region,
+        start: int,
+        size: int,
+        *,
+        kind: str = "",
+        read_only: bool,
+        made_file: bool = False,
     ) -> None:
         """Give a region its range and an empty backing (FILE to BUILDING).
 
@@ -263,29 +324,44 @@ class Regions:
         assert region.state is State.FILE
         self.check_range(start, size)
         backing = self._make_backing(region.id, start, size, kind)
-        region.start, region.size, region.read_only = start, size, read_only
-        region.backing = backing
+        try:
+            self.change(
+                region,
+                start=start,
+                size=size,
+                read_only=read_only,
+                made_file=made_file,
+                backing=backing,
+                state=State.BUILDING,
+            )
+        except Refused:
+            backing.release()
+            raise
         region.settled = trio.Event()
-        region.state = State.BUILDING
         self._by_backing[_key(backing)] = region
 
-    def commit(self, region: Region) -> None:
-        """The objects are in place: let others in (BUILDING to LIVE)."""
+    def commit(self, region: Region, by: Sharer | None = None) -> None:
+        """The objects are in place: let others in (BUILDING to LIVE), as sharer `by` asks."""
         assert region.state is State.BUILDING
-        region.state = State.LIVE
-        region.mtime_ns = region.ctime_ns = time.time_ns()
+        now = time.time_ns()
+        with self.database.transaction():
+            self.database.save_objects(region, by=by)
+            self.change(region, state=State.LIVE, mtime_ns=now, ctime_ns=now)
         region.settled.set()
 
-    def abandon(self, region: Region, *, drop_name: bool) -> None:
-        """The donor did not finish (BUILDING to FILE, or GONE with the name)."""
+    def abandon(self, region: Region) -> None:
+        """The donor did not finish: BUILDING to FILE, or GONE if the donor made the file."""
         assert region.state is State.BUILDING
+        # What another daemon finds is a region that is being built, until it is freed.
         self._free(region)
+        with contextlib.suppress(Refused), self.database.transaction():
+            self.database.empty_region(region)
+            self.change(region, start=0, size=0, state=State.FILE)
         region.start = region.size = 0
         region.state = State.FILE
         region.settled.set()
-        if drop_name and region.linked:
-            self.unlink(region)
-            self._on_name_gone(region.name)
+        if region.made_file and region.linked:
+            self._unlink_anyway(region)
         else:
             self._reap(region)
 
@@ -299,6 +375,8 @@ class Regions:
         writable: bool,
         ended: Callable[[], bool] = lambda: False,
         pidfd: int | None = None,
+        uffd_number: int = -1,
+        started: int = 0,
     ) -> Sharer:
         """A new sharer.  `uffd` and `pidfd` stay the caller's to close.
 
@@ -307,10 +385,28 @@ class Regions:
         """
         number = next(self._sharer_numbers)
         account = self.limits.account(uid)
-        sharer = Sharer(number, region, pid, uid, writable, uffd, ended, pidfd, account)
-        region.sharers[sharer.number] = sharer
-        account.sharers.add(sharer)
+        sharer = Sharer(
+            number,
+            region,
+            pid,
+            uid,
+            writable,
+            uffd,
+            ended,
+            pidfd,
+            account,
+            uffd_number=uffd_number,
+            started=started,
+        )
+        self.database.save_sharer(sharer)
+        self.adopt_sharer(sharer)
         return sharer
+
+    def adopt_sharer(self, sharer: Sharer) -> None:
+        """Take over a sharer that another daemon left."""
+        sharer.account = self.limits.account(sharer.uid)
+        sharer.account.sharers.add(sharer)
+        sharer.region.sharers[sharer.number] = sharer
 
     def detach(self, sharer: Sharer) -> None:
         """A sharer is gone; a region without name and sharers goes with it."""
@@ -318,6 +414,7 @@ class Regions:
         del region.sharers[sharer.number]
         sharer.account.sharers.discard(sharer)
         region.refused.discard(sharer)
+        self.database.forget_sharer(sharer)
         self._reap(region)
 
     def detach_and_unlink(self, sharer: Sharer) -> None:
@@ -332,39 +429,53 @@ class Regions:
         """
         region = sharer.region
         last = all(other is sharer or other.ended() for other in region.sharers.values())
-        if last and region.linked and sharer.uid in (0, region.uid):
-            self.unlink(region)
-            self._on_name_gone(region.name)
-        self.detach(sharer)
+        with contextlib.suppress(Refused), self.database.transaction():
+            if last and region.linked and sharer.uid in (0, region.uid):
+                self._unlink_anyway(region)
+            self.detach(sharer)
 
     def unlink(self, region: Region) -> None:
         """The name goes now, the memory when the last sharer has gone."""
         assert region.linked
+        self.change(region, linked=False, ctime_ns=time.time_ns())
         del self._by_name[region.name]
+        self._reap(region)
+
+    def _unlink_anyway(self, region: Region) -> None:
+        # Whether it can be written or not.
+        with contextlib.suppress(Refused):
+            self.change(region, linked=False, ctime_ns=time.time_ns())
         region.linked = False
-        region.ctime_ns = time.time_ns()
+        del self._by_name[region.name]
         self._reap(region)
 
     def close(self) -> None:
         """Free everything: the file system is being unmounted."""
         for region in list(self._by_id.values()):
+            region.state = State.GONE
             self._free(region)
-            self._gone(region)
+            if region.backing is None:
+                region.account.regions.discard(region)
 
     def _reap(self, region: Region) -> None:
         # A region that is being built has a donor: abandon() or commit() comes.
         if region.linked or region.sharers or region.state is State.BUILDING:
             return
-        self._free(region)
-        self._gone(region)
-        self._by_id.pop(region.id, None)
-
-    @staticmethod
-    def _gone(region: Region) -> None:
         region.state = State.GONE
-        # One whose files have not taken what was written has memory until they do.
+        self._by_id.pop(region.id, None)
         if region.backing is None:
             region.account.regions.discard(region)
+            self.database.forget_region(region)
+        self._free(region)
+
+    def reap(self, region: Region) -> None:
+        """Free a region that has neither name nor sharers."""
+        self._reap(region)
+
+    def _closed(self, region: Region) -> None:
+        # Not before: until its memory is gone a region has pages to write back.
+        if region.state is State.GONE:
+            self.database.forget_region(region)
 
     def _free(self, region: Region) -> None:
         if region.backing is not None:

@@ -41,6 +41,8 @@ UFFDIO_POISON: Final = 0xC020AA08
 USERFAULTFD_IOC_NEW: Final = 0xAA00
 
 DEVICE: Final = "/dev/userfaultfd"
+LINK: Final = "anon_inode:[userfaultfd]"
+"""What /proc/PID/fd shows for one."""
 USER_MODE_ONLY: Final = 1
 
 
@@ -70,6 +72,7 @@ class Mode(IntFlag):
 
 
 _EVENT_PAGEFAULT: Final = 0x12
+_EVENT_FORK: Final = 0x13
 _FAULT_WRITE: Final = 1 << 0
 _FAULT_WP: Final = 1 << 1
 _FAULT_MINOR: Final = 1 << 2
@@ -273,6 +276,10 @@ def _faults(data: bytes) -> Iterator[Fault]:
                 bool(flags & _FAULT_MINOR),
                 thread,
             )
+        elif event == _EVENT_FORK:
+            # Never asked for; a sharer that was adopted may have done so all the same.
+            # The descriptor that comes with it has the place of the flags.
+            os.close(flags & 0xFFFFFFFF)
 
 
 def wake(fd: int, start: int, length: int) -> None:
@@ -329,6 +336,11 @@ def write_unprotect(fd: int, start: int, length: int, *, wake: bool = True) -> N
     """Let writes through again, and by default wake who waits to write."""
     mode = 0 if wake else _PROTECT_DONTWAKE
     fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, _PROTECT.pack(start, length, mode))
+
+
+def is_one(fd: int) -> bool:
+    """Whether a descriptor is a userfaultfd."""
+    return os.readlink(f"/proc/self/fd/{fd}") == LINK
 
 
 def is_gone(fd: int) -> bool:

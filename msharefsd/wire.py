@@ -19,7 +19,7 @@ MAGIC: Final = 0x4D534852
 VERSION: Final = 2
 MAX_OBJECTS: Final = 1024
 
-REQUEST: Final = struct.Struct("=IHHQQIIII")
+REQUEST: Final = struct.Struct("=IHHQQIIIIII")
 OBJECT: Final = struct.Struct("=QQQII")
 REPLY: Final = struct.Struct("=IHHiIQQ96s")
 MESSAGE_FIELD: Final = 96
@@ -44,6 +44,7 @@ class Op(IntEnum):
     MSYNC = 11
     DISCARD = 12
     NEED = 13
+    REJOIN = 14
 
 
 NOTE: Final = 0x4E
@@ -58,6 +59,7 @@ class RequestFlag(IntFlag):
     HAS_MAPPINGS = 1
     MADE_FILE = 2
     AS_IT_LIES = 4
+    REPEATED = 8
 
 
 _ALL_FLAGS: Final = sum(RequestFlag)
@@ -105,6 +107,8 @@ class Request:
     flags: RequestFlag
     objects: tuple[WireObject, ...] = ()
     backing: BackingKind = BackingKind.BACKING_DEFAULT
+    sequence: int = 0
+    userfaultfd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,19 @@ def parse_request(data: bytes) -> Request:
     """
     if len(data) < REQUEST.size:
         raise Refused(errno.EPROTO, "message too short: is this libmshare?")
-    magic, version, op, start, size, oflags, flags, count, kind = REQUEST.unpack_from(data)
+    (
+        magic,
+        version,
+        op,
+        start,
+        size,
+        oflags,
+        flags,
+        count,
+        kind,
+        sequence,
+        userfaultfd,
+    ) = REQUEST.unpack_from(data)
     if magic != MAGIC:
         raise Refused(errno.EPROTO, "not a message of libmshare")
     if version != VERSION:
@@ -156,4 +172,14 @@ def parse_request(data: bytes) -> Request:
     if operation is not Op.COMMIT and count != (1 if operation in _ONE_OBJECT else 0):
         raise Refused(errno.EINVAL, "this operation does not take that many objects")
     objects = tuple(WireObject(*item) for item in OBJECT.iter_unpack(data[REQUEST.size :]))
-    return Request(operation, start, size, oflags, RequestFlag(flags), objects, backing)
+    return Request(
+        operation,
+        start,
+        size,
+        oflags,
+        RequestFlag(flags),
+        objects,
+        backing,
+        sequence,
+        userfaultfd,
+    )

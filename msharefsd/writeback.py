@@ -23,10 +23,12 @@ from typing import Final
 import trio
 
 from msharefsd import protection
+from msharefsd.barriers import barrier
 from msharefsd.files import BUFFER, MappedFile, Threads
 from msharefsd.metrics import Metrics
 from msharefsd.regions import Region, Sharer
 from msharefsd.seldom import Seldom
+from msharefsd.state import State
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ class _Flush:
 class Writeback:
     """Writes the dirty pages of all regions of one daemon."""
 
-    def __init__(self, threads: Threads, metrics: Metrics) -> None:
+    def __init__(self, threads: Threads, metrics: Metrics, state: State) -> None:
+        self._state = state
         self._threads = threads
         self._metrics = metrics
         self._seldom = Seldom()
@@ -123,15 +126,25 @@ class Writeback:
         if failure is not None:
             raise failure
 
-    @staticmethod
-    def _runs(region: Region, file: MappedFile, start: int, end: int) -> list[_Run]:
+    def _runs(self, region: Region, file: MappedFile, start: int, end: int) -> list[_Run]:
         runs: list[_Run] = []
+        backing = region.backing
+        if backing is None:
+            return runs
         for page in sorted(page for page in region.dirty if start <= page < end):
             item = region.objects.find(page)
             if item is None or not item.written_back:
                 del region.dirty[page]
+                self._state.clean(region, [page])
                 continue
             if item.file is not file:
+                continue
+            if backing.next_data(page) != page:
+                # In the stash (its file did not take it before) it stays dirty.  If not
+                # there either it was replaced after the fault that we were told of.
+                if backing.stash is None or backing.stash.next_data(page) != page:
+                    del region.dirty[page]
+                    self._state.clean(region, [page])
                 continue
             file_offset = item.file_offset + page - item.offset
             last = runs[-1] if runs else None
@@ -156,6 +169,7 @@ class Writeback:
         for page in pages:
             region.dirty.pop(page, None)
         content = os.pread(backing.fd, run.length, run.offset)
+        barrier("writeback.read")
         run.file.hold()
         try:
             await self._threads.run(run.file.uid, partial(run.file.write, content, run.file_offset))
@@ -172,6 +186,9 @@ class Writeback:
             raise
         finally:
             run.file.let_go()
+        barrier("writeback.written")
+        # What was written to meanwhile is dirty again.
+        self._state.clean(region, [page for page in pages if page not in region.dirty])
         self._metrics.written_back.inc(run.length)
 
     async def sync(self, region: Region, start: int, end: int) -> None:

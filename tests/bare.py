@@ -66,7 +66,7 @@ class Bare:
         flags: int = 0,
         objects: tuple[tuple[int, int, int, int, int], ...] = (),
     ) -> Answer:
-        head = (wire.MAGIC, wire.VERSION, op, start, size, oflags, flags, len(objects), 0)
+        head = (wire.MAGIC, wire.VERSION, op, start, size, oflags, flags, len(objects), 0, 0, 0)
         body = b"".join(wire.OBJECT.pack(*each) for each in objects)
         self.send(wire.REQUEST.pack(*head) + body, *fds)
         return self.receive()

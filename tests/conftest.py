@@ -147,8 +147,8 @@ class Daemon:
             *self.arguments,
         ]
 
-    def start(self, command: Sequence[str] = (), **popen: object) -> Daemon:
-        """Start and wait until it is ready.  `command` stands in for msharefsd."""
+    def launch(self, command: Sequence[str] = (), **popen: object) -> None:
+        """Start and do not wait.  `command` stands in for msharefsd."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
                 self.command(command),
@@ -157,7 +157,11 @@ class Daemon:
                 cwd="/",
                 **popen,
             )
+
+    def start(self, command: Sequence[str] = (), **popen: object) -> Daemon:
+        """Start and wait until it is ready."""
         offset = self.log().count("ready:")
+        self.launch(command, **popen)
         eventually(
             lambda: (
                 self.process.poll() is not None or self.log().count("ready:") > offset
@@ -416,12 +420,12 @@ def spawn(client_program: Path, daemon: Daemon) -> Iterator[Callable[..., Client
 
 
 @contextlib.contextmanager
-def clients(program: Path, of: Daemon) -> Iterator[Callable[..., Client]]:
-    """Clients of one daemon, all gone at the end."""
+def clients(program: Path, of: Daemon, **variables: str) -> Iterator[Callable[..., Client]]:
+    """Clients of one daemon, all gone at the end; with more variables in their environment."""
     started: list[Client] = []
 
     def start(*, before: Sequence[str] = (), **popen: object) -> Client:
-        environment = {"MSHARE_ROOT": str(of.mount), "PATH": os.defpath}
+        environment = {"MSHARE_ROOT": str(of.mount), "PATH": os.defpath, **variables}
         process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
             [*before, str(program)],
             stdin=subprocess.PIPE,

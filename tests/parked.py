@@ -29,7 +29,9 @@ def park(step: str) -> None:
 
 def send(sock: socket.socket, request: tuple[int, ...], *fds: int, objects: bytes = b"") -> None:
     op, oflags, flags, count = request
-    data = wire.REQUEST.pack(wire.MAGIC, wire.VERSION, op, START, SIZE, oflags, flags, count, 0)
+    data = wire.REQUEST.pack(
+        wire.MAGIC, wire.VERSION, op, START, SIZE, oflags, flags, count, 0, 0, NUMBER
+    )
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([data + objects], rights)
 
@@ -87,7 +89,7 @@ MOUNT, START, SIZE, STEP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.
 
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect(f"{MOUNT}/.control")
-own = uffd.open_new()
+own = NUMBER = uffd.open_new()
 # The daemon is stopped before the last call of these two, so that it cannot answer.
 if STEP in ("faulted", "detaching"):
     region_fd = os.open(f"{MOUNT}/r", os.O_RDWR)

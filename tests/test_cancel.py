@@ -71,16 +71,16 @@ def some_region() -> Iterator[tuple[AddressSpaces, Region, Writeback]]:
     def make(number: int, start: int, size: int, kind: str) -> ShmBacking:
         return ShmBacking(f"{name}{number}", size, disposal)
 
-    regions = Regions(ALIGNMENT, make, print)
+    regions = Regions(ALIGNMENT, make)
     metrics, threads = Metrics(regions.alive), Threads(Limits())
     found = capabilities.probe(frozenset())
-    pages = PageServer(found, metrics, None, threads)
+    pages = PageServer(found, metrics, None, threads, regions.database)
     try:
         region = regions.create(b"r", 0o600, 0, 0)
         regions.establish(region, ALIGNMENT, SIZE, read_only=False)
         regions.commit(region)
-        writeback = Writeback(threads, metrics)
-        yield AddressSpaces(found, pages, writeback), region, writeback
+        writeback = Writeback(threads, metrics, regions.database)
+        yield AddressSpaces(found, pages, writeback, regions.database), region, writeback
     finally:
         regions.close()
         disposal.close()

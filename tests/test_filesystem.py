@@ -28,7 +28,7 @@ def no_backing(number: int, start: int, size: int, kind: str) -> Any:
 
 @pytest.fixture
 def regions() -> Regions:
-    return Regions(1 << 21, no_backing, lambda _: None)
+    return Regions(1 << 21, no_backing)
 
 
 @pytest.fixture

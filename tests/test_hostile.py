@@ -435,7 +435,7 @@ def test_whoever_is_killed_while_it_waits_leaves_no_descriptor(world: World) -> 
 
 def request(op: Op) -> bytes:
     flags = wire.RequestFlag.AS_IT_LIES
-    return wire.REQUEST.pack(wire.MAGIC, wire.VERSION, op, 0, 0, os.O_RDWR, flags, 0, 0)
+    return wire.REQUEST.pack(wire.MAGIC, wire.VERSION, op, 0, 0, os.O_RDWR, flags, 0, 0, 0, 0)
 
 
 def test_open_files_of_the_mount_take_only_so_much_of_the_daemon(world: World) -> None:

@@ -186,9 +186,7 @@ class Accounts(RuleBasedStateMachine):
         super().__init__()
         self.number = 0
         self.limits = Limits(self.MOST)
-        self.regions = Regions(
-            ALIGNMENT, self.make_backing, lambda _: None, self.release, self.limits
-        )
+        self.regions = Regions(ALIGNMENT, self.make_backing, self.release, self.limits)
         self.all: list[Region] = []
         self.sharers: list[Sharer] = []
         self.connections: list[tuple[int, contextlib.ExitStack]] = []
@@ -198,6 +196,8 @@ class Accounts(RuleBasedStateMachine):
 
     def make_backing(self, number: int, start: int, size: int, kind: str) -> Any:
         return SimpleNamespace(
+            kind="shm",
+            name=f"/{number}",
             identity=SimpleNamespace(major=1, minor=2, inode=number),
             release=lambda: None,
             allocated=lambda: 8 * PAGE,
@@ -249,7 +249,8 @@ class Accounts(RuleBasedStateMachine):
         region = self.all[number % len(self.all)]
         if region.state is State.BUILDING and gives_up:
             self.hangs = False  # nothing was written yet
-            self.regions.abandon(region, drop_name=drop)
+            region.made_file = drop
+            self.regions.abandon(region)
         elif region.state is State.BUILDING:
             self.regions.commit(region)
 
@@ -347,7 +348,7 @@ TestAccounts = Accounts.TestCase
 
 def test_an_account_that_has_nothing_is_forgotten() -> None:
     made = Limits(LimitSettings())
-    regions = Regions(ALIGNMENT, lambda *_: None, lambda _: None, limits=made)  # type: ignore[arg-type]
+    regions = Regions(ALIGNMENT, lambda *_: None, limits=made)  # type: ignore[arg-type]
     region = regions.create(b"r", 0o600, ALICE, ALICE)
     assert list(made._accounts) == [ALICE]
     regions.unlink(region)

@@ -27,6 +27,8 @@ class Backings:
         assert number not in self.open, "a region has one backing"
         self.open.add(number)
         return SimpleNamespace(
+            kind="shm",
+            name=f"/{number}",
             identity=SimpleNamespace(major=1, minor=2, inode=number),
             release=lambda: self.open.remove(number),
             allocated=lambda: size,
@@ -39,14 +41,8 @@ def backings() -> Backings:
 
 
 @pytest.fixture
-def gone() -> list[bytes]:
-    """Names that the daemon itself took away."""
-    return []
-
-
-@pytest.fixture
-def regions(backings: Backings, gone: list[bytes]) -> Regions:
-    return Regions(ALIGNMENT, backings.make, gone.append)
+def regions(backings: Backings) -> Regions:
+    return Regions(ALIGNMENT, backings.make)
 
 
 def live(regions: Regions, name: bytes = b"r", uid: int = 1000) -> Region:
@@ -87,12 +83,11 @@ def test_the_end_of_the_last_sharer_leaves_the_name(regions: Regions, backings: 
 
 @pytest.mark.parametrize(("uid", "goes"), [(0, True), (1000, True), (1001, False)])
 def test_the_last_sharers_unlink_takes_the_name_if_it_may(
-    regions: Regions, gone: list[bytes], uid: int, goes: bool
+    regions: Regions, uid: int, goes: bool
 ) -> None:
     region = live(regions)
     regions.detach_and_unlink(attach(regions, region, uid))
     assert (regions.find(b"r") is None) == goes
-    assert gone == ([b"r"] if goes else [])
 
 
 def test_unlink_counts_only_sharers_that_still_run(regions: Regions) -> None:
@@ -106,29 +101,26 @@ def test_unlink_counts_only_sharers_that_still_run(regions: Regions) -> None:
 
 
 @pytest.mark.parametrize("drop", [True, False])
-def test_a_donor_that_gives_up(
-    regions: Regions, backings: Backings, gone: list[bytes], drop: bool
-) -> None:
+def test_a_donor_that_gives_up(regions: Regions, backings: Backings, drop: bool) -> None:
     region = regions.create(b"r", 0o600, 0, 0)
-    regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=True)
+    regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=True, made_file=drop)
     assert region.state is State.BUILDING
     settled = region.settled
-    regions.abandon(region, drop_name=drop)
+    regions.abandon(region)
     assert settled.is_set()
     assert backings.open == set()
     assert region.state is (State.GONE if drop else State.FILE)
     assert (regions.find(b"r") is None) == drop
-    assert gone == ([b"r"] if drop else [])
 
 
 def test_a_name_that_was_removed_while_the_region_was_built(
     regions: Regions, backings: Backings
 ) -> None:
     region = regions.create(b"r", 0o600, 0, 0)
-    regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False)
+    regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=True)
     regions.unlink(region)
     assert backings.open == {region.id}
-    regions.abandon(region, drop_name=True)
+    regions.abandon(region)
     assert region.state is State.GONE
     assert backings.open == set()
 
@@ -171,7 +163,7 @@ def test_names_are_one_regions_and_ids_are_never_used_again(regions: Regions) ->
 
 def test_a_label_is_printable_and_on_one_line() -> None:
     name = b"a b\n\xff\\\xc2\x85\xc3\xa4"
-    region = Regions(ALIGNMENT, Backings().make, lambda _: None).create(name, 0o600, 0, 0)
+    region = Regions(ALIGNMENT, Backings().make).create(name, 0o600, 0, 0)
     assert region.label() == "a\\040b\\012\\377\\134\\302\\205ä"
 
 
@@ -181,7 +173,7 @@ class Lives(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.backings = Backings()
-        self.regions = Regions(ALIGNMENT, self.backings.make, lambda _: None)
+        self.regions = Regions(ALIGNMENT, self.backings.make)
         self.all: list[Region] = []
         self.sharers: list[Sharer] = []
 
@@ -194,19 +186,19 @@ class Lives(RuleBasedStateMachine):
             self.all.append(self.regions.create(name, 0o600, 0, 0))
 
     @precondition(lambda self: self.all)
-    @rule(number=st.integers(0, 9))
-    def establish(self, number: int) -> None:
+    @rule(number=st.integers(0, 9), made=st.booleans())
+    def establish(self, number: int, made: bool) -> None:
         region = self.some(number)
         if region.state is State.FILE and region.linked:
-            self.regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False)
+            self.regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=made)
 
     @precondition(lambda self: self.all)
-    @rule(number=st.integers(0, 9), gives_up=st.booleans(), drop=st.booleans())
-    def settle(self, number: int, gives_up: bool, drop: bool) -> None:
+    @rule(number=st.integers(0, 9), gives_up=st.booleans())
+    def settle(self, number: int, gives_up: bool) -> None:
         region = self.some(number)
         if region.state is State.BUILDING:
             if gives_up:
-                self.regions.abandon(region, drop_name=drop)
+                self.regions.abandon(region)
             else:
                 self.regions.commit(region)
                 self.sharers.append(attach(self.regions, region))

@@ -289,13 +289,28 @@ def test_a_daemon_that_hangs_is_killed_by_the_watchdog(machine: Machine, service
     share(machine.client(), machine.client())
 
 
-def test_restart(machine: Machine, service: Watched) -> None:
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_restart(machine: Machine, service: Watched, how: str) -> None:
+    """Regions and sharers outlive it, and the files that are mapped: systemd keeps them."""
     first = service.pid
-    service.systemctl("restart")
-    assert service.is_serving()
-    assert service.pid != first
     donor, consumer = machine.client(), machine.client()
     share(donor, consumer)
+    machine.run("sh", "-c", "printf %8192s > /tmp/mapped")
+    donor.ok("mmap", BASE, 8192, READ | WRITE, mmap.MAP_SHARED | FIXED, "/tmp/mapped", os.O_RDWR, 0)
+    donor.ok("store", BASE, 7)
+    service.expected = ("taking down the mount", "status=9/KILL", "Failed with result 'signal'")
+    if how == "restart":
+        service.systemctl("restart")
+        assert service.is_serving()
+    else:
+        machine.run("kill", "-KILL", service.pid)
+        service.came_back(1)
+    assert service.pid != first
+    assert consumer.do("load", BASE) == "7"
+    assert consumer.do("load", BASE + 4096) == "32"
+    assert consumer.do("load", BASE + SIZE - 4096) == "0"
+    donor.ok("msync", BASE, 4096, 4)
+    assert machine.run("head", "-c", "2", "/tmp/mapped").stdout == "\7 "
     donor.ok("unlink", "r")
     consumer.ok("unlink", "r")
 

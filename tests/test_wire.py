@@ -24,7 +24,7 @@ HEADER = TESTS.parent / "libmshare" / "core" / "wire.h"
 STRUCTS = {
     "request": (
         wire.REQUEST,
-        "magic version op start size oflags flags object_count backing",
+        "magic version op start size oflags flags object_count backing sequence userfaultfd",
     ),
     "object": (wire.OBJECT, "offset length file_offset prot flags"),
     "reply": (wire.REPLY, "magic version op error flags start size message"),
@@ -104,7 +104,7 @@ def message(
     backing: int = 0,
     tail: bytes = b"",
 ) -> bytes:
-    return wire.REQUEST.pack(magic, version, op, 1, 2, 3, flags, count, backing) + tail
+    return wire.REQUEST.pack(magic, version, op, 1, 2, 3, flags, count, backing, 4, 5) + tail
 
 
 OBJECT = wire.OBJECT.pack(4096, 8192, 0, 3, 1)
@@ -120,7 +120,7 @@ OBJECT = wire.OBJECT.pack(4096, 8192, 0, 3, 1)
         (message(0), errno.EINVAL),
         (message(99), errno.EINVAL),
         (message(wire.NOTE), errno.EINVAL),
-        (message(flags=8), errno.EINVAL),
+        (message(flags=16), errno.EINVAL),
         (message(backing=1), errno.EINVAL),
         (message(Op.ATTACH, backing=3), errno.EINVAL),
         (message(tail=b"x"), errno.EINVAL),

@@ -82,12 +82,18 @@ static void close_keeping_errno(int fd)
 	errno = saved;
 }
 
-static void drop_descriptors(struct attachment *attachment)
+static void drop_connection(struct attachment *attachment)
 {
 	close_keeping_errno(attachment->connection);
 	close_keeping_errno(attachment->uffd);
+	attachment->connection = attachment->uffd = -1;
+}
+
+static void drop_descriptors(struct attachment *attachment)
+{
+	drop_connection(attachment);
 	close_keeping_errno(attachment->backing);
-	attachment->connection = attachment->uffd = attachment->backing = -1;
+	attachment->backing = -1;
 }
 
 /* ---- fork ---- */
@@ -118,24 +124,30 @@ static void attach_again(struct attachment *attachment)
 	struct mshare_wire_reply reply;
 	int fds[2], backing;
 
-	close(attachment->connection);
-	close(attachment->uffd);
-	attachment->connection = attachment->uffd = -1;
+	drop_connection(attachment);
+	attachment->waiting = (struct waiting){ 0 };
 	if (window_reserve(attachment->start, attachment->size) != 0)
 		return;
-	attachment->connection = connection_open(attachment->root);
-	if (attachment->connection < 0)
-		return;
-	attachment->uffd = uffd_open(attachment->connection);
-	if (attachment->uffd < 0)
-		return;
-	fds[0] = attachment->backing;
-	fds[1] = attachment->uffd;
-	if (connection_call(attachment->connection, &request, NULL, fds, 2, &reply, &backing) < 0)
-		return;
+	for (;;) {
+		attachment->connection = connection_open(attachment->root);
+		if (attachment->connection >= 0)
+			attachment->uffd = uffd_open(attachment->connection);
+		fds[0] = attachment->backing;
+		fds[1] = attachment->uffd;
+		request.userfaultfd = (uint32_t)attachment->uffd;
+		if (attachment->uffd >= 0 &&
+		    connection_call(attachment->connection, &request, NULL, fds, 2, &reply,
+				    &backing) == 0)
+			break;
+		if (!daemon_is_gone(errno) && errno != ENOENT)
+			return drop_connection(attachment);
+		drop_connection(attachment);
+		if (!wait_again(&attachment->waiting))
+			return;
+		request.flags = MSHARE_WIRE_REPEATED;
+	}
 	close_keeping_errno(backing); /* the same as ours */
-	window_map(attachment->start, attachment->size, attachment->backing, attachment->uffd,
-		   attachment->writable, attachment->connection, reply.flags);
+	window_map(attachment, reply.flags);
 }
 
 static void after_fork_in_child(void)
@@ -178,8 +190,11 @@ static int check_name(const char *name)
  * O_CREAT without O_EXCL is never passed on: in a sticky directory the kernel
  * refuses it for another user's file (fs.protected_regular, proc_sys_fs(5)), but
  * an existing region is to be attached.
+ *
+ * repeated: if there is one, O_EXCL or not, this process may have made it itself
+ * just before a daemon died; the daemon judges.
  */
-static int open_region(const char *path, int oflags, mode_t mode, bool *made)
+static int open_region(const char *path, int oflags, mode_t mode, bool repeated, bool *made)
 {
 	int access = (oflags & O_ACCMODE) | O_CLOEXEC;
 	int fd;
@@ -193,6 +208,8 @@ static int open_region(const char *path, int oflags, mode_t mode, bool *made)
 		}
 		fd = open(path, access | O_CREAT | O_EXCL, mode);
 		*made = fd >= 0;
+		if (fd < 0 && errno == EEXIST && (oflags & O_EXCL) && repeated)
+			fd = open(path, access);
 		if (fd >= 0 || errno != EEXIST || (oflags & O_EXCL))
 			return fd;
 	}
@@ -232,8 +249,9 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 	};
 	struct mshare_wire_reply reply;
 	char path[PATH_MAX];
-	int region = -1, backing = -1, window = -1, mapped = -1, result, saved, fds[2];
+	int region = -1, mapped = -1, result, saved, fds[2];
 	bool made = false, building = false, complete = false;
+	bool as_it_lies = attachment->size == 0;
 
 	if (root_join(attachment->root, attachment->name, path) < 0)
 		return -1;
@@ -252,24 +270,36 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 	attachment->uffd = uffd_open(attachment->connection);
 	if (attachment->uffd < 0)
 		goto fail;
-	region = open_region(path, oflags, mode, &made);
-	if (region < 0)
+	region = open_region(path, oflags, mode, attachment->repeated, &made);
+	if (region < 0) {
+		saved = errno;
+		/* The mount may be gone: that is no word about the region. */
+		if (saved == ENOENT && connection_noted(attachment->connection) == CONNECTION_LOST)
+			saved = ENOTCONN;
+		errno = saved;
+		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
+	}
 	if (made)
 		request.flags |= MSHARE_WIRE_MADE_FILE;
+	if (attachment->repeated)
+		request.flags |= MSHARE_WIRE_REPEATED;
+	request.userfaultfd = (uint32_t)attachment->uffd;
 	fds[0] = region;
 	fds[1] = attachment->uffd;
-	result = connection_call(attachment->connection, &request, NULL, fds, 2, &reply, &backing);
+	result = connection_call(attachment->connection, &request, NULL, fds, 2, &reply,
+				 &attachment->backing);
 	close_keeping_errno(region);
+	attachment->repeated |= result == CONNECTION_LOST;
 	if (result < 0)
 		goto fail;
 	building = reply.flags & MSHARE_WIRE_DONATE;
 	complete = !building && (reply.flags & MSHARE_WIRE_CREATED);
-	if (backing < 0) {
+	if (attachment->backing < 0) {
 		errno = EMFILE; /* the kernel drops what there is no room for: recvmsg(2) */
 		goto fail;
 	}
-	if (attachment->size == 0) {
+	if (as_it_lies) {
 		mapped = window_reserve((char *)(uintptr_t)reply.start, reply.size);
 		if (mapped > 0)
 			errno = EINVAL;
@@ -279,18 +309,10 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 		attachment->size = reply.size;
 	}
 	if (building) {
-		if (donate(attachment->connection, attachment->uffd, backing, attachment->start,
-			   attachment->size, attachment->writable, &window, &complete) < 0)
+		if (donate(attachment, &complete) < 0)
 			goto fail;
 	}
-	if (window >= 0) {
-		close_keeping_errno(backing);
-		backing = window;
-	}
-	attachment->backing = backing;
-	if (!building &&
-	    window_map(attachment->start, attachment->size, backing, attachment->uffd,
-		       attachment->writable, attachment->connection, reply.flags) < 0)
+	if (!building && window_map(attachment, reply.flags) < 0)
 		goto fail;
 	return 0;
 fail:
@@ -301,13 +323,48 @@ fail:
 		unmake(attachment->connection, MSHARE_WIRE_UNLINK);
 	else if (building)
 		unmake(attachment->connection, MSHARE_WIRE_DETACH);
-	if (window >= 0 && window != backing)
-		close(window);
-	if (attachment->backing < 0 && backing >= 0)
-		close(backing);
 	drop_descriptors(attachment);
+	if (as_it_lies) {
+		attachment->start = NULL;
+		attachment->size = 0;
+	}
 	errno = saved;
 	return -1;
+}
+
+/*
+ * root_find() for a call that may wait: between two daemons the mount is not there for
+ * a moment, and only who knows that there was one can tell that from no msharefs at all.
+ */
+static int find_root(char root[PATH_MAX], const struct waiting *waiting)
+{
+	bool gone = waiting->pause != 0;
+
+	if (root_find(root) == 0)
+		return 0;
+	if (errno != ENOENT)
+		return -1;
+	for (struct attachment *each = attachments; each && !gone; each = each->next)
+		gone = root_check(each->root) < 0;
+	errno = gone ? ENOTCONN : ENOENT;
+	return -1;
+}
+
+static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind)
+{
+	if (find_root(attachment->root, &attachment->waiting) < 0)
+		return -1;
+	if (oflags & O_CREAT) {
+		size_t alignment = root_alignment(attachment->root);
+
+		if (alignment == 0)
+			return -1;
+		if (((uintptr_t)attachment->start | attachment->size) & (alignment - 1)) {
+			errno = EINVAL;
+			return -1;
+		}
+	}
+	return attach(attachment, oflags, mode, kind);
 }
 
 static struct attachment **find(const char *name)
@@ -324,7 +381,7 @@ static int add(const char *name, char *start, size_t size, int oflags, mode_t mo
 	       struct mshare_info *info)
 {
 	struct attachment *attachment = calloc(1, sizeof *attachment);
-	int result = -1;
+	int result;
 
 	if (!attachment)
 		return -1;
@@ -334,20 +391,9 @@ static int add(const char *name, char *start, size_t size, int oflags, mode_t mo
 	attachment->size = size;
 	attachment->writable = (oflags & O_ACCMODE) == O_RDWR;
 	attachment->connection = attachment->uffd = attachment->backing = -1;
-	if (root_find(attachment->root) < 0)
-		goto out;
-	if (oflags & O_CREAT) {
-		size_t alignment = root_alignment(attachment->root);
-
-		if (alignment == 0)
-			goto out;
-		if (((uintptr_t)start | size) & (alignment - 1)) {
-			errno = EINVAL;
-			goto out;
-		}
-	}
-	result = attach(attachment, oflags, mode, kind);
-out:
+	do
+		result = try_add(attachment, oflags, mode, kind);
+	while (result < 0 && daemon_is_gone(errno) && wait_again(&attachment->waiting));
 	if (result < 0) {
 		int saved = errno;
 
@@ -438,13 +484,12 @@ static int detach(struct attachment **link, uint16_t op)
 
 	if (raw_munmap(attachment->start, attachment->size) < 0)
 		return -1;
-	if (attachment->connection >= 0) {
-		result = connection_call(attachment->connection, &request, NULL, NULL, 0, &reply,
-					 &ignored);
-	} else if (op == MSHARE_WIRE_UNLINK) {
-		errno = ENOTCONN; /* a child that could not attach after fork */
-		result = -1;
-	}
+	attachment->waiting = (struct waiting){ 0 };
+	if (attachment->uffd >= 0 || op == MSHARE_WIRE_UNLINK)
+		result = attachment_call(attachment, &request, NULL, NULL, 0, &reply, &ignored);
+	/* No sharer any more: it was done, and the daemon died before it could say so. */
+	if (result < 0 && errno == ESTALE)
+		result = 0;
 	*link = attachment->next;
 	update_bounds();
 	drop_descriptors(attachment);
@@ -473,11 +518,20 @@ MSHARE_EXPORT int mshare_detach(const char *name)
 
 static int unlink_name(const char *name)
 {
+	struct waiting waiting = { 0 };
 	char root[PATH_MAX], path[PATH_MAX];
+	bool asked = false;
 
-	if (root_find(root) < 0 || root_join(root, name, path) < 0)
-		return -1;
-	return unlink(path);
+	do {
+		if (find_root(root, &waiting) == 0) {
+			if (root_join(root, name, path) < 0)
+				return -1;
+			if (unlink(path) == 0 || (errno == ENOENT && asked))
+				return 0;
+			asked |= errno == ECONNABORTED; /* it was under way */
+		}
+	} while (daemon_is_gone(errno) && wait_again(&waiting));
+	return -1;
 }
 
 MSHARE_EXPORT int mshare_unlink(const char *name)
@@ -496,19 +550,13 @@ MSHARE_EXPORT int mshare_unlink(const char *name)
 
 /* ---- stat, root ---- */
 
-MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
+static int read_info(const char *name, struct mshare_info *info, const struct waiting *waiting)
 {
 	char root[PATH_MAX], path[PATH_MAX];
 	ssize_t got;
 	int fd;
 
-	if (check_name(name) < 0)
-		return -1;
-	if (!info) {
-		errno = EFAULT;
-		return -1;
-	}
-	if (root_find(root) < 0 || root_join(root, name, path) < 0)
+	if (find_root(root, waiting) < 0 || root_join(root, name, path) < 0)
 		return -1;
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
@@ -522,6 +570,25 @@ MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 		return -1;
 	}
 	return 0;
+}
+
+MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
+{
+	struct waiting waiting = { 0 };
+	int result;
+
+	if (check_name(name) < 0)
+		return -1;
+	if (!info) {
+		errno = EFAULT;
+		return -1;
+	}
+	pthread_mutex_lock(&lock);
+	do
+		result = read_info(name, info, &waiting);
+	while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
+	pthread_mutex_unlock(&lock);
+	return result;
 }
 
 MSHARE_EXPORT int mshare_root(char *path, size_t size)

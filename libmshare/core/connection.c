@@ -170,11 +170,15 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 	 * A daemon that refuses at once has replied before we sent: the reply is
 	 * what tells why, so it is read even if the send failed.
 	 */
-	if (send_request(connection, &whole, objects, fds, fd_count) < 0 && errno != EPIPE)
+	if (send_request(connection, &whole, objects, fds, fd_count) < 0 && !daemon_is_gone(errno))
 		return -1;
 	for (;;) {
-		if (receive_reply(connection, reply, reply_fd, 0) < 0)
-			return -1;
+		if (receive_reply(connection, reply, reply_fd, 0) < 0) {
+			if (!daemon_is_gone(errno))
+				return -1;
+			errno = ENOTCONN;
+			return CONNECTION_LOST;
+		}
 		if (reply->op != MSHARE_WIRE_NOTE)
 			break;
 		noted = MSHARE_WIRE_PROTECTED;
@@ -190,17 +194,14 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 	return 0;
 }
 
-int connection_ready(int connection, uint32_t flags)
+int connection_noted(int connection)
 {
-	struct mshare_wire_request request = { .op = MSHARE_WIRE_READY };
 	struct mshare_wire_reply reply;
 	int ignored;
 
-	if (!(flags & MSHARE_WIRE_PROTECTED)) {
-		if (receive_reply(connection, &reply, &ignored, MSG_DONTWAIT) < 0)
-			return errno == EAGAIN ? 0 : -1;
-		if (ignored >= 0)
-			close(ignored);
-	}
-	return connection_call(connection, &request, NULL, NULL, 0, &reply, &ignored);
+	if (receive_reply(connection, &reply, &ignored, MSG_DONTWAIT) < 0)
+		return errno == EAGAIN ? 0 : CONNECTION_LOST;
+	if (ignored >= 0)
+		close(ignored);
+	return 1;
 }

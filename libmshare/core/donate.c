@@ -71,6 +71,7 @@ struct vma {
 enum finding { BY_MINCORE, BY_TRYING };
 
 struct donation {
+	struct attachment *attachment;
 	struct vma *vmas;
 	size_t count, capacity;
 	char *start;
@@ -192,7 +193,7 @@ static int find_vmas(struct donation *donation, char *end)
  * The files behind shared VMAs, and what else it takes descriptors for.  Must come
  * before registering splits the VMAs.
  */
-static int open_files(struct donation *donation, int connection, bool *files_known)
+static int open_files(struct donation *donation, bool *files_known)
 {
 	for (size_t i = 0; i < donation->count && donation->memory < 0; i++) {
 		if ((donation->vmas[i].prot & PROT_READ) && !donation->huge)
@@ -212,7 +213,8 @@ static int open_files(struct donation *donation, int connection, bool *files_kno
 
 		if (!vma->shared || vma->mapped)
 			continue;
-		if (connection_call(connection, &request, NULL, NULL, 0, &reply, &vma->file) < 0) {
+		if (attachment_call(donation->attachment, &request, NULL, NULL, 0, &reply,
+				    &vma->file) < 0) {
 			if (errno != EPERM)
 				return -1;
 			*files_known = false;
@@ -225,7 +227,7 @@ static int open_files(struct donation *donation, int connection, bool *files_kno
 }
 
 /* Files become objects before anything is copied: the daemon clears the range. */
-static int map_files(const struct donation *donation, int connection)
+static int map_files(const struct donation *donation)
 {
 	for (size_t i = 0; i < donation->count; i++) {
 		const struct vma *vma = &donation->vmas[i];
@@ -240,8 +242,8 @@ static int map_files(const struct donation *donation, int connection)
 		struct mshare_wire_reply reply;
 		int ignored;
 
-		if (vma->mapped && connection_call(connection, &request, &object, &vma->file, 1,
-						   &reply, &ignored) < 0)
+		if (vma->mapped && attachment_call(donation->attachment, &request, &object,
+						   &vma->file, 1, &reply, &ignored) < 0)
 			return -1;
 	}
 	return 0;
@@ -525,7 +527,7 @@ static int copy_contents(struct donation *donation, int freezer, enum finding fi
 }
 
 /* Have the daemon say now if there are not enough huge pages, and how many it takes. */
-static int check_room(struct donation *donation, int connection)
+static int check_room(struct donation *donation)
 {
 	struct mshare_wire_request request = { .op = MSHARE_WIRE_NEED };
 	struct mshare_wire_reply reply;
@@ -537,7 +539,7 @@ static int check_room(struct donation *donation, int connection)
 	request.size = donation->counted * donation->huge;
 	if (result < 0 || request.size == 0)
 		return result;
-	return connection_call(connection, &request, NULL, NULL, 0, &reply, &ignored);
+	return attachment_call(donation->attachment, &request, NULL, NULL, 0, &reply, &ignored);
 }
 
 /* Pages that this machine has swapped out since it was started; -1 if that is not known. */
@@ -584,8 +586,8 @@ static bool is_swapped(const struct donation *donation, char *end)
 }
 
 /* Copies everything; *freezer holds back writers from then on, until it is closed. */
-static int freeze_and_copy_all(struct donation *donation, int connection, char *end,
-			       bool files_known, int *freezer)
+static int freeze_and_copy_all(struct donation *donation, char *end, bool files_known,
+			       int *freezer)
 {
 	long long before = swapped_out();
 	enum finding finding = BY_MINCORE;
@@ -595,7 +597,7 @@ static int freeze_and_copy_all(struct donation *donation, int connection, char *
 	for (;; finding = BY_TRYING) {
 		uint64_t features = finding == BY_TRYING ? UFFD_FEATURE_SIGBUS : 0;
 
-		*freezer = uffd_open(connection);
+		*freezer = uffd_open(donation->attachment->connection);
 		if (*freezer < 0 || uffd_handshake(*freezer, features) < 0 ||
 		    copy_contents(donation, *freezer, finding) < 0)
 			return -1;
@@ -605,7 +607,7 @@ static int freeze_and_copy_all(struct donation *donation, int connection, char *
 	}
 }
 
-static int commit(const struct donation *donation, int connection, int *window_fd)
+static int commit(const struct donation *donation, int *window_fd)
 {
 	struct mshare_wire_object *objects = calloc(donation->count, sizeof *objects);
 	struct mshare_wire_request request = { .op = MSHARE_WIRE_COMMIT };
@@ -639,7 +641,8 @@ static int commit(const struct donation *donation, int connection, int *window_f
 		return -1;
 	}
 	request.object_count = (uint32_t)count;
-	result = connection_call(connection, &request, objects, NULL, 0, &reply, window_fd);
+	result = attachment_call(donation->attachment, &request, objects, NULL, 0, &reply,
+				 window_fd);
 	free(objects);
 	return result;
 }
@@ -659,9 +662,10 @@ static int check_own_memory(const struct donation *donation, size_t size)
  * The region is there; its window takes the place of the donor's mappings.  Once it has,
  * the region has the only copy, and stays.
  */
-static int replace(const struct donation *donation, char **room, size_t size, int uffd,
-		   int window_fd, bool writable, int connection, bool *complete)
+static int replace(const struct donation *donation, char **room, size_t size, int window_fd,
+		   bool *complete)
 {
+	struct attachment *attachment = donation->attachment;
 	bool protect = false;
 
 	for (size_t i = 0; i < donation->count; i++) {
@@ -669,74 +673,78 @@ static int replace(const struct donation *donation, char **room, size_t size, in
 
 		protect |= !(vma->prot & PROT_WRITE) || (vma->mapped && vma->shared);
 	}
-	if (!writable && window_fd < 0) {
-		errno = EMFILE; /* there was no room for it: recvmsg(2) */
-		return -1;
+	if (!attachment->writable) {
+		if (window_fd < 0) {
+			errno = EMFILE; /* there was no room for it: recvmsg(2) */
+			return -1;
+		}
+		/* What a reader may have, in place of what a donor needs. */
+		close(attachment->backing);
+		attachment->backing = window_fd;
 	}
 	if (donation->huge) {
 		/* Such a window must not be moved (see window.c), so it is closed at first. */
 		*complete = false;
-		if (window_map(donation->start, size, window_fd >= 0 ? window_fd : donation->backing,
-			       uffd, writable, connection, MSHARE_WIRE_PROTECTED) == 0)
+		if (window_map(attachment, MSHARE_WIRE_PROTECTED) == 0)
 			return 0;
 		raw_munmap(donation->start, size);
 		return -1;
 	}
-	if (window_replace(*room, donation->start, size,
-			   window_fd >= 0 ? window_fd : donation->backing, uffd, writable, protect) < 0)
+	if (window_replace(*room, donation->start, size, attachment->backing, attachment->uffd,
+			   attachment->writable, protect) < 0)
 		return -1;
 	*room = NULL;
 	*complete = false;
 	/*
-	 * The window is open already: what is protected is so from now on.  A daemon that
-	 * dies now finds a sharer like any other: its memory is there, and guarded.
+	 * The window is open already: what is protected is so from now on.  If the daemon
+	 * dies now, the next one finds a sharer like any other, and protects it.
 	 */
-	if (connection_ready(connection, MSHARE_WIRE_PROTECTED) == 0 || errno == ENOTCONN ||
-	    errno == ECONNRESET)
+	if (window_ready(attachment, MSHARE_WIRE_PROTECTED) == 0 || errno == ENOTCONN)
 		return 0;
 	raw_munmap(donation->start, size);
 	return -1;
 }
 
-int donate(int connection, int uffd, int backing, char *start, size_t size, bool writable,
-	   int *window_fd, bool *complete)
+int donate(struct attachment *attachment, bool *complete)
 {
+	char *start = attachment->start;
+	size_t size = attachment->size;
 	struct donation donation = {
+		.attachment = attachment,
 		.start = start,
-		.backing = backing,
+		.backing = attachment->backing,
 		.last_counted = UINTPTR_MAX,
 		.memory = -1,
 		.page = (size_t)sysconf(_SC_PAGESIZE),
 	};
 	bool files_known = true;
-	int freezer = -1, result = -1, saved;
+	int freezer = -1, window_fd = -1, result = -1, saved;
 	struct statfs file_system;
 	char *room = NULL;
 
-	*window_fd = -1;
 	if (check_own_memory(&donation, size) < 0)
 		goto out;
-	if (fstatfs(backing, &file_system) < 0)
+	if (fstatfs(attachment->backing, &file_system) < 0)
 		goto out;
 	if (file_system.f_type == HUGETLBFS_MAGIC)
 		donation.huge = (size_t)file_system.f_bsize;
 	if (find_vmas(&donation, start + size) < 0)
 		goto out;
-	if (open_files(&donation, connection, &files_known) < 0)
+	if (open_files(&donation, &files_known) < 0)
 		goto out;
-	if (map_files(&donation, connection) < 0)
+	if (map_files(&donation) < 0)
 		goto out;
-	if (donation.huge && check_room(&donation, connection) < 0)
+	if (donation.huge && check_room(&donation) < 0)
 		goto out;
 	room = window_room(start, size);
 	if (!room)
 		goto out;
-	if (freeze_and_copy_all(&donation, connection, start + size, files_known, &freezer) < 0)
+	if (freeze_and_copy_all(&donation, start + size, files_known, &freezer) < 0)
 		goto out;
-	if (commit(&donation, connection, window_fd) < 0)
+	if (commit(&donation, &window_fd) < 0)
 		goto out;
 	*complete = true;
-	result = replace(&donation, &room, size, uffd, *window_fd, writable, connection, complete);
+	result = replace(&donation, &room, size, window_fd, complete);
 out:
 	saved = errno;
 	if (room)

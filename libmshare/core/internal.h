@@ -30,6 +30,8 @@ int raw_madvise(void *addr, size_t length, int advice);
 /* root.c */
 /* Where msharefs is mounted; -1 with ENOENT if it is nowhere.  Asks the daemon nothing. */
 int root_find(char root[PATH_MAX]);
+/* Whether a directory is the root of an msharefs: 0, or -1 with errno. */
+int root_check(const char *root);
 /* What addresses and sizes of its regions are multiples of (bytes); 0 with errno. */
 size_t root_alignment(const char *root);
 /* ROOT/NAME into out; -1 with ENAMETOOLONG. */
@@ -39,16 +41,27 @@ int root_join(const char *root, const char *name, char out[PATH_MAX]);
 int connection_open(const char *root_path);
 /*
  * Send one request and wait for its reply.  *reply_fd gets the descriptor that
- * came with it, or -1.  Returns 0, or -1 with the daemon's errno.
+ * came with it, or -1.  Returns 0, or -1 with the daemon's errno, or CONNECTION_LOST
+ * with ENOTCONN: whether the call was done cannot be told.
  */
+#define CONNECTION_LOST (-2)
 int connection_call(int connection, const struct mshare_wire_request *request,
 		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
 		    struct mshare_wire_reply *reply, int *reply_fd);
-/*
- * The window is registered and not open: have the daemon protect in it what is
- * protected, if there is anything.  flags: of the reply to ATTACH or COMMIT.
- */
-int connection_ready(int connection, uint32_t flags);
+/* Whether a note has come: 1, or 0, or CONNECTION_LOST. */
+int connection_noted(int connection);
+
+/* waiting.c */
+/* For one call of a program, however many daemons die in it; begins as zeros. */
+struct waiting {
+	double until; /* seconds, CLOCK_MONOTONIC */
+	long pause;   /* nanoseconds; 0: has not begun */
+};
+
+/* Whether an errno says that there was a daemon and is none. */
+bool daemon_is_gone(int error);
+/* Let some time pass; false with ENOTCONN when there is none left. */
+bool wait_again(struct waiting *waiting);
 
 /* uffd.c: all async-signal-safe. */
 /* A new userfaultfd of this process; asks the daemon for the device if it must. */
@@ -73,8 +86,17 @@ struct attachment {
 	bool writable;
 	int connection; /* its end tells the daemon that this sharer is gone */
 	int uffd;       /* kept for life: if the daemon dies, faults wait */
-	int backing;    /* a child's proof after fork */
+	int backing;    /* the proof of a child after fork, and to the next daemon */
+	uint32_t calls;
+	bool repeated; /* an attach before may have been done */
+	struct waiting waiting;
 };
+
+/* rejoin.c: async-signal-safe. */
+/* As connection_call() on its connection; if that is lost, on one to the next daemon. */
+int attachment_call(struct attachment *attachment, const struct mshare_wire_request *request,
+		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
+		    struct mshare_wire_reply *reply, int *reply_fd);
 
 /* The attachment that has the address, or NULL; the lock must be held. */
 struct attachment *attachment_at(const char *address);
@@ -84,19 +106,21 @@ void attachment_lock(void);
 void attachment_unlock(void);
 
 /*
- * donate.c: make what is mapped in [start, start + size) the region's memory.
- * *window_fd: the descriptor that the window is of, if it is not the backing, or -1.
+ * donate.c: make what is mapped in its range the region's memory.
  * *complete: on failure, whether the region is there nevertheless, and is to go.
  */
-int donate(int connection, int uffd, int backing, char *start, size_t size, bool writable,
-	   int *window_fd, bool *complete);
+int donate(struct attachment *attachment, bool *complete);
 
 /* window.c: async-signal-safe. */
 /* Keep the range free of other mappings; 1 if it has some, -1 with errno. */
 int window_reserve(char *start, size_t size);
+/*
+ * The window is registered and not open: have the daemon protect in it what is
+ * protected, if there is anything.  flags: of the reply to ATTACH or COMMIT.
+ */
+int window_ready(struct attachment *attachment, uint32_t flags);
 /* Map the backing over a reserved range, guarded before anything can touch it. */
-int window_map(char *start, size_t size, int backing, int uffd, bool writable, int connection,
-	       uint32_t flags);
+int window_map(struct attachment *attachment, uint32_t flags);
 /* Room for a window that is going to be moved to [start, start + size); NULL with errno. */
 char *window_room(char *start, size_t size);
 /*

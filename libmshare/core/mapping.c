@@ -72,11 +72,8 @@ static int call(struct attachment *in, uint16_t op, struct mshare_wire_object *o
 	struct mshare_wire_reply reply;
 	int ignored;
 
-	if (in->connection < 0) { /* a child that could not attach after fork */
-		errno = ENOTCONN;
-		return -1;
-	}
-	return connection_call(in->connection, &request, object, &fd, fd >= 0, &reply, &ignored);
+	in->waiting = (struct waiting){ 0 };
+	return attachment_call(in, &request, object, &fd, fd >= 0, &reply, &ignored);
 }
 
 static int call_part(const struct part *part, uint16_t op, int prot)

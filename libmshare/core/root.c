@@ -59,7 +59,7 @@ size_t root_alignment(const char *root)
  * Whether a directory is the root of an msharefs.  Every call asks, so it has to be
  * cheap: the kernel keeps the attributes of .control and of the root directory.
  */
-static int check_root(const char *root)
+int root_check(const char *root)
 {
 	char path[PATH_MAX];
 	struct stat status;
@@ -113,7 +113,7 @@ static int search_mounts(char root[PATH_MAX])
 		if (sscanf(line, "%*s %*s %*s %*s %4095s", root) != 1)
 			continue;
 		unescape(root);
-		found = check_root(root);
+		found = root_check(root);
 		if (found < 0 && errno == ENOTCONN)
 			why = ENOTCONN;
 	}
@@ -134,10 +134,10 @@ int root_find(char root[PATH_MAX])
 			return -1;
 		}
 		memcpy(root, wanted, strlen(wanted) + 1);
-		return check_root(root);
+		return root_check(root);
 	}
 	memcpy(root, USUAL_ROOT, sizeof USUAL_ROOT);
-	if (check_root(root) == 0)
+	if (root_check(root) == 0)
 		return 0;
 	if (errno == ENOTCONN) /* the daemon of the usual mount has died: say so */
 		return -1;

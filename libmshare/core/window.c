@@ -51,16 +51,32 @@ int window_reserve(char *start, size_t size)
 	return 0;
 }
 
-int window_map(char *start, size_t size, int backing, int uffd, bool writable, int connection,
-	       uint32_t flags)
+/* A daemon that has come meanwhile has told nobody: ask. */
+int window_ready(struct attachment *attachment, uint32_t flags)
 {
-	if (raw_mmap(start, size, PROT_NONE, flags_of(writable), backing, 0) == MAP_FAILED)
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_READY };
+	struct mshare_wire_reply reply;
+	int ignored;
+
+	if (!(flags & MSHARE_WIRE_PROTECTED) && connection_noted(attachment->connection) == 0)
+		return 0;
+	return attachment_call(attachment, &request, NULL, NULL, 0, &reply, &ignored);
+}
+
+int window_map(struct attachment *attachment, uint32_t flags)
+{
+	char *start = attachment->start;
+	size_t size = attachment->size;
+	bool writable = attachment->writable;
+
+	if (raw_mmap(start, size, PROT_NONE, flags_of(writable), attachment->backing, 0) ==
+	    MAP_FAILED)
 		return -1;
 	if (raw_madvise(start, size, MADV_DONTFORK) < 0)
 		return -1;
-	if (uffd_register(uffd, start, size, UFFD_MISSING) < 0)
+	if (uffd_register(attachment->uffd, start, size, UFFD_MISSING) < 0)
 		return -1;
-	if (connection_ready(connection, flags) < 0)
+	if (window_ready(attachment, flags) < 0)
 		return -1;
 	return raw_mprotect(start, size, prot_of(writable));
 }

@@ -62,6 +62,11 @@ enum mshare_wire_op {
 	 * it can be known that they cannot be had.
 	 */
 	MSHARE_WIRE_NEED = 13,
+	/*
+	 * On a new connection, after the daemon has died: go on with this process's
+	 * attachment.  fd: the backing.  ESTALE: there is none any more.
+	 */
+	MSHARE_WIRE_REJOIN = 14,
 };
 
 /* The op of a message that answers no call: see READY. */
@@ -71,6 +76,7 @@ enum mshare_wire_op {
 #define MSHARE_WIRE_HAS_MAPPINGS 1u /* ATTACH: the caller has mappings in the range */
 #define MSHARE_WIRE_MADE_FILE 2u    /* ATTACH: the caller has just created the file */
 #define MSHARE_WIRE_AS_IT_LIES 4u   /* ATTACH: whatever range the region has */
+#define MSHARE_WIRE_REPEATED 8u     /* ATTACH: one before may have been done; its answer was lost */
 
 /* Reply flags */
 #define MSHARE_WIRE_CREATED 1u        /* ATTACH: this call gave the region its range */
@@ -93,6 +99,8 @@ struct mshare_wire_request {
 	uint32_t flags;
 	uint32_t object_count; /* that many objects follow */
 	uint32_t backing;      /* ATTACH: MSHARE_WIRE_BACKING_*; else zero */
+	uint32_t sequence;     /* a call's number; it is done once, however often it comes */
+	uint32_t userfaultfd;  /* ATTACH: its number here, for a daemon to come */
 };
 
 struct mshare_wire_object {

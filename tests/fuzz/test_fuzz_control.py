@@ -56,12 +56,14 @@ class Talker:
             dice.choice((EVIL, EVIL + SIZE, 1 << 40, number(dice))),
             dice.choice((SIZE, 2 << 20, number(dice))),
             dice.choice((os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_CREAT, number(dice, 32))),
-            dice.choice((0, 0, 1, 2, 4, 4, 4, 7)),
+            dice.choice((0, 0, 1, 2, 4, 4, 4, 7, 8, 15)),
             count,
             0,
+            dice.choice((0, 1, number(dice, 32))),
+            dice.choice((3, number(dice, 32))),
         ]
         if dice.random() < 0.1:
-            bits = (32, 16, 16, 64, 64, 32, 32, 32, 32)
+            bits = (32, 16, 16, 64, 64, 32, 32, 32, 32, 32, 32)
             which = dice.randrange(len(fields))
             fields[which] = number(dice, bits[which])
         return wire.REQUEST.pack(*fields)

@@ -1,0 +1,121 @@
+"""Holds descriptors for a daemon that may die: a process of its own that does no more.
+
+The daemon starts it as a script, `keeper.py LISTENER`, with a listening socket as that
+descriptor, and connects to it.  Where systemd keeps descriptors this is not needed; see
+fdstore.py, which speaks to both.
+
+One daemon at a time is served.  Its messages are one byte and a key of eight; STORE
+carries a descriptor.  Only TAKE is answered: a daemon that is killed must not find its
+last STORE refused because an answer was never read (unix(7): ECONNRESET).
+
+It ends when it is told to, or when nobody can find it any more: its socket is gone.  It
+imports nothing but the standard library, so that it is small.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from typing import Final
+
+STORE: Final = b"s"
+REMOVE: Final = b"r"
+TAKE: Final = b"t"
+"""Answered with a HELD, and the descriptor, for each; and an END."""
+STOP: Final = b"q"
+HELD: Final = b"h"
+END: Final = b"e"
+MESSAGE: Final = struct.Struct("=cQ")
+LOOK_SECONDS: Final = 5.0
+
+
+def send(sock: socket.socket, kind: bytes, key: int = 0, fd: int | None = None) -> None:
+    """Send one message.  Raises OSError."""
+    fds = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    sock.sendmsg([MESSAGE.pack(kind, key)], fds)
+
+
+def receive(sock: socket.socket) -> tuple[bytes, int, list[int]]:
+    """The next message: its kind, key and descriptors; kind is empty at the end."""
+    while True:
+        try:
+            data, ancillary, _, _ = sock.recvmsg(
+                MESSAGE.size, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+            )
+            break
+        except ConnectionResetError:
+            continue  # the peer died with something unread; what it sent is still there
+    fds = [
+        fd
+        for level, kind, payload in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
+    ]
+    if len(data) != MESSAGE.size:
+        return b"", 0, fds
+    kind, key = MESSAGE.unpack(data)
+    return kind, key, fds
+
+
+def _close(fd: int) -> None:
+    # The close of a file whose server hangs waits for that server.
+    threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+
+
+def _serve(sock: socket.socket, held: dict[int, int]) -> bool:
+    """One daemon's connection to its end; whether to go on."""
+    while True:
+        kind, key, fds = receive(sock)
+        if kind == STORE and len(fds) == 1:
+            old = held.get(key)
+            held[key] = fds.pop()
+            if old is not None:
+                _close(old)
+        elif kind == REMOVE and key in held:
+            _close(held.pop(key))
+        elif kind == TAKE:
+            for each, fd in held.items():
+                send(sock, HELD, each, fd)
+            send(sock, END)
+        elif kind in (STOP, b""):
+            return kind != STOP
+        for fd in fds:
+            _close(fd)
+
+
+def main(listener: socket.socket) -> None:
+    """Serve one daemon after the other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    path = listener.getsockname()
+    born = os.stat(path).st_ino
+    held: dict[int, int] = {}
+    while True:
+        listener.settimeout(LOOK_SECONDS)
+        try:
+            sock, _ = listener.accept()
+        except TimeoutError:
+            try:
+                if os.stat(path).st_ino == born:
+                    continue
+            except OSError:
+                pass
+            return
+        sock.settimeout(None)
+        with sock:
+            go_on = True
+            with contextlib.suppress(BrokenPipeError):
+                go_on = _serve(sock, held)
+            if not go_on:
+                return
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))
+    # Not sys.exit(): a close that hangs would hold it up.
+    os._exit(0)
