@@ -59,11 +59,18 @@ def collapsed(daemon: Daemon, chunks: int) -> None:
     eventually(lambda: daemon.metric("collapsed_chunks_total") >= chunks, f"{chunks} collapsed")
 
 
-def test_page_tables_shrink_and_the_sharers_do_nothing_for_it(pair: Pair, eager: Daemon) -> None:
-    before = [page_tables(client) for client in pair]
-    collapsed(eager, CHUNKS)
-    after = [page_tables(client) for client in pair]
-    assert all(was - now >= 4 * CHUNKS for was, now in zip(before, after, strict=True))
+def test_page_tables_shrink_and_the_sharers_do_nothing_for_it(
+    pair: Pair, eager: Daemon, client_program: Path
+) -> None:
+    with clients(client_program, eager) as spawn:
+        idle = spawn()  # what a sharer has that has touched nothing
+        idle.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        collapsed(eager, CHUNKS)
+        after = [page_tables(client) for client in pair]
+        # A page of PMD entries, and what the C library touches here and there; the page
+        # tables of small pages were 4 kB a chunk.
+        most = page_tables(idle) + 2 * CHUNKS
+    assert max(after) <= most
     for client in pair:
         assert [client.do("load", BASE + n * ALIGNMENT + PAGE) for n in range(CHUNKS)] == ["8"] * 8
     # A whole chunk is one fault now, and no page table of small pages.
