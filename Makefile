@@ -1,7 +1,7 @@
 # make setup   everything that is needed, into .venv (and Debian packages, as root)
 # make demo    the letter's donor and consumer on a real mount
 # make test    linters, type checker, tests
-# make bench   side by side with peers: a table, and JSON in benchmarks/results
+# make bench   side by side with peers, and page tables of many: tables, JSON, a plot
 # make fuzz    the fuzzers, SECONDS each
 # make kills   kill the daemon under load, KILLS times
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
@@ -57,6 +57,7 @@ test: lint check
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/story.py
 
 SECONDS ?= 600
 fuzz: setup

@@ -6,11 +6,11 @@
  *   create        make the memory, and write a byte of every 4 KiB of it
  *   add COUNT     so many children that attach it; how many did
  *   idle COUNT    so many that do not
- *   touch FIRST COUNT read|write
- *                 children of these numbers touch every 4 KiB, two at a time; for each
- *                 its minor faults and its nanoseconds, "- -" for one that was killed
+ *   touch FIRST COUNT read|write|none
+ *                 children of these numbers touch every 4 KiB, two at a time, or not; for
+ *                 each its last minor faults and nanoseconds, "- -" if it was killed
  *
- * They end with it.
+ * They end with it: in turn at the end of its input, at once if it is killed.
  */
 #include "backend.h"
 
@@ -98,8 +98,8 @@ static _Noreturn void live(struct child *self, int attach)
 {
 	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
 
-	/* The parent may be spared by the OOM killer; we are not. */
-	(void)!write(fd, "0", 1);
+	/* Whoever runs out of memory for us, the OOM killer is to choose us. */
+	(void)!write(fd, "500", 3);
 	close(fd);
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	if (attach && backend_attach(name, start, size) < 0) {
@@ -170,7 +170,8 @@ static void touch(size_t first, size_t count, uint32_t how)
 			if (atomic_load(&children[next].state) == RESTING)
 				set_state(&children[next], how);
 		}
-		if (settle(&children[i], how) == RESTING)
+		if ((how == RESTING ? atomic_load(&children[i].state) :
+				      settle(&children[i], how)) == RESTING)
 			printf("%llu %llu ", (unsigned long long)children[i].faults,
 			       (unsigned long long)children[i].nanoseconds);
 		else
@@ -203,13 +204,25 @@ int main(int argc, char **argv)
 		} else if (sscanf(line, "idle %zu", &count) == 1) {
 			add(count, 0);
 		} else if (sscanf(line, "touch %zu %zu %15s", &first, &count, how) == 3) {
-			touch(first, count, how[0] == 'w' ? WRITING : READING);
+			touch(first, count,
+			      how[0] == 'w' ? WRITING :
+			      how[0] == 'r' ? READING :
+					      RESTING);
 		} else {
 			errno = EINVAL;
 			need(-1);
 		}
 		fflush(stdout);
 	}
-	/* They end with us: PR_SET_PDEATHSIG. */
+	/* In turn: all at once they would wait for each other's locks for minutes. */
+	for (size_t i = 0; i < how_many; i++) {
+		for (size_t j = i; j < how_many && j < i + AT_ONCE; j++) {
+			/* Nobody else's number: it is its own until it has been waited for. */
+			if (atomic_load(&children[j].state) != DEAD)
+				kill(children[j].pid, SIGKILL);
+		}
+		if (atomic_load(&children[i].state) != DEAD)
+			waitpid(children[i].pid, NULL, 0);
+	}
 	return 0;
 }

@@ -31,10 +31,11 @@ class Service:
 
 
 @contextlib.contextmanager
-def running(directory: Path, alignment: int) -> Iterator[Service]:
+def running(directory: Path, alignment: int, *arguments: str) -> Iterator[Service]:
     """A daemon that mounts in `directory`, with regions aligned to `alignment` bytes.
 
-    Raises ServiceError.
+    `directory` is for this daemon alone; `arguments` are further ones of its command
+    line.  Raises ServiceError.
     """
     mountpoint, run, log_file = directory / "mshare", directory / "run", directory / "log"
     with log_file.open("ab") as log:
@@ -44,6 +45,7 @@ def running(directory: Path, alignment: int) -> Iterator[Service]:
                 f"--mountpoint={mountpoint}",
                 f"--run-directory={run}",
                 f"--alignment={alignment}",
+                *arguments,
             ],
             stdout=log,
             stderr=log,
@@ -64,6 +66,9 @@ def running(directory: Path, alignment: int) -> Iterator[Service]:
         mount = mounting.top_mount(str(mountpoint))
         if mount is not None and mount.fstype == mounting.FSTYPE:
             mounting.unmount(str(mountpoint))
+        huge = str(run / "huge")
+        if mounting.top_mount(huge) is not None:
+            mounting.unmount(huge)
         remove_leftovers(_backing_prefix(run))
 
 

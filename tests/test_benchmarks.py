@@ -13,25 +13,47 @@ from conftest import TESTS
 
 from msharefsd import mounting
 
-RUN = TESTS.parent / "benchmarks" / "run.py"
+BENCHMARKS = TESTS.parent / "benchmarks"
 
 
-@pytest.mark.timeout(300)
-def test_the_benchmarks_run_and_leave_nothing(tmp_path: Path) -> None:
+def run(script: str, results: Path) -> tuple[str, str]:
+    """Run it to see that everything runs; its standard output and error."""
     memory = sorted(os.listdir("/dev/shm"))
     done = subprocess.run(
-        [sys.executable, RUN, "--smoke", f"--results={tmp_path}"],
+        [sys.executable, BENCHMARKS / script, "--smoke", f"--results={results}"],
         capture_output=True,
         text=True,
         check=False,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
+    assert not [mount for mount in mounting.mounts() if mount.fstype == mounting.FSTYPE]
+    assert sorted(os.listdir("/dev/shm")) == memory
+    return done.stdout, done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_the_benchmarks_run_and_leave_nothing(tmp_path: Path) -> None:
+    printed, _ = run("run.py", tmp_path)
     (results,) = tmp_path.iterdir()
     rows = json.loads(results.read_text())["rows"]
     assert len(rows) > 20
     for row in rows:
-        assert row["measure"] in done.stdout
+        assert row["measure"] in printed
         assert row["peer_value"] > 0
-    assert not [mount for mount in mounting.mounts() if mount.fstype == mounting.FSTYPE]
-    assert sorted(os.listdir("/dev/shm")) == memory
+
+
+@pytest.mark.timeout(300)
+def test_the_story_runs_and_leaves_nothing(tmp_path: Path) -> None:
+    huge_pages = Path("/proc/sys/vm/nr_hugepages").read_text()
+    printed, told = run("story.py", tmp_path)
+    results, drawn = sorted(tmp_path.iterdir())
+    story = json.loads(results.read_text())
+    kinds = {point["kind"] for point in story["points"]}
+    assert len(kinds) + len(story["crashes"]) + told.count("left out") == 6 + 3
+    for each in (*story["points"], *story["crashes"]):
+        assert each["kind"] in printed
+    svg = drawn.read_text()
+    assert svg.startswith("<?xml")
+    assert all(kind in svg for kind in kinds)
+    assert Path("/proc/sys/vm/nr_hugepages").read_text() == huge_pages

@@ -11,18 +11,22 @@ import errno
 import mmap
 import os
 import re
-import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from conftest import BASE, TESTS, Client, Daemon, clients, compile_c, eventually, huge_pages
+from conftest import BASE, TESTS, Client, Daemon, clients, eventually, huge_pages
 
+# Behind what is installed, as the benchmarks themselves do.
+sys.path.append(str(TESTS.parent))
+
+from benchmarks.crowd import Crowd, Touch, compile_crowd, crowd, kib
 from msharefsd import pagetables
 from msharefsd.backing import ShmBacking
 from msharefsd.disposal import Disposal
@@ -37,112 +41,39 @@ TABLE = 4096
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
 READ, BOTH = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 SHARED, FIXED = mmap.MAP_SHARED, 0x10
-BENCHMARKS = TESTS.parent / "benchmarks"
 LARGEST = 8 * GiB
-TRIES = 30
 ROOM = 4 * GiB
 """Of memory, for everybody else."""
 
 pytestmark = pytest.mark.shm_only  # each test says what backing it is about
 
-Crowds = Callable[..., "Crowd"]
-
-
-class Crowd:
-    """benchmarks/crowd.c: a process and the children that it is told to have."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-
-    def do(self, *words: object) -> list[str]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(*words, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        assert line, f"the crowd ended: {self.process.wait()}"
-        return line.split()
-
-    def add(self, count: int) -> None:
-        assert self.do("add", count) == [str(count)]
-
-    def touch(self, first: int, count: int, how: str = "write") -> list[int]:
-        """The minor faults of each of `count` children."""
-        words = self.do("touch", first, count, how)
-        return [int(word) for word in words[::2]]
-
-    def tables(self) -> int:
-        """The page tables of the machine without those of other programs (bytes).
-
-        The machine's are one number, and other programs come and go: the reading
-        counts during which they changed least.
-        """
-        readings = []
-        for _ in range(TRIES):
-            before = self._of_others()
-            Path("/proc/sys/vm/stat_refresh").read_text()  # what processors count apart
-            machine = kib(Path("/proc/meminfo").read_text(), "PageTables")
-            readings.append((abs(self._of_others() - before), machine - before))
-            if readings[-1][0] == 0:
-                break
-        return min(readings)[1]
-
-    def _of_others(self) -> int:
-        found = 0
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                with contextlib.suppress(OSError, KeyError):
-                    if os.getsid(int(entry)) != self.process.pid:
-                        found += kib(Path(f"/proc/{entry}/status").read_text(), "VmPTE")
-        return found
-
-
-def kib(text: str, key: str) -> int:
-    """A field in kB, in bytes."""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) << 10
-    raise KeyError(key)
-
-
-def program(directory: Path, backend: str) -> Path:
-    sources = ["-D_GNU_SOURCE", str(BENCHMARKS / backend)]
-    return compile_c(BENCHMARKS / "crowd.c", directory / f"{backend}-crowd", *sources)
+Crowds = Callable[..., Crowd]
 
 
 @pytest.fixture
 def crowds(directory: Path) -> Iterator[Crowds]:
     """Start crowds: of a daemon's region "r", or of plain shared memory."""
-    started: list[Crowd] = []
     memory = f"mshare-test-{os.getpid()}"
     programs: dict[str, Path] = {}
+    with contextlib.ExitStack() as stack:
 
-    def start(size: int, of: Daemon | None = None) -> Crowd:
-        backend = "backend_shm.c" if of is None else "backend_mshare.c"
-        if backend not in programs:
-            programs[backend] = program(directory, backend)
-        process = subprocess.Popen(
-            [programs[backend], memory if of is None else "r", str(BASE), str(size)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd="/",
-            env={**os.environ, "MSHARE_ROOT": str(of.mount if of else "")},
-            start_new_session=True,
-        )
-        started.append(Crowd(process))
-        return started[-1]
+        def start(size: int, of: Daemon | None = None) -> Crowd:
+            backend = "shm" if of is None else "mshare"
+            if backend not in programs:
+                programs[backend] = compile_crowd(backend, directory)
+            environment = {} if of is None else {"MSHARE_ROOT": str(of.mount)}
+            name = memory if of is None else "r"
+            return stack.enter_context(crowd(programs[backend], name, size, environment))
 
-    try:
         yield start
-    finally:
-        for crowd in started:
-            crowd.process.kill()
-            crowd.process.wait()
-            for pipe in (crowd.process.stdin, crowd.process.stdout):
-                if pipe is not None:
-                    pipe.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"/dev/shm/{memory}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"/dev/shm/{memory}")
+
+
+def faults(touches: Sequence[Touch | None]) -> list[int]:
+    """The minor faults of each process; none of them was killed."""
+    assert None not in touches
+    return [touch.faults for touch in touches if touch is not None]
 
 
 @pytest.fixture
@@ -225,16 +156,16 @@ def test_further_sharers_cost_nothing(make: Callable[..., Daemon], crowds: Crowd
         crowds(size, daemon).do("create")
         served = daemon.metric('faults_total{kind="anonymous"}')
         assert served >= size // (16 * MiB)
-        crowd = crowds(size, daemon)
-        start = crowd.tables()
-        crowd.do("idle", sharers)
-        idle = crowd.tables() - start
+        many = crowds(size, daemon)
+        start = many.tables()
+        many.do("idle", sharers)
+        idle = many.tables() - start
         assert idle > sharers * TABLE
-        crowd.add(sharers)
-        faults = crowd.touch(sharers, sharers)
-        grown = crowd.tables() - start - idle
-        assert len(faults) == sharers
-        assert max(faults) <= 16 * (size // GiB)
+        many.add(sharers)
+        touches = faults(many.touch(sharers, sharers))
+        grown = many.tables() - start - idle
+        assert len(touches) == sharers
+        assert max(touches) <= 16 * (size // GiB)
         assert grown - idle <= sharers * 8 * 1024
         assert daemon.metric('faults_total{kind="anonymous"}') == served
         report = Report(daemon)
@@ -411,7 +342,7 @@ def test_1500_sharers(make: Callable[..., Daemon], crowds: Crowds) -> None:
         daemon = make("hugetlb")
         crowds(size, daemon).do("create")
         served = daemon.metric('faults_total{kind="anonymous"}')
-        crowd = crowds(size, daemon)
+        many = crowds(size, daemon)
         answers: list[str] = []
         stop = threading.Event()
 
@@ -428,10 +359,10 @@ def test_1500_sharers(make: Callable[..., Daemon], crowds: Crowds) -> None:
         asking.start()
         try:
             for _ in range(0, sharers, batch):
-                crowd.add(batch)
+                many.add(batch)
                 answered()
             for first in range(0, sharers, batch):
-                assert max(crowd.touch(first, batch)) <= 16 * (size // GiB)
+                assert max(faults(many.touch(first, batch))) <= 16 * (size // GiB)
                 answered()
         finally:
             stop.set()
@@ -453,13 +384,13 @@ def test_small_pages_cost_each_process_2_mib_a_gib(
     processes = 10
     daemon = make("shm", "--no-collapse") if ours else None
     crowds(GiB, daemon).do("create")
-    crowd = crowds(GiB, daemon)
-    start = crowd.tables()
-    crowd.do("idle", processes)
-    idle = crowd.tables() - start
-    crowd.add(processes)
-    crowd.touch(processes, processes, "read")
-    grown = crowd.tables() - start - idle
+    many = crowds(GiB, daemon)
+    start = many.tables()
+    many.do("idle", processes)
+    idle = many.tables() - start
+    many.add(processes)
+    many.touch(processes, processes, "read")
+    grown = many.tables() - start - idle
     each = (grown - idle) / processes
     assert 1.98 * MiB <= each <= 2.1 * MiB
     if daemon is not None:

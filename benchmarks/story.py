@@ -1,0 +1,436 @@
+"""The story of the letter: page tables of many processes that share memory.
+
+    make bench
+    .venv/bin/python benchmarks/story.py --quick
+    .venv/bin/python benchmarks/story.py --plot docs/pagetables.svg
+
+More and more processes touch all of the same memory, of each kind in turn; after each
+batch the growth of PageTables (/proc/meminfo) is read.  Then the crash: in a memory
+cgroup, to which page tables are charged, processes touch it until the OOM killer comes.
+Prints two tables, writes JSON and a plot.  Huge pages and cgroups take root; without,
+what needs them is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+# Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import plot, service
+from benchmarks.crowd import Crowd, CrowdError, compile_crowd, crowd, end, kib
+from benchmarks.memory_group import NoMemoryGroupError, memory_group
+from msharefsd import kernel
+
+RESULTS: Final = Path(__file__).resolve().parent / "results"
+MiB: Final = 1 << 20
+GiB: Final = 1 << 30
+HUGE: Final = 2 * MiB
+NR_HUGE: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+ROOM: Final = 2 * GiB
+"""Of memory, for everybody else."""
+LONGEST: Final = 1800
+"""Seconds until a run that hangs is ended."""
+COLLAPSE_SECONDS: Final = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure; sizes in bytes."""
+
+    size: int
+    """Of the shared memory: a power of two; at 1 GiB page tables begin to be shared."""
+    counts: tuple[int, ...]
+    """Of processes."""
+    crash_processes: int
+    crash_limit: int
+
+
+FULL: Final = Plan(2 * GiB, (50, 100, 200, 500, 1000, 1500), 500, GiB)
+QUICK: Final = Plan(GiB, (20, 50, 100), 200, 256 * MiB)
+SMOKE: Final = Plan(64 * MiB, (2, 4), 4, 64 * MiB)
+"""Enough to see that everything runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of shared memory."""
+
+    name: str
+    backend: str
+    daemon: tuple[str, ...] | None = None
+    """Arguments of the daemon, if it takes one."""
+    huge: bool = False
+    collapse: bool = False
+    most: int = sys.maxsize
+    """Not more processes than that."""
+
+
+PLAIN: Final = Kind("plain shared memory, 4 KiB pages", "shm")
+# As plain shared memory, which takes a minute to be measured in full.
+SMALL: Final = Kind("region, 4 KiB pages, --no-collapse", "mshare", ("--no-collapse",), most=200)
+COLLAPSED: Final = Kind("region, 4 KiB pages, collapsed", "mshare", (), collapse=True)
+HUGETLB: Final = Kind("region, hugetlb", "mshare", ("--backing=hugetlb",), huge=True)
+PLAIN_HUGETLB: Final = Kind("plain hugetlbfs file", "hugetlb", huge=True)
+KINDS: Final = (PLAIN, SMALL, COLLAPSED, HUGETLB, PLAIN_HUGETLB)
+CRASHING: Final = (PLAIN, COLLAPSED, HUGETLB)
+IDLE: Final = "processes that share nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """So many processes of a kind that have touched all."""
+
+    kind: str
+    processes: int
+    tables: int
+    """What PageTables grew by since there was none of them (bytes)."""
+    faults: float
+    """Minor faults of a process that touched all, median of those that came last."""
+    milliseconds: float
+    """And the time that it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """What a memory limit did to the processes of a kind."""
+
+    kind: str
+    processes: int
+    killed: int
+    limit: int
+    peak: int | None
+
+
+class Stage:
+    """Where the kinds are measured."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        """`directory` is for our own files."""
+        self._directory = directory
+        self._plan = plan
+        self._programs: dict[str, Path] = {}
+
+    @contextlib.contextmanager
+    def memory(self, kind: Kind) -> Iterator[tuple[Callable[[], Crowd], Path | None]]:
+        """Memory of that kind, all of it there, by a process that is in no cgroup.
+
+        Gives what starts a crowd for it, and the daemon's mount.
+        """
+        directory = Path(tempfile.mkdtemp(dir=self._directory))
+        name = f"benchmark-{os.getpid()}"
+        environment: dict[str, str] = {}
+        mount = None
+        with contextlib.ExitStack() as stack:
+            if kind.huge:
+                stack.enter_context(_huge_pages(self._plan.size // HUGE))
+            if kind.daemon is not None:
+                config = directory / "config"
+                config.write_text("collapse_seconds = 0.2\n")
+                arguments = (f"--config={config}", *kind.daemon)
+                running = service.running(directory, self._plan.size, *arguments)
+                mount = stack.enter_context(running).mountpoint
+                environment["MSHARE_ROOT"] = str(mount)
+            elif kind.huge:
+                name = str(stack.enter_context(_hugetlbfs(directory / "huge")) / name)
+            else:
+                stack.callback(_unlink, f"/dev/shm/{name}")
+            program = self._program(kind.backend)
+
+            def start() -> Crowd:
+                return stack.enter_context(crowd(program, name, self._plan.size, environment))
+
+            start().do("create")
+            yield start, mount
+
+    def _program(self, backend: str) -> Path:
+        if backend not in self._programs:
+            self._programs[backend] = compile_crowd(backend, self._directory)
+        return self._programs[backend]
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+class NoHugePagesError(Exception):
+    """They cannot be reserved."""
+
+
+@contextlib.contextmanager
+def _huge_pages(count: int) -> Iterator[None]:
+    """So many free huge pages more than there were.  Raises NoHugePagesError."""
+    try:
+        before = int(NR_HUGE.read_text())
+        NR_HUGE.write_text(str(before + count))
+    except OSError as error:
+        raise NoHugePagesError(f"no huge pages to be had: {error}") from error
+    try:
+        if int(NR_HUGE.read_text()) < before + count:
+            # There may be memory enough, in pieces.
+            Path("/proc/sys/vm/compact_memory").write_text("1")
+            NR_HUGE.write_text(str(before + count))
+        if int(NR_HUGE.read_text()) < before + count:
+            raise NoHugePagesError(f"{count} huge pages cannot be reserved")
+        yield
+    finally:
+        NR_HUGE.write_text(str(before))
+
+
+@contextlib.contextmanager
+def _hugetlbfs(directory: Path) -> Iterator[Path]:
+    directory.mkdir()
+    kernel.mount("benchmark", str(directory), "hugetlbfs", 0, "pagesize=2M,mode=0700")
+    try:
+        yield directory
+    finally:
+        kernel.umount(str(directory), kernel.MNT_DETACH)
+
+
+def growth(stage: Stage, kind: Kind, plan: Plan) -> Iterator[Point]:
+    """Batch after batch of processes that touch all."""
+    with stage.memory(kind) as (start, mount):
+        many = start()
+        base = many.tables()
+        there = 0
+        for count in (count for count in plan.counts if count <= kind.most):
+            if _available() < ROOM + (count - there) * plan.size // 512 and not kind.huge:
+                _say(f"  no memory for the page tables of {count} processes: left out")
+                return
+            many.add(count - there)
+            touched = many.touch(there, count - there, "read")
+            if kind.collapse and mount is not None and there == 0:
+                _wait_until_collapsed(mount, plan.size // HUGE)
+                # Their page tables are gone: have them map it anew.
+                touched = many.touch(there, count - there, "read")
+            there = count
+            alive = [touch for touch in touched if touch is not None]
+            if len(alive) < len(touched):
+                raise CrowdError("processes were killed: is there memory enough?")
+            yield Point(
+                kind.name,
+                count,
+                many.tables() - base,
+                statistics.median(touch.faults for touch in alive),
+                statistics.median(touch.nanoseconds for touch in alive) / 1e6,
+            )
+
+
+def idle(stage: Stage, plan: Plan) -> Iterator[Point]:
+    """What processes of the same program cost that share nothing."""
+    with stage.memory(SMALL) as (start, _):
+        many = start()
+        base = many.tables()
+        there = 0
+        for count in plan.counts:
+            many.do("idle", count - there)
+            there = count
+            yield Point(IDLE, count, many.tables() - base, 0, 0)
+
+
+def crash(stage: Stage, kind: Kind, plan: Plan) -> Crash:
+    """Processes under a limit; the memory itself, and the daemon, are outside of it."""
+    with stage.memory(kind) as (start, mount), contextlib.ExitStack() as stack:
+        if kind.collapse and mount is not None:
+            # Collapsing takes two sharers.
+            start().add(1)
+            _wait_until_collapsed(mount, plan.size // HUGE)
+        group = stack.enter_context(memory_group(plan.crash_limit))
+        many = start()
+        group.add(many.process.pid)
+        try:
+            many.add(plan.crash_processes)
+            many.touch(0, plan.crash_processes, "read")
+            # Who was killed later than it touched is told now.
+            alive = many.touch(0, plan.crash_processes, "none")
+        finally:
+            end(many.process)
+        killed = sum(touch is None for touch in alive)
+        return Crash(kind.name, plan.crash_processes, killed, plan.crash_limit, group.peak())
+
+
+def _wait_until_collapsed(mount: Path, chunks: int) -> None:
+    deadline = time.monotonic() + COLLAPSE_SECONDS
+    while (found := _collapsed(mount)) < chunks:
+        if time.monotonic() > deadline:
+            _say(f"  {found} of {chunks} chunks were collapsed")
+            return
+        time.sleep(0.1)
+
+
+def _collapsed(mount: Path) -> int:
+    (region,) = (mount / ".regions").iterdir()
+    for line in (region / "pagetables").read_text().splitlines():
+        if line.startswith("collapsed: "):
+            return int(line.split()[1])
+    return 0
+
+
+def _available() -> int:
+    return kib(Path("/proc/meminfo").read_text(), "MemAvailable")
+
+
+def _say(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
+
+
+# -- what comes out --
+
+
+def render(points: Sequence[Point], crashes: Sequence[Crash], size: int) -> str:
+    """Two tables of plain text."""
+    rows: list[tuple[str, ...]]
+    rows = [("memory", "processes", "page tables", "each", "minor faults", "touches all in")]
+    rows += [
+        (
+            point.kind,
+            str(point.processes),
+            f"{point.tables / MiB:,.1f} MiB",
+            f"{point.tables / point.processes / 1024:,.0f} KiB",
+            f"{point.faults:,.0f}",
+            f"{point.milliseconds:,.1f} ms",
+        )
+        for point in points
+    ]
+    text = f"{size / GiB:g} GiB of memory that all touch\n{_table(rows)}\n"
+    if crashes:
+        rows = [("memory", "processes", "killed", "limit", "at most")]
+        rows += [
+            (
+                each.kind,
+                str(each.processes),
+                str(each.killed),
+                f"{each.limit / MiB:,.0f} MiB",
+                "-" if each.peak is None else f"{each.peak / MiB:,.0f} MiB",
+            )
+            for each in crashes
+        ]
+        text += f"\nThe same in a memory cgroup, with the memory itself outside\n{_table(rows)}\n"
+    return text
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def _write(plan: Plan, points: Sequence[Point], crashes: Sequence[Crash], directory: Path) -> Path:
+    """The results as JSON; returns where."""
+    now = datetime.now(UTC)
+    document: dict[str, Any] = {
+        "time": now.isoformat(timespec="seconds"),
+        "msharefs": version("msharefs"),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "plan": asdict(plan),
+        "points": [asdict(point) for point in points],
+        "crashes": [asdict(each) for each in crashes],
+    }
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{now:%Y%m%dT%H%M%SZ}-story.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    return path
+
+
+@contextlib.contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="mshare-bench-"))
+    try:
+        yield path
+    finally:
+        # Never through a mount that could not be taken down.
+        if str(path) not in Path("/proc/self/mountinfo").read_text():
+            shutil.rmtree(path)
+
+
+def _measure(plan: Plan) -> tuple[list[Point], list[Crash]]:
+    points: list[Point] = []
+    crashes: list[Crash] = []
+    with _temporary_directory() as directory:
+        stage = Stage(directory, plan)
+        _say(f"{IDLE} ...")
+        points += idle(stage, plan)
+        for kind in KINDS:
+            _say(f"{kind.name} ...")
+            with contextlib.suppress(NoHugePagesError), _told(NoHugePagesError):
+                points += growth(stage, kind, plan)
+        for kind in CRASHING:
+            _say(f"crash: {kind.name} ...")
+            left_out = (NoHugePagesError, NoMemoryGroupError)
+            with contextlib.suppress(*left_out), _told(*left_out):
+                crashes.append(crash(stage, kind, plan))
+    return points, crashes
+
+
+@contextlib.contextmanager
+def _told(*errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        _say(f"  left out: {error}")
+        raise
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="less memory, fewer processes")
+    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the files")
+    parser.add_argument("--plot", type=Path, help="write the plot there as well")
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
+    # As exceptions, so that everything is taken down.
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.alarm(LONGEST)
+    try:
+        points, crashes = _measure(plan)
+    except (service.ServiceError, CrowdError, subprocess.CalledProcessError) as error:
+        sys.exit(f"story: {error}")
+    print(render(points, crashes, plan.size))
+    path = _write(plan, points, crashes, arguments.results)
+    print(path)
+    for target in (path.with_suffix(".svg"), arguments.plot):
+        if target is not None:
+            plot.draw(
+                [(point.kind, point.processes, point.tables) for point in points],
+                plan.size,
+                target,
+            )
+            print(target)
+
+
+if __name__ == "__main__":
+    main()
