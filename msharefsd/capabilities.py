@@ -6,6 +6,7 @@ backport, containers filter.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -190,8 +191,9 @@ def _can_collapse() -> bool:
             kernel.madvise(start, HUGE_PAGE, kernel.MADV_COLLAPSE)
         finally:
             kernel.munmap(start, HUGE_PAGE)
-    except OSError:
-        return False
+    except OSError as error:
+        # A kernel that knows it may have no huge page to give just now (madvise(2)).
+        return error.errno in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM)
     finally:
         os.close(memory)
     return True

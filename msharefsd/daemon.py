@@ -315,7 +315,8 @@ class _Daemon:
                 operations.region_of_inode,
                 mount.device,
                 self.disposal,
-                threads,
+                # Of their own: a file that hangs when it is read keeps nobody from mapping.
+                Threads(regions.limits),
                 self.files,
                 orphans,
                 config.backing,
