@@ -96,7 +96,7 @@ class AddressSpaces:
                     # A page that was there before, or is poison, must not show through.
                     await self._finish_removal(region, new.offset, new.length, removed)
                     _alive(region)
-                    await self._pages.clear_poison(region, new.offset, new.length)
+                    await self._pages.clear_poison(region, new.offset, new.length, empty=True)
                     _alive(region)
                     self._state.cleared(region)
 

@@ -657,12 +657,16 @@ class PageServer:
         uffd.wake(sharer.uffd, page, sharer.region.page)
         return Outcome.DONE
 
-    async def clear_poison(self, region: Region, offset: int, length: int) -> None:
+    async def clear_poison(
+        self, region: Region, offset: int, length: int, *, empty: bool = False
+    ) -> None:
         """Make every sharer ask again for pages in the range that raise SIGBUS there.
 
         The kernel has no call for that; a page that comes into a sharer takes the
         marker's place.  In a range that nobody may touch a page of zeros is put
-        there and punched out again.  Elsewhere it is the page itself.
+        there and punched out again, and so in one that is being mapped (`empty`): who
+        has called mmap() may touch it when that returns, and a file may take its time.
+        Elsewhere it is the page itself.
 
         The region may be gone when this returns.
         """
@@ -679,7 +683,7 @@ class PageServer:
                 if sharer.number not in region.sharers or region.backing is None:
                     break
                 found = region.objects.find(page)
-                if found is None or not found.accessible:
+                if empty or found is None or not found.accessible:
                     self._clear(sharer, page)
                 else:
                     self._repair(sharer, found, page)

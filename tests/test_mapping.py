@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -591,6 +592,20 @@ def test_a_file_that_hangs_stalls_its_own_range_only(
     stuck[0].kill()
     assert second.do("load", BASE) == "SIGBUS"
     assert second.do("load", BASE + ALIGNMENT) == "1"
+
+
+def test_a_file_is_there_where_a_hole_was_touched_as_soon_as_it_is_mapped(
+    pair: Pair, strange: Path, daemon: Daemon
+) -> None:
+    """With a file that is never read: who touches it waits, and has no SIGBUS of before."""
+    daemon.expected.append("cannot read")
+    for client in pair:
+        assert client.do("load", BASE) == "SIGBUS"
+    pair[1].ok("mmap", BASE, PAGE, READ, PRIVATE | FIXED, strange / "hangs", os.O_RDONLY, 0)
+    for client in pair:
+        client.send("load", BASE)
+        assert client.process.stdout is not None
+        assert not select.select([client.process.stdout], [], [], 0.3)[0], client.result()
 
 
 def test_a_file_that_hangs_when_it_is_written_holds_up_no_other(
