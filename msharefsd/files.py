@@ -317,21 +317,22 @@ async def check_mapping(threads: Threads, uid: int, fd: int) -> None:
     """
     # Who waits for it may be gone before it is done: it needs a descriptor of its own.
     own = os.dup(fd)
-    begun = False
+    # Whoever takes this closes it: the thread, or who waits if that has not begun.
+    closes = threading.Lock()
 
     def look() -> None:
-        nonlocal begun
-        begun = True
-        try:
-            _try_to_map(own)
-        finally:
-            os.close(own)
+        if closes.acquire(blocking=False):
+            try:
+                _try_to_map(own)
+            finally:
+                os.close(own)
 
     try:
         await threads.run(uid, look)
-    finally:
-        if not begun:
+    except BaseException:
+        if closes.acquire(blocking=False):
             os.close(own)
+        raise
 
 
 def _try_to_map(fd: int) -> None:

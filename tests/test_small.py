@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from conftest import eventually
 
-from msharefsd import capabilities, config, kernel, liveness, seldom, texts, uffd
+from msharefsd import capabilities, config, files, kernel, liveness, seldom, texts, uffd
 from msharefsd.config import ConfigError
 from msharefsd.control import Control
 from msharefsd.disposal import Disposal
@@ -366,3 +366,29 @@ def test_a_close_that_hangs_holds_up_its_users_only() -> None:
     disposal.run(lambda: now.append("own"))
     disposal.run(lambda: now.append("a user's"), 1000)
     assert now == ["own"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_descriptor_of_a_look_that_nobody_waits_for_is_closed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, begun: bool
+) -> None:
+    """Closed twice it would be another file that has the number by then."""
+    closed: list[int] = []
+    looks: list[Any] = []
+    monkeypatch.setattr(os, "close", closed.append)
+
+    class Late:
+        """Threads whose function runs when who waits has gone, or never does."""
+
+        async def run(self, uid: int, function: Any) -> None:
+            looks.append(function)
+            raise RuntimeError  # as Cancelled would be
+
+    with (tmp_path / "file").open("w+b") as file:
+        with pytest.raises(RuntimeError):
+            await files.check_mapping(Late(), 0, file.fileno())  # type: ignore[arg-type] # enough
+        if begun:
+            looks[0]()
+    assert len(closed) == 1
+    monkeypatch.undo()
+    os.close(closed[0])
