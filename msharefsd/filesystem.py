@@ -124,6 +124,11 @@ def _asks(fields: SetattrFields) -> bool:
     )
 
 
+def _storable(time_ns: int) -> int:
+    """The nearest time that the state can keep; file systems cut others as well (utimensat(2))."""
+    return max(-(1 << 63), min(time_ns, (1 << 63) - 1))
+
+
 def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
     @functools.wraps(handler)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -405,9 +410,9 @@ class FileSystem(_GuardedOperations):
         if fields.update_gid:
             changes["gid"] = attr.st_gid
         if fields.update_atime:
-            changes["atime_ns"] = attr.st_atime_ns
+            changes["atime_ns"] = _storable(attr.st_atime_ns)
         if fields.update_mtime:
-            changes["mtime_ns"] = attr.st_mtime_ns
+            changes["mtime_ns"] = _storable(attr.st_mtime_ns)
         self._regions.change(region, **changes)
         if fields.update_uid:
             self._regions.give(region, attr.st_uid)

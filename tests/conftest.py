@@ -448,9 +448,10 @@ def clients(program: Path, of: Daemon, **variables: str) -> Iterator[Callable[..
     finally:
         for client in started:
             # With its children: one may try a system call on memory that is gone for ever.
-            with contextlib.suppress(ProcessLookupError):
+            # If it has been waited for, its number may be anybody's.
+            if client.process.returncode is None:
                 os.killpg(client.pid, signal.SIGKILL)
-            client.process.wait()
+                client.process.wait()
             for pipe in (client.process.stdin, client.process.stdout):
                 if pipe is not None:
                     with contextlib.suppress(BrokenPipeError):

@@ -56,6 +56,7 @@ def crowds(directory: Path) -> Iterator[Crowds]:
     memory = f"mshare-test-{os.getpid()}"
     programs: dict[str, Path] = {}
     with contextlib.ExitStack() as stack:
+        stack.callback(_unlink, Path("/dev/shm", memory))
 
         def start(size: int, of: Daemon | None = None) -> Crowd:
             backend = "shm" if of is None else "mshare"
@@ -66,8 +67,10 @@ def crowds(directory: Path) -> Iterator[Crowds]:
             return stack.enter_context(crowd(programs[backend], name, size, environment))
 
         yield start
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"/dev/shm/{memory}")
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def faults(touches: Sequence[Touch | None]) -> list[int]:
@@ -445,8 +448,8 @@ def test_collapse_leaves_16_kib_of_tables_a_gib(
 def region() -> Iterator[Region]:
     """A region of 2 MiB with one sharer: this process."""
     disposal = Disposal()
-    name = f"/mshare-test-{os.getpid()}"
-    regions = Regions(2 * MiB, lambda _, __, size, ___: ShmBacking(name, size, disposal), print)
+    name = f"/mshare-test-{os.getpid()}-own"
+    regions = Regions(2 * MiB, lambda _, __, size, ___: ShmBacking(name, size, disposal))
     region = regions.create(b"r", 0o600, 0, 0)
     regions.establish(region, 2 * MiB, 2 * MiB, read_only=False)
     regions.commit(region)

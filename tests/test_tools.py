@@ -214,3 +214,11 @@ def test_hundreds_of_names_are_listed(daemon: Daemon) -> None:
     for name in names:
         (daemon.mount / name).unlink()
     assert os.listdir(daemon.mount / ".regions") == []
+
+
+def test_times_that_no_clock_shows_are_cut(daemon: Daemon) -> None:
+    path = daemon.mount / "r"
+    path.touch()
+    os.utime(path, (1 << 40, -(1 << 40)))
+    status = path.stat()
+    assert status.st_atime_ns > status.st_ctime_ns > status.st_mtime_ns
