@@ -254,6 +254,34 @@ def test_sharers_that_come_and_go_do_not_end_sharing(
     assert tables_of_slots(donor) == (1, 1)
 
 
+def test_a_daemon_that_is_killed_and_its_successor_do_not_end_sharing(
+    huge: Daemon, spawn: Callable[..., Client], pair: tuple[Client, Client]
+) -> None:
+    donor, other = pair
+    size = SLOTS * GiB
+    huge.expected.append("taking down the mount")
+    huge.kill()
+    assert other.do("scan", BASE, size) == "1"
+    assert tables_of_slots(donor) == (1, 1)
+    huge.start()
+    assert tables_of_slots(donor) == (1, 1)
+    third = spawn()
+    third.ok("mshare", "r", BASE, size, os.O_RDWR, 0)
+    before = int(third.do("faults"))
+    assert third.do("scan", BASE, size) == "1"
+    assert int(third.do("faults")) - before <= 16 * SLOTS
+    assert tables_of_slots(donor) == (1, 1)
+    assert Report(huge).shared(0) == (1, 3, 0, 3)
+    other.ok("munmap", BASE, HUGE)
+    donor.ok("mmap", BASE, HUGE, BOTH, SHARED | FIXED)
+    third.ok("store", BASE, 7)
+    for client in (donor, other, third):
+        # Whoever had the table of what was unmapped is linked to it again by a touch.
+        assert client.do("load", BASE) == "7"
+        assert client.do("load", BASE + 4 * HUGE) == "1"
+    assert tables_of_slots(donor) == (1, 1)
+
+
 def test_objects_that_come_and_go_do_not_end_sharing(
     huge: Daemon, pair: tuple[Client, Client]
 ) -> None:
