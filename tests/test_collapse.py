@@ -63,9 +63,10 @@ def test_page_tables_shrink_and_the_sharers_do_nothing_for_it(
     pair: Pair, eager: Daemon, client_program: Path
 ) -> None:
     with clients(client_program, eager) as spawn:
-        idle = spawn()  # what a sharer has that has touched nothing
+        idle = spawn()  # what a sharer has that has touched little
         idle.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
         collapsed(eager, CHUNKS)
+        assert idle.do("load", BASE) == "8"
         after = [page_tables(client) for client in pair]
         # A page of PMD entries, and what the C library touches here and there; the page
         # tables of small pages were 4 kB a chunk.
