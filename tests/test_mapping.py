@@ -531,7 +531,7 @@ def test_pages_of_a_file_are_never_seen_empty(pair: Pair, directory: Path) -> No
     path = directory / "full"
     path.write_bytes(b"\xff" * 32 * PAGE)
     # As many times as there is patience for the bytes to be read.
-    times = min(3000, (16 << 30) // (32 * PAGE))
+    times = min(3000, (2 << 30) // (32 * PAGE))
     assert pair[0].do("race", BASE, 32 * PAGE, path, times) == "0"
 
 
