@@ -447,6 +447,7 @@ def test_collapse_leaves_16_kib_of_tables_a_gib(
             status = Path(f"/proc/{other.pid}/status").read_text()
             return kib(status, "VmPTE")
 
+        other.ok("hello")  # it has come to its beginning
         before = tables()
         donor.ok("mshare", "r", BASE, GiB, CREATE, 0o600)
         donor.ok("mmap", BASE, GiB, BOTH, SHARED | FIXED)
