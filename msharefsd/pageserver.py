@@ -175,7 +175,7 @@ class PageServer:
             self._starving.add(sharer)
             self._starvation.set()
         try:
-            while True:
+            while sharer.uffd >= 0:  # it may be detached before this begins
                 await trio.lowlevel.wait_readable(sharer.uffd)
                 for fault in self._reader.faults(sharer.uffd):
                     barrier("fault.read")
