@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from pathlib import Path
 import pytest
 
 from libmshare import core
-from msharefsd import kernel, mounting
+from msharefsd import hugetlb, kernel, mounting
 
 BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
@@ -80,6 +81,20 @@ def huge_pages(count: int) -> Iterator[None]:
         yield
     finally:
         setting.write_text(str(before))
+
+
+@contextlib.contextmanager
+def no_free_huge_pages() -> Iterator[None]:
+    """Hold what is free of the huge pages of 2 MiB: the machine may have some of its own.
+
+    A mapping reserves its pages without taking them: mmap(2), MAP_NORESERVE.
+    """
+    map_hugetlb, page = 0x40000, 2 * MiB
+    with contextlib.ExitStack() as held:
+        if (free := hugetlb.Pool(Path("/nowhere"), page).free()) > 0:
+            flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | map_hugetlb
+            held.enter_context(contextlib.closing(mmap.mmap(-1, free * page, flags)))
+        yield
 
 
 @contextlib.contextmanager
