@@ -567,7 +567,8 @@ class PageServer:
             elif outcome is Outcome.NO_MEMORY and backing.next_data(offset) != offset:
                 self._starve(sharer, offset, None)
             else:
-                if offset in sharer.poisoned:
+                # Poison is right where there has been a hole meanwhile.
+                if offset in sharer.poisoned and backing.next_data(offset) == offset:
                     self._mapped(
                         sharer, offset, by_others=sharer is not target or offset in present
                     )

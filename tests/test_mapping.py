@@ -14,7 +14,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, PAGE, TESTS, Client, Daemon, clients, eventually
+from conftest import (
+    ALIGNMENT,
+    BASE,
+    CONNECTIONS,
+    PAGE,
+    TESTS,
+    Client,
+    Daemon,
+    clients,
+    eventually,
+)
 
 from msharefsd import mounting
 from msharefsd.backing import AT_ONCE
@@ -606,6 +616,24 @@ def test_a_file_is_there_where_a_hole_was_touched_as_soon_as_it_is_mapped(
         client.send("load", BASE)
         assert client.process.stdout is not None
         assert not select.select([client.process.stdout], [], [], 0.3)[0], client.result()
+
+
+def test_a_file_that_answers_too_late_changes_nothing(
+    pair: Pair, strange: Path, daemon: Daemon
+) -> None:
+    """Who waited for it has met a hole meanwhile; what is mapped there then is there."""
+    daemon.expected.append("cannot read")
+    first, second = pair
+    second.ok("mmap", BASE, PAGE, READ, PRIVATE | FIXED, strange / "hangs", os.O_RDONLY, 0)
+    first.send("load", BASE)
+    eventually(lambda: daemon.metric('faults_total{kind="file"}') == 1, "it is read")
+    second.ok("munmap", BASE, PAGE)
+    assert first.result() == "SIGBUS"
+    (CONNECTIONS / str(os.minor(os.stat(strange).st_dev)) / "abort").write_text("1")
+    eventually(lambda: "cannot read" in daemon.log(), "the read has ended")
+    second.ok("mmap", BASE, PAGE, BOTH, SHARED | FIXED)
+    for client in pair:
+        assert client.do("load", BASE) == "0"
 
 
 def test_a_file_that_hangs_when_it_is_written_holds_up_no_other(
