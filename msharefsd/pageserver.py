@@ -170,28 +170,34 @@ class PageServer:
         if region.backing is None:
             return
         window = Window(region.backing.smallest_chunk, region.backing.largest_chunk)
-        breath = protection.Breath()
         if sharer.starved:
             self._starving.add(sharer)
             self._starvation.set()
         try:
-            while sharer.uffd >= 0:  # it may be detached before this begins
-                await trio.lowlevel.wait_readable(sharer.uffd)
-                for fault in self._reader.faults(sharer.uffd):
-                    barrier("fault.read")
-                    try:
-                        outcome = self._answer(sharer, window, fault)
-                    except OSError as error:
-                        outcome = self._failed(sharer, fault, error)
-                    if outcome is Outcome.GONE:
-                        return
-                    await breath.take()
+            await self._serve(sharer, window)
         except OSError as error:
             # The descriptor misbehaves: only its own process suffers.
             if self._seldom.now(("userfaultfd", sharer.uid)):
                 log.warning("sharer %d: userfaultfd failed: %s", sharer.pid, error)
         finally:
             self.forget(sharer)
+
+    async def _serve(self, sharer: Sharer, window: Window) -> None:
+        """Until it is gone, or detached, which may be at every await."""
+        breath = protection.Breath()
+        while sharer.uffd >= 0:
+            await trio.lowlevel.wait_readable(sharer.uffd)
+            for fault in self._reader.faults(sharer.uffd) if sharer.uffd >= 0 else ():
+                barrier("fault.read")
+                try:
+                    outcome = self._answer(sharer, window, fault)
+                except OSError as error:
+                    outcome = self._failed(sharer, fault, error)
+                if outcome is Outcome.GONE:
+                    return
+                await breath.take()
+                if sharer.uffd < 0:
+                    return
 
     def _failed(self, sharer: Sharer, fault: Fault, error: OSError) -> Outcome:
         """A fault that cannot be answered ends in SIGBUS, and not in waiting forever."""

@@ -23,7 +23,7 @@ from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
 from msharefsd.files import MappedFile, check_mappable
 from msharefsd.objects import Object
-from msharefsd.pageserver import Window
+from msharefsd.pageserver import PageServer, Window
 from msharefsd.regions import Regions
 from msharefsd.uffd import Feature, Mode, Outcome
 
@@ -392,3 +392,31 @@ async def test_a_descriptor_of_a_look_that_nobody_waits_for_is_closed_once(
     assert len(closed) == 1
     monkeypatch.undo()
     os.close(closed[0])
+
+
+class Thing(SimpleNamespace):
+    """One that can be in a set."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment] # a namespace has none
+
+
+def test_a_sharer_that_is_detached_while_its_server_wakes_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    anything: Any = SimpleNamespace(nowait=True)
+    pages = PageServer(anything, anything, None, anything, anything)
+    backing = SimpleNamespace(smallest_chunk=PAGE, largest_chunk=PAGE)
+    sharer: Any = Thing(
+        uffd=os.eventfd(1), pid=1, uid=0, starved=set(), region=SimpleNamespace(backing=backing)
+    )
+    seen = []
+
+    async def detached(fd: int) -> None:
+        seen.append(fd)
+        os.close(sharer.uffd)
+        sharer.uffd = -1
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", detached)
+    trio.run(pages.serve, sharer)
+    assert len(seen) == 1
+    assert not caplog.records
