@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
 from benchmarks.table import Row
 from benchmarks.worker import SHM_DIRECTORY, Side, Worker, WorkerError, Workers
+from msharefsd import kernel, uffd
+from msharefsd.files import BUFFER, Buffer
 
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20
@@ -30,6 +33,7 @@ START: Final = 0x2000_0000_0000
 CHUNK: Final = 64 * KiB
 """What a fault at a random place populates; faults are timed in distinct ones."""
 SHM: Final = "POSIX shared memory, 4 KiB pages"
+MAPPED: Final = "mmap() of the same file"
 TMPFS: Final = "a file in /dev/shm"
 SETTLE_SECONDS: Final = 5.0
 COLLAPSE_SECONDS: Final = 120.0
@@ -329,26 +333,68 @@ def _plain_changes(workers: Workers, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def mapped_files(workers: Workers, plan: Plan, directory: Path) -> list[Row]:
-    """Read all of a file that is mapped MAP_PRIVATE, from a warm page cache."""
+def mapped_files(workers: Workers, plan: Plan, directory: Path) -> Iterator[Row]:
+    """Read all of a file that is mapped MAP_PRIVATE, from a warm page cache.
+
+    In regions of either backing.  Beside them what the kernel itself takes to put the
+    file's pages there: with small ones that is most of the time.
+    """
     path = directory / "mapped"
     with path.open("wb") as file:
         for _ in range(plan.touch // MiB):
             file.write(os.urandom(MiB))
-    size = f"{plan.touch // MiB} MiB"
-    rows = []
-    for prot, name in ((_BOTH, "PROT_READ|PROT_WRITE"), (_READ, "PROT_READ")):
-        times = _read_file(workers, plan, path, prot)
-        for what, measure, target in (
-            ("first", "first reader", 2.0),
-            ("second", "second sharer", 1.0 if prot == _BOTH else None),
-        ):
-            rows.append(
-                Row(f"{measure} of a mapped file of {size}, {name}", "ms", times[what]["ours"],
-                    times[what]["peer"], "mmap() of the same file", target)
-            )  # fmt: skip
+    yield from _mapped_file(workers, plan, path, "shm")
+    # A buffer that is not there yet takes a second page for a moment (UFFDIO_COPY).
+    with contextlib.suppress(NoHugePagesError), huge_pages(plan.touch // HUGE + 1):
+        yield from _mapped_file(workers, plan, path, "hugetlb")
     path.unlink()
-    return rows
+
+
+def _mapped_file(workers: Workers, plan: Plan, path: Path, backing: str) -> Iterator[Row]:
+    file = f"a mapped file of {plan.touch // MiB} MiB, {backing}"
+    with workers.backed_by(backing):
+        for prot, name in ((_BOTH, "PROT_READ|PROT_WRITE"), (_READ, "PROT_READ")):
+            times = _read_file(workers, plan, path, prot)
+            for what, measure, target in (
+                ("first", "first reader", 2.0),
+                ("second", "second sharer", 1.0 if prot == _BOTH else None),
+            ):
+                yield Row(f"{measure} of {file}, {name}", "ms", times[what]["ours"],
+                          times[what]["peer"], MAPPED, target)  # fmt: skip
+            if prot == _BOTH:
+                copied = [_copy_file(path, backing) for _ in range(1 + plan.mapped_rounds)][1:]
+                yield Row(f"UFFDIO_COPY alone of {file}", "ms", copied, times["first"]["peer"],
+                          MAPPED)  # fmt: skip
+
+
+def _copy_file(path: Path, backing: str) -> float:
+    """How long it takes to put a file's pages in memory that nobody has mapped yet (ms)."""
+    size = path.stat().st_size
+    flags = os.MFD_HUGETLB if backing == "hugetlb" else 0
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("rb", buffering=0))
+        memory = os.memfd_create("benchmark", os.MFD_CLOEXEC | flags)
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, size)
+        fd = uffd.open_own()
+        stack.callback(os.close, fd)
+        uffd.handshake(fd, uffd.Feature(0))
+        both, shared = kernel.PROT_READ | kernel.PROT_WRITE, kernel.MAP_SHARED
+        start = kernel.mmap(None, size, both, shared | kernel.MAP_NORESERVE, memory, 0)
+        stack.callback(kernel.munmap, start, size)
+        uffd.register(fd, start, size, uffd.Mode.MISSING)
+        buffer = Buffer(BUFFER)
+        since = time.monotonic()
+        for at in range(0, size, BUFFER):
+            file.readinto(buffer.view)
+            done = 0
+            while done < BUFFER:
+                more, outcome = uffd.copy(fd, start + at + done, buffer.address + done,
+                                          BUFFER - done, protect=False)  # fmt: skip
+                done += more
+                if more == 0 and outcome is not uffd.Outcome.RETRY:
+                    raise WorkerError(f"UFFDIO_COPY failed: {outcome}")
+        return (time.monotonic() - since) * 1e3
 
 
 def _read_file(

@@ -37,14 +37,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import plot, service
 from benchmarks.crowd import Crowd, CrowdError, compile_crowd, crowd, end, kib
+from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
 from benchmarks.memory_group import NoMemoryGroupError, memory_group
 from msharefsd import kernel
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 MiB: Final = 1 << 20
 GiB: Final = 1 << 30
-HUGE: Final = 2 * MiB
-NR_HUGE: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 ROOM: Final = 2 * GiB
 """Of memory, for everybody else."""
 LONGEST: Final = 1800
@@ -141,7 +140,7 @@ class Stage:
         mount = None
         with contextlib.ExitStack() as stack:
             if kind.huge:
-                stack.enter_context(_huge_pages(self._plan.size // HUGE))
+                stack.enter_context(huge_pages(self._plan.size // HUGE))
             if kind.daemon is not None:
                 config = directory / "config"
                 config.write_text("collapse_seconds = 0.2\n")
@@ -170,30 +169,6 @@ class Stage:
 def _unlink(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-class NoHugePagesError(Exception):
-    """They cannot be reserved."""
-
-
-@contextlib.contextmanager
-def _huge_pages(count: int) -> Iterator[None]:
-    """So many free huge pages more than there were.  Raises NoHugePagesError."""
-    try:
-        before = int(NR_HUGE.read_text())
-        NR_HUGE.write_text(str(before + count))
-    except OSError as error:
-        raise NoHugePagesError(f"no huge pages to be had: {error}") from error
-    try:
-        if int(NR_HUGE.read_text()) < before + count:
-            # There may be memory enough, in pieces.
-            Path("/proc/sys/vm/compact_memory").write_text("1")
-            NR_HUGE.write_text(str(before + count))
-        if int(NR_HUGE.read_text()) < before + count:
-            raise NoHugePagesError(f"{count} huge pages cannot be reserved")
-        yield
-    finally:
-        NR_HUGE.write_text(str(before))
 
 
 @contextlib.contextmanager

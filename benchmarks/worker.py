@@ -102,6 +102,15 @@ class Workers:
         with self._process([str(self._programs[side])]) as process:
             yield Worker(process)
 
+    @contextlib.contextmanager
+    def backed_by(self, backing: str) -> Iterator[None]:
+        """Meanwhile the regions that workers create have this backing."""
+        self.environment["MSHARE_BACKING"] = backing
+        try:
+            yield
+        finally:
+            del self.environment["MSHARE_BACKING"]
+
     def directory(self, side: Side) -> Path:
         """Where a side's memory has its names."""
         return self._mountpoint if side == "ours" else SHM_DIRECTORY
