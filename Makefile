@@ -47,7 +47,7 @@ lint: setup
 	$(BIN)/mypy
 
 # What is to hold whatever holds the pages.
-CORPUS := tests/test_sharing.py tests/test_mapping.py tests/test_oracle.py
+CORPUS := $(addprefix tests/test_,sharing.py mapping.py read_ahead.py oracle.py)
 
 check: setup
 	$(BIN)/pytest $(TESTS)

@@ -15,6 +15,8 @@ its own: readers are served through the host mapping.
 A page of a file is read in a thread and comes by UFFDIO_COPY, so that nobody ever
 sees it before it is filled.  Read through the host mapping's descriptor or by
 pointer it would be there empty first.  A reader's is copied into the host mapping.
+Who reads a file from one end to the other has it read ahead of it, as a page cache
+does, in pieces: one is read while another one is copied.
 
 A fault in a hole is answered with UFFDIO_POISON: SIGBUS for code, EFAULT in a
 system call.  Kernels before 6.6 cannot do that; there the thread is sent SIGBUS,
@@ -55,6 +57,10 @@ from msharefsd.uffd import Fault, Mode, Outcome
 log = logging.getLogger(__name__)
 
 STREAMS: Final = 16
+READ_AHEAD: Final = 16 << 20
+"""How much of a file is read for one fault at the most (bytes)."""
+PIECES: Final = 2
+"""How many pieces of that at one time: a file that hangs must not take all threads."""
 MOST_POISONED: Final = 1 << 16
 MEND_INTERVAL: Final = 1.0
 
@@ -86,9 +92,12 @@ class Window:
         self._largest = largest
         self._runs: OrderedDict[int, int] = OrderedDict()
 
-    def chunk(self, offset: int) -> tuple[int, int]:
-        """Where to populate for a fault at `offset`: (start, length) in bytes."""
-        length = min(self._runs.pop(offset, self._smallest // 2) * 2, self._largest)
+    def chunk(self, offset: int, largest: int | None = None) -> tuple[int, int]:
+        """Where to populate for a fault at `offset`: (start, length) in bytes.
+
+        `largest`: another one, for this time.
+        """
+        length = min(self._runs.pop(offset, self._smallest // 2) * 2, largest or self._largest)
         start = offset - offset % length
         self._runs[start + length] = length
         if len(self._runs) > STREAMS:
@@ -107,12 +116,16 @@ class _Waiting:
 
 @dataclass(eq=False, slots=True)
 class _Fill:
-    """A chunk that is being read from a file, and who waits for it."""
+    """A piece of a chunk that is being read from a file, and who waits for it."""
 
     file: MappedFile
     start: int
     end: int
     file_offset: int
+    sharer: Sharer
+    """Whose fault it was."""
+    rest: Iterator[tuple[int, int]]
+    """The further pieces of the chunk."""
     waiting: list[_Waiting] = field(default_factory=list)
 
 
@@ -269,7 +282,13 @@ class PageServer:
         if not found.accessible or (fault.write and not found.writable):
             return self._violation(sharer, offset, fault)
         self._metrics.faults.labels("file" if found.file else "anonymous").inc()
-        return self._populate(sharer, window.chunk(offset), found, offset, fault)
+        if found.file is None:
+            chunk = window.chunk(offset)
+        elif self._join(found, _Waiting(sharer, offset, fault)):
+            return Outcome.DONE
+        else:
+            chunk = window.chunk(offset, max(READ_AHEAD, sharer.region.page))
+        return self._populate(sharer, chunk, found, offset, fault)
 
     def _write_fault(
         self, sharer: Sharer, found: Object | None, offset: int, fault: Fault
@@ -363,7 +382,7 @@ class PageServer:
         backing = region.backing
         assert backing is not None
         start, end = max(chunk[0], found.offset), min(chunk[0] + chunk[1], found.end)
-        start, end, stashed = _of_one_source(backing, found, start, end, offset)
+        start, end, stashed = _of_one_source(backing, start, end, offset)
         if not stashed:  # what comes back from the stash is no more than there was
             start, end = self._within_limits(region, offset, start, end)
             if start == end:
@@ -387,10 +406,15 @@ class PageServer:
         return outcome
 
     def _room(self, region: Region, wanted: int) -> int:
-        """How much of `wanted` bytes of memory the region may have more, by its limits."""
+        """How much of `wanted` bytes of memory the region may have more, by its limits.
+
+        What is being read from files counts as if it were there.
+        """
+        reading = sum(fill.end - fill.start for fill in self._fills.get(region.id, ()))
+        room = wanted + reading
         if self._region_memory is not None:
-            wanted = max(0, min(wanted, self._region_memory - region.allocated()))
-        return region.account.room(wanted)
+            room = min(room, self._region_memory - region.allocated())
+        return max(0, region.account.room(max(0, room)) - reading)
 
     def _within_limits(self, region: Region, offset: int, start: int, end: int) -> tuple[int, int]:
         """As much of [start, end) as may be populated, the page at `offset` first."""
@@ -496,19 +520,61 @@ class PageServer:
 
     # -- files --
 
-    def _read_file(self, found: Object, start: int, end: int, waiting: _Waiting) -> None:
+    def _filling(self, region: Region, found: Object, offset: int) -> _Fill | None:
+        """What reads the page at `offset` just now, if anything does."""
+        for fill in self._fills.get(region.id, ()):
+            if fill.start <= offset < fill.end and fill.file is found.file:
+                return fill
+        return None
+
+    def _join(self, found: Object, waiting: _Waiting) -> bool:
+        """Wait for who reads the page just now; False if nobody does, or it is in the stash."""
         region = waiting.sharer.region
-        fills = self._fills.setdefault(region.id, [])
-        for fill in fills:
-            if fill.start <= waiting.offset < fill.end and fill.file is found.file:
-                fill.waiting.append(waiting)
-                return
+        fill = self._filling(region, found, waiting.offset)
+        if fill is None or region.backing is None or _is_stashed(region.backing, waiting.offset):
+            return False
+        fill.waiting.append(waiting)
+        return True
+
+    def _read_file(self, found: Object, start: int, end: int, waiting: _Waiting) -> None:
+        """Have [start, end) read, the piece first that has the page somebody waits for."""
+        if self._join(found, waiting):
+            return
+        region = waiting.sharer.region
+        pieces = _pieces(max(BUFFER, region.page), waiting.offset, start, end)
+        fill = self._start_fill(waiting.sharer, found, *next(pieces), pieces)
+        fill.waiting.append(waiting)
+        for _ in range(1, PIECES):
+            self._read_ahead(region, fill)
+
+    def _start_fill(
+        self, sharer: Sharer, found: Object, start: int, end: int, rest: Iterator[tuple[int, int]]
+    ) -> _Fill:
         assert found.file is not None
         file_offset = found.file_offset + start - found.offset
-        fill = _Fill(found.file, start, end, file_offset, [waiting])
-        fills.append(fill)
+        fill = _Fill(found.file, start, end, file_offset, sharer, rest)
+        self._fills.setdefault(sharer.region.id, []).append(fill)
         found.file.hold()
-        self._start(self._run_fill, region, fill)
+        self._start(self._run_fill, sharer.region, fill)
+        return fill
+
+    def _read_ahead(self, region: Region, before: _Fill) -> None:
+        """Have the next piece read of what `before` is a piece of, if it is still wanted."""
+        for start, end in before.rest:
+            found = region.objects.find(start)
+            if (
+                region.backing is None
+                or before.sharer.number not in region.sharers
+                or found is None
+                or found.file is not before.file
+                or not found.accessible
+                or region.leaving.contains(start)
+                or self._room(region, end - start) < end - start
+            ):
+                return
+            if region.backing.next_absent(start) < end and not self._filling(region, found, start):
+                self._start_fill(before.sharer, found, start, min(end, found.end), before.rest)
+                return
 
     async def _run_fill(self, region: Region, fill: _Fill) -> None:
         buffer = self._buffers.take(fill.end - fill.start)
@@ -541,12 +607,16 @@ class PageServer:
             for each in fill.waiting:
                 if each.fault is not None and each.sharer.number in region.sharers:
                     self._failed(each.sharer, each.fault, error)
+        else:
+            if usable == fill.end - fill.start:
+                self._read_ahead(region, fill)
         finally:
             self._buffers.give_back(buffer)
 
     def _finish_fill(self, region: Region, fill: _Fill, address: int, usable: int) -> None:
         waiting = [each for each in fill.waiting if each.sharer.number in region.sharers]
-        sharers = [each.sharer for each in waiting]
+        asked = (*(each.sharer for each in waiting), fill.sharer)
+        sharers = [each for each in asked if each.number in region.sharers]
         target = next((each for each in sharers if each.writable), sharers[0] if sharers else None)
         backing = region.backing
         assert backing is not None
@@ -715,15 +785,16 @@ class PageServer:
         if backing.next_data(page) == page:
             self._mapped(sharer, page, by_others=True)
             return
-        stash = backing.stash
-        stashed = stash is not None and stash.next_data(page) == page
+        stashed = _is_stashed(backing, page)
         if not stashed and self._room(sharer.region, backing.page) < backing.page:
             self.starve(sharer, page)
             return
         if found.file is not None and not stashed:
             self._read_file(found, page, page + backing.page, _Waiting(sharer, page, None))
             return
-        outcome = self._fill(sharer, found, page, page + backing.page, stash if stashed else None)
+        outcome = self._fill(
+            sharer, found, page, page + backing.page, backing.stash if stashed else None
+        )
         if outcome is not Outcome.NO_MEMORY:
             self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
 
@@ -813,25 +884,33 @@ async def _guarded(function: Callable[..., Awaitable[object]], *arguments: objec
         log.exception("a page fault was not served to its end")
 
 
-def _of_one_source(
-    backing: Backing, found: Object, start: int, end: int, offset: int
-) -> tuple[int, int, bool]:
+def _is_stashed(backing: Backing, offset: int) -> bool:
+    """Whether the page at `offset` is in the stash."""
+    return backing.stash is not None and backing.stash.next_data(offset) == offset
+
+
+def _of_one_source(backing: Backing, start: int, end: int, offset: int) -> tuple[int, int, bool]:
     """The part of [start, end) around `offset` that comes from where that page comes from.
 
     And whether that is the stash.  What passes through a buffer fits in it.
     """
-    if found.file is not None or backing.stash is not None:
-        most = max(BUFFER, backing.page)
-        start = max(start, offset - offset % most)
-        end = min(end, offset - offset % most + most)
     if backing.stash is None:
         return start, end, False
-    following = backing.stash.next_data(offset)
-    stashed = following == offset
-    end = min(end, backing.stash.next_absent(offset) if stashed else following)
+    stashed = _is_stashed(backing, offset)
+    if stashed:
+        start, end = next(_pieces(max(BUFFER, backing.page), offset, start, end))
+        end = min(end, backing.stash.next_absent(offset))
+    else:
+        end = min(end, backing.stash.next_data(offset))
     if backing.stash.next_data(start) < offset:
         start = offset
     return start, end, stashed
+
+
+def _pieces(length: int, offset: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """[start, end) from the piece on that `offset` is in; pieces are aligned to `length`."""
+    for piece in range(offset - offset % length, end, length):
+        yield max(piece, start), min(piece + length, end)
 
 
 def _not_stashed(backing: Backing, start: int, end: int) -> Iterator[tuple[int, int]]:
