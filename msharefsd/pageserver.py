@@ -698,6 +698,8 @@ class PageServer:
         if known:
             self._state.add_poisoned(sharer, offset)
         outcome = self._poison(sharer, page)
+        if outcome is Outcome.PRESENT and self._forget_protection(sharer, offset):
+            outcome = self._poison(sharer, page)
         if outcome is Outcome.DONE:
             if known:
                 sharer.poisoned.add(offset)
@@ -718,6 +720,21 @@ class PageServer:
         # PRESENT: poisoned or populated meanwhile.
         uffd.wake(sharer.uffd, page, sharer.region.page)
         return outcome
+
+    def _forget_protection(self, sharer: Sharer, offset: int) -> bool:
+        """Take away a marker that write protection has left where no page is.
+
+        A daemon that died between the two leaves one where it has freed a page, and
+        poison does not replace it: the thread would try again for ever.  A page that
+        comes is protected anew.
+        """
+        backing = sharer.region.backing
+        if backing is None or backing.next_data(offset) == offset:
+            return False
+        with contextlib.suppress(OSError):  # not registered for it: no marker
+            page = sharer.region.start + offset
+            uffd.write_unprotect(sharer.uffd, page, backing.page, wake=False)
+        return True
 
     def _signal(self, sharer: Sharer, page: int, thread: int | None) -> Outcome:
         """SIGBUS by hand.  A thread in user mode gets it instead of the page."""

@@ -280,6 +280,27 @@ def test_the_daemon_dies_at(stage: Stage, barrier: str) -> None:
     stage.leave()
 
 
+def test_a_protection_that_outlives_its_object_is_no_obstacle(stage: Stage) -> None:
+    """Markers of it stay where pages were mapped, and there is no object any more."""
+    daemon, at = stage.daemon, stage.at(Stage.CONSTANT)
+    daemon.kill()
+    launch_parked(daemon, "munmap")
+    stage.first.send("munmap", at, 16 * PAGE)
+    parked(daemon)
+    daemon.start()
+    assert stage.first.result() == "0"
+    for client in (stage.first, stage.second):
+        assert client.do("load", at) == "SIGBUS"
+        assert client.do("store", at + PAGE, 1) == "SIGBUS"
+        assert client.do("from_memory", at + 2 * PAGE, 1) == "-14"
+    stage.second.ok("mmap", at, 16 * PAGE, READ | WRITE, SHARED | FIXED)
+    for client in (stage.first, stage.second):
+        client.ok("fill", at, 16 * PAGE, 11)
+    stage.second.ok("mprotect", at, 16 * PAGE, READ)
+    stage.check()
+    stage.leave()
+
+
 def test_the_daemon_dies_between_stash_and_backing(stage: Stage) -> None:
     """What was PROT_NONE is in both; the backing's page may be written to meanwhile."""
     daemon, first, second = stage.daemon, stage.first, stage.second
