@@ -11,6 +11,13 @@ HUGE: Final = 2 << 20
 NR_HUGE: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
+def free_huge_pages() -> int:
+    """How many are free; 0 on a kernel without them."""
+    with contextlib.suppress(OSError):
+        return int(NR_HUGE.with_name("free_hugepages").read_text())
+    return 0
+
+
 class NoHugePagesError(Exception):
     """They cannot be reserved."""
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
+from benchmarks.huge_pages import HUGE, NoHugePagesError, free_huge_pages, huge_pages
 from benchmarks.table import Row
 from benchmarks.worker import SHM_DIRECTORY, Side, Worker, WorkerError, Workers
 from msharefsd import kernel, uffd
@@ -144,9 +145,9 @@ def _created(workers: Workers, side: Side) -> Iterator[tuple[Worker, str]]:
 
 
 def _free_memory() -> int:
-    """What is free in /dev/shm, in bytes: memory of both sides comes from there."""
+    """What is free in /dev/shm and of huge pages, in bytes: memory comes from there."""
     status = os.statvfs(SHM_DIRECTORY)
-    return status.f_bfree * status.f_frsize
+    return status.f_bfree * status.f_frsize + free_huge_pages() * HUGE
 
 
 def warm_up(workers: Workers, size: int) -> None:
@@ -344,9 +345,12 @@ def mapped_files(workers: Workers, plan: Plan, directory: Path) -> Iterator[Row]
         for _ in range(plan.touch // MiB):
             file.write(os.urandom(MiB))
     yield from _mapped_file(workers, plan, path, "shm")
-    # A buffer that is not there yet takes a second page for a moment (UFFDIO_COPY).
-    with contextlib.suppress(NoHugePagesError), huge_pages(plan.touch // HUGE + 1):
-        yield from _mapped_file(workers, plan, path, "hugetlb")
+    try:
+        # Those of before need not all be free again (see _created()).
+        with huge_pages((plan.touch + SETTLED) // HUGE):
+            yield from _mapped_file(workers, plan, path, "hugetlb")
+    except NoHugePagesError as error:
+        print(f"left out: {error}", file=sys.stderr)
     path.unlink()
 
 
