@@ -59,9 +59,8 @@ bench: setup
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/story.py
 
-SECONDS ?= 600
 fuzz: setup
-	MSHARE_FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest tests/fuzz
+	MSHARE_FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/pytest tests/fuzz
 
 KILLS ?= 200
 kills: setup
@@ -72,9 +71,8 @@ oracle: setup
 	MSHARE_ORACLE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -o faulthandler_timeout=0 tests/test_oracle.py
 
 HOURS ?= 1
-SECONDS ?= $(shell expr $(HOURS) '*' 3600)
 soak: setup
-	MSHARE_SOAK_SECONDS=$(SECONDS) MSHARE_SOAK_SEED=$(SEED) MSHARE_SOAK_RESTARTS=$(RESTARTS) \
+	MSHARE_SOAK_SECONDS=$(or $(SECONDS),$(shell expr $(HOURS) '*' 3600)) MSHARE_SOAK_SEED=$(SEED) MSHARE_SOAK_RESTARTS=$(RESTARTS) \
 		$(BIN)/pytest -o faulthandler_timeout=0 tests/test_soak.py
 
 clean:
