@@ -244,6 +244,9 @@ class AddressSpaces:
             await protection.protect_present(region, new.offset, new.end)
         else:
             await protection.unprotect(region, new.offset, new.end)
+        if new.accessible and not item.accessible:
+            _alive(region)
+            await self._pages.clear_poison(region, new.offset, new.length)
 
     def _prepare_to_protect(self, region: Region, new: Object) -> None:
         assert region.backing is not None

@@ -757,10 +757,10 @@ class PageServer:
         """Make every sharer ask again for pages in the range that raise SIGBUS there.
 
         The kernel has no call for that; a page that comes into a sharer takes the
-        marker's place.  In a range that nobody may touch a page of zeros is put
-        there and punched out again, and so in one that is being mapped (`empty`): who
-        has called mmap() may touch it when that returns, and a file may take its time.
-        Elsewhere it is the page itself.
+        marker's place.  Where nobody may touch anything one is put there and punched out
+        again, and so in a range that is being mapped (`empty`): who has called mmap() may
+        touch it when that returns, and a file may take its time.  Elsewhere it is the
+        page itself.
 
         The region may be gone when this returns.
         """
@@ -777,23 +777,53 @@ class PageServer:
                 if sharer.number not in region.sharers or region.backing is None:
                     break
                 found = region.objects.find(page)
-                if empty or found is None or not found.accessible:
+                if empty or found is None:
                     self._clear(sharer, page)
-                else:
+                elif found.accessible:
                     self._repair(sharer, found, page)
+                else:
+                    self._clear_hidden(sharer, found, page)
             if not sharer.poisoned:
                 region.refused.discard(sharer)
 
-    def _clear(self, sharer: Sharer, page: int) -> None:
+    def _clear(self, sharer: Sharer, page: int, content: int | None = None) -> None:
+        """Replace the marker by a page with that content, or zeros, and free it again."""
         backing = sharer.region.backing
         assert backing is not None
-        outcome = self._put(sharer, page, page + backing.page, None, guarded=False)
+        outcome = self._put(sharer, page, page + backing.page, content, guarded=False)
         if outcome is Outcome.NO_MEMORY:
             # Something may be mapped there in a moment: then the page is the region's.
             self.starve(sharer, page)
             return
         self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
+        barrier("poison.cleared")
         backing.punch(page, backing.page)
+
+    def _clear_hidden(self, sharer: Sharer, found: Object, page: int) -> None:
+        """In an object that nobody may touch: what belongs there stays where it is.
+
+        If we die before the page is freed, the next daemon takes it for the object's.  So
+        it has what is in the stash, if anything is; and a page of a file that was not
+        read yet is written down as one that is to go.
+        """
+        backing = sharer.region.backing
+        assert backing is not None
+        if backing.next_data(page) == page:  # populated by another, and not hidden yet
+            self._mapped(sharer, page, by_others=True)
+        elif backing.stash is not None and _is_stashed(backing, page):
+            buffer = self._buffers.take(backing.page)
+            try:
+                os.preadv(backing.stash.fd, [buffer.view[: backing.page]], page)
+                self._clear(sharer, page, buffer.address)
+            finally:
+                self._buffers.give_back(buffer)
+        else:
+            if found.file is not None:
+                try:
+                    self._state.add_clearing(sharer.region, page, backing.page)
+                except Refused:
+                    return  # a touch is SIGBUS then, and not SIGSEGV
+            self._clear(sharer, page)
 
     def _repair(self, sharer: Sharer, found: Object, page: int) -> None:
         """Populate a poisoned page of an object in this sharer; or not, for want of memory."""
@@ -838,10 +868,11 @@ class PageServer:
             return
         address = region.start + offset
         found = region.objects.find(offset)
-        guarded = found is not None and found.guarded and sharer.writable
+        # What nobody may touch is armed and protected when it is hidden.
+        armed = sharer.writable and sharer.region.armed.contains(offset)
+        guarded = found is not None and found.guarded and armed
         # Registering anew for MINOR takes away every mode that is not asked for again
         # (userfaultfd_register_range(), mm/userfaultfd.c).
-        armed = sharer.writable and sharer.region.armed.contains(offset)
         mode = Mode.MISSING | Mode.MINOR | (Mode.WP if armed else Mode(0))
         with contextlib.suppress(OSError):  # the window is gone, or the process
             uffd.register(sharer.uffd, address, backing.page, mode)

@@ -355,6 +355,8 @@ class State:
                     "DELETE FROM dirty WHERE region = ? AND page >= ? AND page < ?",
                     (region.id, gone[0], gone[0] + gone[1]),
                 )
+            # Whoever changes objects has the region to himself: the former ones are done.
+            self._database.execute("DELETE FROM clearing WHERE region = ?", (region.id,))
             self._database.executemany(
                 "REPLACE INTO clearing VALUES (?, ?, ?)",
                 [(region.id, offset, length) for offset, length in clearing],
@@ -366,6 +368,16 @@ class State:
         changed.clear()
         if by is not None and by.call:
             by.done = by.call
+
+    def add_clearing(self, region: Region, offset: int, length: int) -> None:
+        """A range that has no memory has some for a moment: until the objects change next.
+
+        Raises Refused(ENOSPC).
+        """
+        with self.transaction():
+            self._database.execute(
+                "REPLACE INTO clearing VALUES (?, ?, ?)", (region.id, offset, length)
+            )
 
     def cleared(self, region: Region) -> None:
         """The memory of every range that was to be cleared is gone.

@@ -681,6 +681,21 @@ def test_a_file_that_shrinks_is_sigbus_beyond_its_end_and_may_grow_again(
     assert second.do("load", BASE + 2 * PAGE) == str(0x55)
 
 
+@pytest.mark.shm_only  # on huge pages all have one page table, and its poison
+def test_what_one_sharer_writes_where_another_had_a_sigbus_is_kept(pair: Pair, file: Path) -> None:
+    """Who had it before the file grew has it still, while another uses the page."""
+    first, second = pair
+    first.ok("mmap", BASE, 9 * PAGE, BOTH, PRIVATE | FIXED, file, os.O_RDONLY, 0)
+    assert first.do("from_memory", BASE + 8 * PAGE, 1) == minus(errno.EFAULT)
+    os.truncate(file, 9 * PAGE)
+    second.ok("store", BASE + 8 * PAGE, 200)
+    second.ok("mprotect", BASE, 9 * PAGE, NONE)
+    assert first.do("load", BASE + 8 * PAGE) == "SIGSEGV"
+    second.ok("mprotect", BASE, 9 * PAGE, BOTH)
+    for client in pair:
+        assert client.do("load", BASE + 8 * PAGE) == "200"
+
+
 def test_a_killed_daemon_stops_nobody_on_protected_memory_that_is_there(
     pair: Pair, file: Path, daemon: Daemon
 ) -> None:

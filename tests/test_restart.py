@@ -133,7 +133,8 @@ class Stage:
         assert self.private.read_bytes() == b"p" * FILE
         if without != self.HIDDEN:
             self.first.ok("mprotect", self.at(self.HIDDEN), 16 * PAGE, READ)
-            assert self.second.do("scan", self.at(self.HIDDEN), 16 * PAGE) == "9"
+            for place in range(16):
+                assert self.second.do("load", self.at(self.HIDDEN + place)) == "9", place
         assert self.daemon.sharers("r") == 2
 
     def leave(self) -> None:
@@ -241,6 +242,7 @@ MATRIX: dict[str, Scene] = {
     ),
     "violation.stashed": lambda s: (s.first, ("to_memory", s.at(s.CONSTANT), 1), "-14", -1),
     "violation.poisoned": lambda s: (s.first, ("to_memory", s.at(s.CONSTANT), 1), "-14", -1),
+    "poison.cleared": lambda s: (s.second, ("from_memory", s.at(s.HIDDEN), 1), "-14", -1),
 }
 
 
@@ -299,6 +301,28 @@ def test_a_protection_that_outlives_its_object_is_no_obstacle(stage: Stage) -> N
     stage.second.ok("mprotect", at, 16 * PAGE, READ)
     stage.check()
     stage.leave()
+
+
+def test_a_page_that_nobody_may_touch_is_not_taken_for_read(stage: Stage) -> None:
+    """One beyond the end of its file, that a system call has met before it was hidden."""
+    daemon, start = stage.daemon, stage.at(Stage.PRIVATE)
+    end = start + FILE
+    stage.first.ok("mmap", start, FILE + PAGE, READ, PRIVATE | FIXED, stage.private, os.O_RDONLY, 0)
+    assert stage.second.do("from_memory", end, 1) == "-14"
+    daemon.kill()
+    launch_parked(daemon, "poison.cleared")
+    stage.first.send("mprotect", start, FILE + PAGE, 0)
+    parked(daemon)
+    daemon.start()
+    assert stage.first.result() == "0"
+    with stage.private.open("ab") as file:
+        file.write(b"x" * PAGE)
+    for client in (stage.first, stage.second):
+        assert client.do("load", end) == "SIGSEGV"
+    stage.first.ok("mprotect", start, FILE + PAGE, READ)
+    for client in (stage.first, stage.second):
+        client.ok("check", start, FILE, ord("p"))
+        client.ok("check", end, PAGE, ord("x"))
 
 
 def test_the_daemon_dies_between_stash_and_backing(stage: Stage) -> None:
