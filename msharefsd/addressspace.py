@@ -123,7 +123,7 @@ class AddressSpaces:
             raise
         if new is not None and new.file is not None:
             new.file.hold()
-        lost = [page for page in region.dirty if offset <= page < offset + length]
+        lost = list(region.dirty.irange(offset, offset + length, inclusive=(True, False)))
         for page in lost:
             del region.dirty[page]
         if lost:  # as in the kernel, munmap() succeeds all the same

@@ -29,6 +29,7 @@ from enum import Enum
 from typing import Final
 
 import trio
+from sortedcontainers import SortedDict
 
 from msharefsd import kernel
 from msharefsd.backing import Backing
@@ -138,7 +139,7 @@ class Region:
     """Sharers that have poisoned pages."""
     armed: Ranges = field(default_factory=Ranges)
     """Where windows are registered for write protection."""
-    dirty: dict[int, set[Sharer]] = field(default_factory=dict)
+    dirty: SortedDict[int, set[Sharer]] = field(default_factory=SortedDict)
     """Pages of shared file mappings to be written back, and who may write them
     without our noticing again."""
     held: bool = False

@@ -48,6 +48,15 @@ class _Run:
     file_offset: int
     writers: set[Sharer]
 
+    def extend(self, page: int, size: int, file_offset: int, writers: set[Sharer]) -> bool:
+        """Take in a page of `size` bytes, if it lies behind it and there is room."""
+        behind = (self.offset + self.length, self.file_offset + self.length)
+        if (page, file_offset) != behind or self.length >= BUFFER:
+            return False
+        self.length += size
+        self.writers |= writers
+        return True
+
 
 @dataclass(eq=False, slots=True)
 class _Flush:
@@ -118,7 +127,10 @@ class Writeback:
         # them just now: msync() must not overtake that.
         async with file.flushing:
             failure: OSError | None = None
-            for run in self._runs(region, file, start, end):
+            # Each run as it is when its turn comes: while one is written other sharers
+            # write to the rest, and objects change.
+            while (run := self._next_run(region, file, start, end)) is not None:
+                start = run.offset + run.length
                 try:
                     await self._write(region, run)
                 except OSError as error:
@@ -126,39 +138,33 @@ class Writeback:
         if failure is not None:
             raise failure
 
-    def _runs(self, region: Region, file: MappedFile, start: int, end: int) -> list[_Run]:
-        runs: list[_Run] = []
+    def _next_run(self, region: Region, file: MappedFile, start: int, end: int) -> _Run | None:
+        """The first dirty pages of the file in [start, end) that lie side by side."""
+        run: _Run | None = None
+        clean: list[int] = []
         backing = region.backing
         if backing is None:
-            return runs
-        for page in sorted(page for page in region.dirty if start <= page < end):
+            return None
+        for page in region.dirty.irange(start, end, inclusive=(True, False)):
             item = region.objects.find(page)
-            if item is None or not item.written_back:
-                del region.dirty[page]
-                self._state.clean(region, [page])
+            there = backing.next_data(page) == page
+            stashed = backing.stash is not None and backing.stash.next_data(page) == page
+            if item is None or not item.written_back or not (there or stashed):
+                # It has been replaced after the fault that we were told of.
+                clean.append(page)
                 continue
-            if item.file is not file:
-                continue
-            if backing.next_data(page) != page:
-                # In the stash (its file did not take it before) it stays dirty.  If not
-                # there either it was replaced after the fault that we were told of.
-                if backing.stash is None or backing.stash.next_data(page) != page:
-                    del region.dirty[page]
-                    self._state.clean(region, [page])
-                continue
+            if item.file is not file or not there:
+                continue  # in the stash, because its file did not take it, it stays dirty
             file_offset = item.file_offset + page - item.offset
-            last = runs[-1] if runs else None
-            if (
-                last is not None
-                and last.offset + last.length == page
-                and last.file_offset + last.length == file_offset
-                and last.length < BUFFER
-            ):
-                last.length += region.page
-                last.writers |= region.dirty[page]
-            else:
-                runs.append(_Run(file, page, region.page, file_offset, set(region.dirty[page])))
-        return runs
+            if run is None:
+                run = _Run(file, page, 0, file_offset, set())
+            if not run.extend(page, region.page, file_offset, region.dirty[page]):
+                break
+        for page in clean:
+            del region.dirty[page]
+        if clean:
+            self._state.clean(region, clean)
+        return run
 
     async def _write(self, region: Region, run: _Run) -> None:
         backing = region.backing

@@ -1,7 +1,8 @@
-"""A file system of three strange files: `strange.py MOUNTPOINT [USER]`.
+"""A file system of strange files: `strange.py MOUNTPOINT [USER]`.
 
 `hangs`: a read of it never returns.  `fails`: a read of it is EIO.  `full`: a read
-gives ones, a write never returns.  Stop the process and everything hangs, close(2) too.
+gives ones, a write never returns.  `slow`: a write takes a second.  Stop the process
+and everything hangs, close(2) too.
 
 With a user's number it is mounted as if that user had, who is then the only one to
 see it.
@@ -20,17 +21,22 @@ import trio
 
 from msharefsd import kernel
 
-NAMES = {b"hangs": 2, b"fails": 3, b"full": 4}
+NAMES = {b"hangs": 2, b"fails": 3, b"full": 4, b"slow": 5}
+SIZE = 16 << 20
 
 
 class Strange(pyfuse3.Operations):
+    def __init__(self) -> None:
+        super().__init__()
+        self._slow = bytearray(SIZE)
+
     async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(inode)
         directory = inode == pyfuse3.ROOT_INODE
         entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755 if directory else stat.S_IFREG | 0o644)
         entry.st_nlink = 1
-        entry.st_size = 0 if directory else 1 << 20
+        entry.st_size = 0 if directory else SIZE
         entry.entry_timeout = entry.attr_timeout = 60
         return entry
 
@@ -47,11 +53,16 @@ class Strange(pyfuse3.Operations):
             await trio.sleep_forever()
         if fh == NAMES[b"full"]:
             return b"\1" * size
+        if fh == NAMES[b"slow"]:
+            return bytes(self._slow[off : off + size])
         raise pyfuse3.FUSEError(errno.EIO)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        await trio.sleep_forever()
-        raise AssertionError
+        if fh != NAMES[b"slow"]:
+            await trio.sleep_forever()
+        await trio.sleep(1)
+        self._slow[off : off + len(buf)] = buf
+        return len(buf)
 
     async def flush(self, fh: int) -> None:
         return

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -654,6 +655,26 @@ def test_a_file_that_hangs_when_it_is_written_holds_up_no_other(
     second.ok("mmap", BASE + 16 * PAGE, PAGE, BOTH, SHARED | FIXED)
     second.ok("munmap", BASE + 8 * PAGE, 8 * PAGE)
     assert first.do("load", BASE) == "7"
+
+
+def test_nobody_writes_unnoticed_while_another_page_is_written(
+    pair: Pair, strange: Path, spawn: Spawn
+) -> None:
+    first, second = pair
+    third = spawn()
+    third.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+    first.ok("mmap", BASE, 4 * PAGE, BOTH, SHARED | FIXED, strange / "slow", os.O_RDWR, 0)
+    last = BASE + 3 * PAGE
+    for address in (BASE, last):
+        first.ok("store", address, 1)
+    second.send("msync", BASE, 4 * PAGE, MS_SYNC)
+    time.sleep(0.3)  # the first page is being written; if not, this proves nothing
+    third.ok("store", last, 2)
+    assert second.result() == "0"
+    third.ok("store", last, 3)
+    third.ok("msync", BASE, 4 * PAGE, MS_SYNC)
+    with (strange / "slow").open("rb", buffering=0) as file:
+        assert os.pread(file.fileno(), 1, 3 * PAGE) == b"\3"
 
 
 def test_a_file_that_cannot_be_read_is_sigbus(pair: Pair, strange: Path, daemon: Daemon) -> None:
