@@ -60,7 +60,7 @@ bench: setup
 	$(BIN)/python benchmarks/story.py
 
 fuzz: setup
-	MSHARE_FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/pytest tests/fuzz
+	MSHARE_FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/pytest -o faulthandler_timeout=0 tests/fuzz
 
 KILLS ?= 200
 kills: setup
