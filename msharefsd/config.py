@@ -118,7 +118,9 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         value = parse_size(self.huge_page)
         sizes = Pool.sizes()
         if sizes and value not in sizes:
-            known = ", ".join(f"{size >> 20}M" for size in sizes)
+            known = ", ".join(
+                f"{size >> 20}M" if size < UNITS["G"] else f"{size >> 30}G" for size in sizes
+            )
             raise ConfigError(f"no huge pages of {self.huge_page}: this kernel has {known}")
         return value
 
