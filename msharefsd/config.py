@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pwd
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
 
+from msharefsd.capabilities import Capabilities
 from msharefsd.hugetlb import Pool
 
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -142,6 +144,9 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             run = f"{'/run' if root else runtime}/msharefs/{name}"
         config = msgspec.structs.replace(self, mountpoint=mountpoint, run_directory=run)
         _ = config.alignment_bytes, config.region_memory_bytes, config.huge_page_bytes
+        unknown = config.without - {field.name for field in fields(Capabilities)}
+        if unknown:
+            raise ConfigError(f"no such feature: {', '.join(sorted(unknown))}")
         _ = config.limits.users()
         config.limits.check()
         return config

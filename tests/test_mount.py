@@ -135,7 +135,7 @@ def test_a_second_daemon_on_the_same_mountpoint_is_refused(daemon: Daemon, direc
         (["--config=/nonexistent"], 2, "cannot read /nonexistent"),
         (["--mountpoint=/proc/nothing"], 1, "cannot make /proc/nothing"),
         (["--run-directory=/proc/nothing"], 1, "cannot use the run directory"),
-        (["--without=everything"], 1, "no such feature: everything"),
+        (["--without=everything"], 2, "no such feature: everything"),
     ],
 )
 def test_settings_that_cannot_be_are_told_in_a_sentence(
