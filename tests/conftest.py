@@ -188,6 +188,7 @@ class Daemon:
                 else False
             ),
             "ready",
+            60,  # beside other tests' processes, thousands of them, everything takes its time
         )
         assert self.process is not None and self.process.poll() is None, self.log()
         return self
