@@ -156,9 +156,6 @@ def probe(without: frozenset[str] = frozenset()) -> Capabilities:
         "nowait": nowait,
         "map_files": _can_read_map_files(),
     }
-    unknown = without - found.keys()
-    if unknown:
-        raise UnsupportedError(f"no such feature: {', '.join(sorted(unknown))}")
     return Capabilities(**{name: has and name not in without for name, has in found.items()})
 
 

@@ -138,8 +138,6 @@ def test_a_feature_that_is_done_without_is_missing() -> None:
     assert Feature.POISON not in less.features
     assert Feature.WP_HUGETLBFS_SHMEM not in less.features
     assert len(less.missing()) == len(everything.missing()) + 2
-    with pytest.raises(capabilities.UnsupportedError, match="no such feature: magic"):
-        capabilities.probe(frozenset({"magic"}))
 
 
 def test_without_userfaultfd_it_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
