@@ -324,6 +324,23 @@ class Backing(SparseFile):
         """
         return self._stash
 
+    def holds(self, page: int) -> bool:
+        """Whether there is a page at offset `page`, here or in the stash."""
+        memories = (self, self._stash) if self._stash else (self,)
+        return any(each.next_data(page) == page for each in memories)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The contents of whole pages, wherever each is.  Raises OSError."""
+        content = os.pread(self.fd, length, offset)
+        if self._stash is None or self._stash.next_data(offset) >= offset + length:
+            return content
+        pages = bytearray(content)
+        for at in range(offset, offset + len(content), self.page):
+            if self.next_data(at) != at and self._stash.next_data(at) == at:
+                there = slice(at - offset, at - offset + self.page)
+                pages[there] = os.pread(self._stash.fd, self.page, at)
+        return bytes(pages)
+
     def stash_pages(self, offset: int, length: int) -> None:
         """Move the pages of a range that are there to the stash.
 

@@ -151,6 +151,11 @@ class MappedFile:
                 # readlink asks the dentry cache, not the file system.
                 self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
 
+    @property
+    def in_use(self) -> bool:
+        """Whether it has a user; without one it is closed, and nobody may hold it any more."""
+        return self._users > 0
+
     def hold(self) -> None:
         """One more user."""
         self._users += 1

@@ -112,6 +112,10 @@ class Writeback:
     async def _flush_in_turn(
         self, region: Region, file: MappedFile, start: int, end: int, flush: _Flush
     ) -> None:
+        if not file.in_use:  # unmapped meanwhile: it has been written for that
+            flush.failure = None
+            flush.done.set()
+            return
         file.hold()
         try:
             await self._flush_alone(region, file, start, end)
@@ -147,14 +151,11 @@ class Writeback:
             return None
         for page in region.dirty.irange(start, end, inclusive=(True, False)):
             item = region.objects.find(page)
-            there = backing.next_data(page) == page
-            stashed = backing.stash is not None and backing.stash.next_data(page) == page
-            if item is None or not item.written_back or not (there or stashed):
-                # It has been replaced after the fault that we were told of.
-                clean.append(page)
+            if item is None or not item.written_back or not backing.holds(page):
+                clean.append(page)  # replaced after the fault that we were told of
                 continue
-            if item.file is not file or not there:
-                continue  # in the stash, because its file did not take it, it stays dirty
+            if item.file is not file:
+                continue
             file_offset = item.file_offset + page - item.offset
             if run is None:
                 run = _Run(file, page, 0, file_offset, set())
@@ -174,7 +175,7 @@ class Writeback:
         protection.protect(region, run.offset, run.offset + run.length, run.writers)
         for page in pages:
             region.dirty.pop(page, None)
-        content = os.pread(backing.fd, run.length, run.offset)
+        content = backing.read(run.offset, run.length)
         barrier("writeback.read")
         run.file.hold()
         try:

@@ -1,0 +1,160 @@
+"""What else happens while something waits: for a file, or for others.
+
+Each test holds something up at one point and has the other thing happen there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from test_cancel import READ, WRITE, some_region
+
+from msharefsd import protection
+from msharefsd.files import MappedFile
+from msharefsd.objects import Object
+from msharefsd.regions import Region, Sharer
+
+PAGE = 4096
+BOTH = READ | WRITE
+
+
+class Gate:
+    """Holds up the first who comes."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def come(self) -> None:
+        if not self.reached.is_set():
+            self.reached.set()
+            self.opened.wait()
+
+    async def wait(self) -> None:
+        """Until somebody has come."""
+        await trio.to_thread.run_sync(self.reached.wait)
+
+
+@pytest.fixture
+def slow_write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The first write to a file waits, before anything is written."""
+    gate, write = Gate(), MappedFile.write
+
+    def write_slowly(file: MappedFile, content: bytes, offset: int) -> None:
+        gate.come()
+        write(file, content, offset)
+
+    monkeypatch.setattr(MappedFile, "write", write_slowly)
+    yield gate
+    gate.opened.set()
+
+
+def mapped(path: Path, closed: list[int] | None = None) -> MappedFile:
+    """A file to be mapped; `closed` gets what it closes."""
+
+    def close(fd: int) -> None:
+        if closed is not None:
+            closed.append(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    return MappedFile(fd, 0, may_write=True, close=close)
+
+
+def shared(start: int, end: int, file: MappedFile) -> Object:
+    return Object(start, end - start, BOTH, private=False, file=file, file_offset=start)
+
+
+def dirty(region: Region, page: int, content: bytes, *writers: Sharer) -> None:
+    assert region.backing is not None
+    os.pwrite(region.backing.fd, content * PAGE, page)
+    region.dirty[page] = set(writers)
+
+
+async def test_who_begins_to_write_while_another_page_is_written_back_is_not_forgotten(
+    directory: Path, slow_write: Gate, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    path = directory / "file"
+    path.write_bytes(bytes(3 * PAGE))
+    protected: dict[int, set[Sharer]] = {}
+
+    def protect(_: Region, start: int, end: int, writers: set[Sharer]) -> None:
+        assert end == start + PAGE
+        protected[start] = writers
+
+    monkeypatch.setattr(protection, "protect", protect)
+    with some_region() as (spaces, region, writeback):
+        nursery.start_soon(writeback.run, lambda: ())
+        await trio.testing.wait_all_tasks_blocked()
+        await spaces.mmap(region, shared(0, 3 * PAGE, mapped(path)), replace=True)
+        first, second = (Sharer(number, region, 0, 0, True, -1) for number in (1, 2))
+        dirty(region, 0, b"1", first)
+        dirty(region, 2 * PAGE, b"1", first)
+        async with trio.open_nursery() as calls:
+            calls.start_soon(spaces.msync, region, 0, 3 * PAGE)
+            await slow_write.wait()
+            region.dirty[2 * PAGE].add(second)
+            slow_write.opened.set()
+        assert protected == {0: {first}, 2 * PAGE: {first, second}}
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_a_page_that_is_in_the_stash_is_written_back(
+    directory: Path, slow_write: Gate, nursery: trio.Nursery, when: str
+) -> None:
+    """It is there for an instant when a system call is refused to write to it."""
+    path = directory / "file"
+    path.write_bytes(bytes(3 * PAGE))
+    with some_region() as (spaces, region, writeback):
+        nursery.start_soon(writeback.run, lambda: ())
+        await trio.testing.wait_all_tasks_blocked()
+        await spaces.mmap(region, shared(0, 3 * PAGE, mapped(path)), replace=True)
+        dirty(region, 0, b"1")
+        dirty(region, 2 * PAGE, b"3")
+        assert region.backing is not None
+        if when == "before":
+            region.backing.stash_pages(2 * PAGE, PAGE)
+        async with trio.open_nursery() as calls:
+            calls.start_soon(spaces.msync, region, 0, 3 * PAGE)
+            await slow_write.wait()
+            if when == "meanwhile":
+                region.backing.stash_pages(2 * PAGE, PAGE)
+            slow_write.opened.set()
+        assert path.read_bytes() == b"1" * PAGE + bytes(PAGE) + b"3" * PAGE
+        assert not region.dirty
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_file_that_is_unmapped_while_another_is_written_is_closed_once(
+    directory: Path, slow_write: Gate, nursery: trio.Nursery
+) -> None:
+    paths = [directory / "one", directory / "two"]
+    closed: list[int] = []
+    with some_region() as (spaces, region, writeback):
+        nursery.start_soon(writeback.run, lambda: ())
+        await trio.testing.wait_all_tasks_blocked()
+        for number, path in enumerate(paths):
+            path.write_bytes(bytes(2 * PAGE))
+            file = mapped(path, closed)
+            place = number * PAGE
+            await spaces.mmap(region, shared(place, place + PAGE, file), replace=True)
+            dirty(region, place, b"4")
+        async with trio.open_nursery() as calls:
+            calls.start_soon(spaces.munmap, region, 0, 2 * PAGE)
+            await slow_write.wait()
+            await spaces.munmap(region, PAGE, PAGE)
+            file.let_go()  # our own
+            assert len(closed) == 1
+            slow_write.opened.set()
+        assert len(closed) == 1, "and nothing else in its place"
+        assert paths[1].read_bytes() == bytes(PAGE) + b"4" * PAGE
+        nursery.cancel_scope.cancel()
