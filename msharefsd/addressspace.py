@@ -304,6 +304,7 @@ class AddressSpaces:
                 )
                 for item in private:
                     _alive(region)
+                    self._pages.read_anew(region, item.offset, item.end)
                     await _discard(region, item.offset, item.length)
                 _alive(region)
                 self._state.cleared(region)

@@ -127,6 +127,8 @@ class _Fill:
     rest: Iterator[tuple[int, int]]
     """The further pieces of the chunk."""
     waiting: list[_Waiting] = field(default_factory=list)
+    stale: bool = False
+    """What it has read may be older than the call by which memory starts fresh."""
 
 
 class PageServer:
@@ -523,9 +525,16 @@ class PageServer:
     def _filling(self, region: Region, found: Object, offset: int) -> _Fill | None:
         """What reads the page at `offset` just now, if anything does."""
         for fill in self._fills.get(region.id, ()):
-            if fill.start <= offset < fill.end and fill.file is found.file:
+            inside = fill.start <= offset < fill.end
+            if inside and fill.file is found.file and not fill.stale:
                 return fill
         return None
+
+    def read_anew(self, region: Region, start: int, end: int) -> None:
+        """What is being read from files for [start, end) just now is not to be used."""
+        for fill in self._fills.get(region.id, ()):
+            if fill.start < end and start < fill.end:
+                fill.stale = True
 
     def _join(self, found: Object, waiting: _Waiting) -> bool:
         """Wait for who reads the page just now; False if nobody does, or it is in the stash."""
@@ -613,7 +622,19 @@ class PageServer:
         finally:
             self._buffers.give_back(buffer)
 
+    def _drop_fill(self, region: Region, fill: _Fill) -> None:
+        """What was read is not to be used: have who waits ask again."""
+        for each in fill.waiting:
+            sharer, offset = each.sharer, each.offset
+            if sharer.number in region.sharers:
+                if offset in sharer.poisoned:  # nobody asks there
+                    self.starve(sharer, offset)
+                uffd.wake(sharer.uffd, region.start + offset, region.page)
+
     def _finish_fill(self, region: Region, fill: _Fill, address: int, usable: int) -> None:
+        if fill.stale:
+            self._drop_fill(region, fill)
+            return
         waiting = [each for each in fill.waiting if each.sharer.number in region.sharers]
         asked = (*(each.sharer for each in waiting), fill.sharer)
         sharers = [each for each in asked if each.number in region.sharers]
@@ -626,9 +647,8 @@ class PageServer:
         # where the same bytes of the same file still belong.
         for item in region.objects.within(fill.start, usable):
             same_place = item.file_offset - item.offset == fill.file_offset - fill.start
-            if target is None or item.file is not fill.file or not same_place:
-                continue
-            if not item.accessible:
+            right = item.file is fill.file and same_place and item.accessible
+            if target is None or not right:
                 continue
             for start, end in _not_stashed(backing, item.offset, item.end):
                 outcome = self._put_read(

@@ -16,10 +16,12 @@ import trio
 import trio.testing
 from test_cancel import READ, WRITE, some_region
 
-from msharefsd import protection
+from msharefsd import protection, uffd
 from msharefsd.files import MappedFile
 from msharefsd.objects import Object
+from msharefsd.pageserver import _Waiting
 from msharefsd.regions import Region, Sharer
+from msharefsd.uffd import Feature
 
 PAGE = 4096
 BOTH = READ | WRITE
@@ -56,6 +58,21 @@ def slow_write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.opened.set()
 
 
+@pytest.fixture
+def slow_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The first read of a file waits, after everything has been read."""
+    gate, read = Gate(), MappedFile.read
+
+    def read_slowly(file: MappedFile, buffer: memoryview, offset: int, page: int) -> int:
+        usable = read(file, buffer, offset, page)
+        gate.come()
+        return usable
+
+    monkeypatch.setattr(MappedFile, "read", read_slowly)
+    yield gate
+    gate.opened.set()
+
+
 def mapped(path: Path, closed: list[int] | None = None) -> MappedFile:
     """A file to be mapped; `closed` gets what it closes."""
 
@@ -77,6 +94,12 @@ def dirty(region: Region, page: int, content: bytes, *writers: Sharer) -> None:
     assert region.backing is not None
     os.pwrite(region.backing.fd, content * PAGE, page)
     region.dirty[page] = set(writers)
+
+
+def some_sharer(region: Region, number: int, *, writable: bool = True, fd: int = -1) -> Sharer:
+    sharer = Sharer(number, region, os.getpid(), 0, writable, fd)
+    region.sharers[number] = sharer
+    return sharer
 
 
 async def test_who_begins_to_write_while_another_page_is_written_back_is_not_forgotten(
@@ -157,4 +180,35 @@ async def test_a_file_that_is_unmapped_while_another_is_written_is_closed_once(
             slow_write.opened.set()
         assert len(closed) == 1, "and nothing else in its place"
         assert paths[1].read_bytes() == bytes(PAGE) + b"4" * PAGE
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_was_read_before_memory_starts_fresh_is_not_used(
+    directory: Path, slow_read: Gate, nursery: trio.Nursery
+) -> None:
+    path = directory / "file"
+    path.write_bytes(b"1" * PAGE)
+    with some_region() as (spaces, region, _):
+        pages = spaces._pages
+        await nursery.start(pages.run)
+        file = Object(0, PAGE, BOTH, private=True, file=mapped(path))
+        await spaces.mmap(region, file, replace=True)
+        fd = uffd.open_own()
+        uffd.handshake(fd, Feature(0))
+        reader = some_sharer(region, 1, writable=False, fd=fd)
+        pages._read_file(file, 0, PAGE, _Waiting(reader, 0, None))
+        await slow_read.wait()
+        path.write_bytes(b"2" * PAGE)
+        await spaces.discard(region, 0, PAGE)
+        slow_read.opened.set()
+        while pages._fills:
+            await trio.sleep(0.001)
+        assert region.backing is not None
+        assert region.backing.next_data(0) > 0
+        pages._read_file(file, 0, PAGE, _Waiting(reader, 0, None))
+        while pages._fills:
+            await trio.sleep(0.001)
+        assert os.pread(region.backing.fd, PAGE, 0) == b"2" * PAGE
+        del region.sharers[1]
+        os.close(fd)
         nursery.cancel_scope.cancel()
