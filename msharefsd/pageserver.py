@@ -871,10 +871,14 @@ class PageServer:
         If it came into this very sharer, it has replaced the marker.  If not, only
         UFFDIO_CONTINUE replaces it, which takes MINOR mode.
         """
+        self._map(sharer, offset, by_others=by_others)
+        # Not before: nobody would know of the marker if we died in between.
         if offset in sharer.poisoned:
             sharer.poisoned.discard(offset)
             self._state.forget_poisoned(sharer, offset)
         sharer.starved.discard(offset)
+
+    def _map(self, sharer: Sharer, offset: int, *, by_others: bool) -> None:
         region = sharer.region
         backing = region.backing
         assert backing is not None
