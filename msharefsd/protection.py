@@ -159,7 +159,7 @@ def admit(sharer: Sharer) -> None:
     for start, end in region.armed:
         _arm(sharer, start, end)
     for item in region.objects:
-        if item.guarded and item.accessible:
+        if item.guarded:  # also what is being hidden just now
             for first, last in region.backing.data(item.offset, item.length):
                 protect(region, first, last, [sharer])
 
