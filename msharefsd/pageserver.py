@@ -774,13 +774,13 @@ class PageServer:
     async def clear_poison(
         self, region: Region, offset: int, length: int, *, empty: bool = False
     ) -> None:
-        """Make every sharer ask again for pages in the range that raise SIGBUS there.
+        """Make every sharer ask again for pages of objects in the range that raise SIGBUS.
 
         The kernel has no call for that; a page that comes into a sharer takes the
         marker's place.  Where nobody may touch anything one is put there and punched out
         again, and so in a range that is being mapped (`empty`): who has called mmap() may
         touch it when that returns, and a file may take its time.  Elsewhere it is the
-        page itself.
+        page itself.  In a hole SIGBUS is right, and others could see what is put there.
 
         The region may be gone when this returns.
         """
@@ -797,11 +797,11 @@ class PageServer:
                 if sharer.number not in region.sharers or region.backing is None:
                     break
                 found = region.objects.find(page)
-                if empty or found is None:
+                if empty:
                     self._clear(sharer, page)
-                elif found.accessible:
+                elif found is not None and found.accessible:
                     self._repair(sharer, found, page)
-                else:
+                elif found is not None:
                     self._clear_hidden(sharer, found, page)
             if not sharer.poisoned:
                 region.refused.discard(sharer)

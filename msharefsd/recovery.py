@@ -15,7 +15,7 @@ What is finished here that the dead daemon had begun:
 - Objects that must be protected are, once more, in every sharer.  A protection too many
   goes away by itself, at the first write.
 - A page that was poisoned for a moment, to fail a system call, comes back.  Poison in
-  holes is cleared as well: the next touch asks again, and is poisoned again.
+  holes stays, and stays known.
 - A fault that was read and not answered is lost with its reader: everybody who waits
   is woken, and faults again.
 - A region that was being built is built on, if its donor is there.
