@@ -815,9 +815,10 @@ class PageServer:
             # Something may be mapped there in a moment: then the page is the region's.
             self.starve(sharer, page)
             return
-        self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
+        self._map(sharer, page, by_others=outcome is Outcome.PRESENT)
         barrier("poison.cleared")
-        backing.punch(page, backing.page)
+        backing.punch(page, backing.page)  # at once: everybody sees what is there
+        self._cleared(sharer, page)
 
     def _clear_hidden(self, sharer: Sharer, found: Object, page: int) -> None:
         """In an object that nobody may touch: what belongs there stays where it is.
@@ -873,6 +874,9 @@ class PageServer:
         """
         self._map(sharer, offset, by_others=by_others)
         # Not before: nobody would know of the marker if we died in between.
+        self._cleared(sharer, offset)
+
+    def _cleared(self, sharer: Sharer, offset: int) -> None:
         if offset in sharer.poisoned:
             sharer.poisoned.discard(offset)
             self._state.forget_poisoned(sharer, offset)
