@@ -47,7 +47,8 @@ lint: setup
 	$(BIN)/mypy
 
 # What is to hold whatever holds the pages.
-CORPUS := $(addprefix tests/test_,sharing.py mapping.py read_ahead.py oracle.py)
+CORPUS := $(addprefix tests/test_,sharing.py mapping.py read_ahead.py oracle.py) \
+	tests/fuzz/test_fuzz_races.py
 
 check: setup
 	$(BIN)/pytest $(TESTS)

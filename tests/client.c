@@ -25,10 +25,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static sigjmp_buf landing;
-static volatile sig_atomic_t caught;
+static __thread sigjmp_buf landing;
+static __thread volatile sig_atomic_t caught;
 
-static volatile unsigned long caught_at;
+static __thread volatile unsigned long caught_at;
 
 static void on_signal(int number, siginfo_t *information, void *context)
 {
@@ -326,6 +326,69 @@ static void churn(char *start, size_t length, const char *path, unsigned seed)
 	}
 }
 
+/* The first byte of each of COUNT pages, in hexadecimal; what a touch gives instead. */
+static void look(const volatile unsigned char *page, unsigned long count, size_t step)
+{
+	for (volatile unsigned long i = 0; i < count; i++) {
+		if (sigsetjmp(landing, 1))
+			printf("%s", caught == SIGBUS ? "--" : "!!");
+		else
+			printf("%02x", page[i * step]);
+	}
+	printf("\n");
+}
+
+struct disturbance {
+	char *start;
+	size_t count, step, place, own, owned;
+	unsigned seed;
+};
+
+static volatile int calm;
+static pthread_t disturber;
+
+/*
+ * Touch pages in every way, and write at one PLACE of each alone, until calm.  Not by system
+ * calls in our OWN ones: what fails with EFAULT is out of our reach for an instant.
+ */
+static void *disturb(void *argument)
+{
+	struct disturbance *here = argument;
+	int null = memfd_create("out", MFD_CLOEXEC), zero = open("/dev/zero", O_RDONLY | O_CLOEXEC);
+	volatile size_t page = 0;
+
+	while (!calm) {
+		char *at;
+
+		page = rand_r(&here->seed) % 8 ? (page + 1) % here->count :
+						 (size_t)rand_r(&here->seed) % here->count;
+		at = here->start + page * here->step;
+		if (sigsetjmp(landing, 1))
+			continue;
+		if (rand_r(&here->seed) % 256 == 0)
+			msync(here->start, here->count * here->step, MS_SYNC);
+		switch (rand_r(&here->seed) % 16 + 2 * (page - here->own < here->owned)) {
+		case 0:
+			(void)!pwrite(null, at, 1, 0);
+			break;
+		case 1:
+			(void)!read(zero, at + here->place, 1);
+			break;
+		case 2:
+		case 3:
+		case 4:
+			((volatile char *)at)[here->place] += 1;
+			break;
+		default:
+			(void)*(volatile char *)at;
+		}
+	}
+	close(null);
+	close(zero);
+	free(here);
+	return NULL;
+}
+
 /* Each sends what is no message: who is served is told so (EPROTO). */
 static int connect_often(const char *path, unsigned long count)
 {
@@ -442,6 +505,20 @@ static void run(char *line, const char *self)
 		stamp((uint64_t *)n[1], n[2], n[3]);
 	} else if (IS("verify")) { /* address length key... */
 		verify((uint64_t *)n[1], n[2], n + 3, count - 3);
+	} else if (IS("look")) { /* address count step */
+		look((const volatile unsigned char *)n[1], n[2], n[3]);
+	} else if (IS("poke")) { /* address count step value: a byte per page */
+		touch((char *)n[1], n[2] * n[3], (int)n[4], n[3]);
+	} else if (IS("disturb")) { /* address count step place seed own owned */
+		struct disturbance *here = malloc(sizeof *here);
+
+		*here = (struct disturbance){ (char *)n[1], n[2], n[3], n[4],
+						n[6], n[7], (unsigned)n[5] };
+		calm = 0;
+		say_errno(-(pthread_create(&disturber, NULL, disturb, here) != 0));
+	} else if (IS("calm")) { /* an end of that */
+		calm = 1;
+		say_errno(-(pthread_join(disturber, NULL) != 0));
 	} else if (IS("from_memory")) { /* address length: the kernel reads it */
 		int null = memfd_create("out", MFD_CLOEXEC);
 		say_errno(write(null, (void *)n[1], n[2]));
