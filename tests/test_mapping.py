@@ -732,3 +732,17 @@ def test_a_killed_daemon_stops_nobody_on_protected_memory_that_is_there(
     assert second.do("load", BASE) == "1"
     assert second.do("load", BASE + 15 * PAGE) == "3"
     second.ok("store", BASE + 9 * PAGE, 1)
+
+
+def test_a_hole_that_one_was_refused_who_is_gone_can_be_mapped(pair: Pair, daemon: Daemon) -> None:
+    """His poison may be in a page table that others have, too."""
+    first, second = pair
+    second.ok("mmap", BASE + 8 * PAGE, PAGE, BOTH, SHARED | FIXED)
+    for client in pair:
+        client.ok("store", BASE + 8 * PAGE, 1)
+    assert first.do("load", BASE + PAGE) == "SIGBUS"
+    first.kill()
+    eventually(lambda: daemon.sharers("r") == 1, "it is gone")
+    second.ok("mmap", BASE, 4 * PAGE, BOTH, SHARED | FIXED)
+    assert second.do("load", BASE + PAGE) == "0"
+    second.ok("store", BASE + PAGE, 5)

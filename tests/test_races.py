@@ -19,7 +19,7 @@ from test_cancel import READ, WRITE, some_region
 from msharefsd import protection, uffd
 from msharefsd.files import MappedFile
 from msharefsd.objects import Object
-from msharefsd.pageserver import _Waiting
+from msharefsd.pageserver import PageServer, _Waiting
 from msharefsd.regions import Region, Sharer
 from msharefsd.uffd import Feature
 
@@ -212,3 +212,20 @@ async def test_what_was_read_before_memory_starts_fresh_is_not_used(
         del region.sharers[1]
         os.close(fd)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_hole_that_one_was_refused_shows_nobody_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def put(*_: object, **__: object) -> None:
+        raise AssertionError("everybody sees a page there")
+
+    with some_region() as (spaces, region, _):
+        sharer = some_sharer(region, 1)
+        sharer.poisoned = {PAGE}
+        region.refused = {sharer}
+        monkeypatch.setattr(PageServer, "_put", put)
+        await spaces._pages.clear_poison(region, 0, region.size)
+        assert sharer.poisoned == {PAGE}
+        assert region.refused == {sharer}
+        del region.sharers[1]
