@@ -67,6 +67,8 @@ MEND_INTERVAL: Final = 1.0
 
 _NOT_ALL: Final = frozenset({Outcome.NO_MEMORY, Outcome.RETRY, Outcome.STRANGE})
 """A chunk that could not be populated: perhaps the one page can."""
+_LATER: Final = frozenset({Outcome.NO_MEMORY, Outcome.RETRY})
+"""The marker is still there, and nobody faults where it is: we have to try again."""
 
 
 async def _contained(function: Callable[..., Awaitable[object]], *arguments: object) -> None:
@@ -811,7 +813,7 @@ class PageServer:
         backing = sharer.region.backing
         assert backing is not None
         outcome = self._put(sharer, page, page + backing.page, content, guarded=False)
-        if outcome is Outcome.NO_MEMORY:
+        if outcome in _LATER:
             # Something may be mapped there in a moment: then the page is the region's.
             self.starve(sharer, page)
             return
@@ -863,7 +865,9 @@ class PageServer:
         outcome = self._fill(
             sharer, found, page, page + backing.page, backing.stash if stashed else None
         )
-        if outcome is not Outcome.NO_MEMORY:
+        if outcome in _LATER:
+            self.starve(sharer, page)
+        else:
             self._mapped(sharer, page, by_others=outcome is Outcome.PRESENT)
 
     def _mapped(self, sharer: Sharer, offset: int, *, by_others: bool) -> None:

@@ -21,7 +21,7 @@ from msharefsd.files import MappedFile
 from msharefsd.objects import Object
 from msharefsd.pageserver import PageServer, _Waiting
 from msharefsd.regions import Region, Sharer
-from msharefsd.uffd import Feature
+from msharefsd.uffd import Feature, Outcome
 
 PAGE = 4096
 BOTH = READ | WRITE
@@ -212,6 +212,25 @@ async def test_what_was_read_before_memory_starts_fresh_is_not_used(
         del region.sharers[1]
         os.close(fd)
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("outcome", [Outcome.NO_MEMORY, Outcome.RETRY])
+@pytest.mark.parametrize("empty", [False, True])
+async def test_poison_that_could_not_be_cleared_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch, outcome: Outcome, *, empty: bool
+) -> None:
+    with some_region() as (spaces, region, _):
+        region.objects.insert(Object(0, 2 * PAGE, BOTH, private=False))
+        sharer = some_sharer(region, 1)
+        sharer.poisoned = {PAGE}
+        region.refused = {sharer}
+        monkeypatch.setattr(PageServer, "_put", lambda *_, **__: outcome)
+        await spaces._pages.clear_poison(region, 0, region.size, empty=empty)
+        assert sharer.poisoned == sharer.starved == {PAGE}
+        monkeypatch.setattr(PageServer, "_put", lambda *_, **__: Outcome.DONE)
+        spaces._pages._mend(sharer)
+        assert sharer.poisoned == sharer.starved == set()
+        del region.sharers[1]
 
 
 async def test_a_hole_that_one_was_refused_shows_nobody_anything(
