@@ -28,6 +28,11 @@ import pytest
 from libmshare import core
 from msharefsd import hugetlb, kernel, mounting
 
+# Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import huge_pages as reserved
+
 BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
 CLIENT_SOURCE = TESTS / "client.c"
@@ -67,23 +72,13 @@ def pytest_configure() -> None:
 
 @contextlib.contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """So many free huge pages of 2 MiB more than there were, given back at the end."""
-    setting = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    before = int(setting.read_text())
-    setting.write_text(str(before + count))
-    reserved = count
-    try:
-        if int(setting.read_text()) < before + count:
-            # There may be memory enough, in pieces.
-            Path("/proc/sys/vm/compact_memory").write_text("1")
-            setting.write_text(str(before + count))
-        reserved = int(setting.read_text()) - before
-        if reserved < count:
-            pytest.skip(f"this machine cannot reserve {count} huge pages")
+    """So many free huge pages of 2 MiB more than there were, given back whatever happens."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(reserved.huge_pages(count))
+        except reserved.NoHugePagesError as error:
+            pytest.skip(f"this machine cannot reserve {count} huge pages: {error}")
         yield
-    finally:
-        # Less by ours: somebody else may have reserved some meanwhile.
-        setting.write_text(str(max(0, int(setting.read_text()) - reserved)))
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TESTS
+from conftest import TESTS, eventually
 
+from benchmarks.huge_pages import reserved_huge_pages
 from msharefsd import kernel, mounting
 
 BENCHMARKS = TESTS.parent / "benchmarks"
@@ -62,3 +63,30 @@ def test_the_story_runs_and_leaves_nothing(tmp_path: Path) -> None:
     assert svg.startswith("<?xml")
     assert all(kind in svg for kind in kinds)
     assert FREE_HUGE_PAGES.read_text() == free
+
+
+RESERVING = """
+import sys
+sys.path.append(sys.argv[1])
+from benchmarks.huge_pages import huge_pages
+with huge_pages(3):
+    print("reserved", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_huge_pages_are_given_back_however_it_ends(*, killed: bool) -> None:
+    before, free = reserved_huge_pages(), int(FREE_HUGE_PAGES.read_text())
+    with subprocess.Popen(
+        [sys.executable, "-c", RESERVING, BENCHMARKS.parent],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reserved\n"
+        assert int(FREE_HUGE_PAGES.read_text()) == free + 3
+        if killed:
+            process.kill()
+    eventually(lambda: reserved_huge_pages() == before, "they are given back")
