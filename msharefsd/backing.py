@@ -324,10 +324,13 @@ class Backing(SparseFile):
         """
         return self._stash
 
+    def is_stashed(self, page: int) -> bool:
+        """Whether the page at offset `page` is in the stash."""
+        return self._stash is not None and self._stash.next_data(page) == page
+
     def holds(self, page: int) -> bool:
         """Whether there is a page at offset `page`, here or in the stash."""
-        memories = (self, self._stash) if self._stash else (self,)
-        return any(each.next_data(page) == page for each in memories)
+        return self.next_data(page) == page or self.is_stashed(page)
 
     def read(self, offset: int, length: int) -> bytes:
         """The contents of whole pages, wherever each is.  Raises OSError."""
@@ -336,7 +339,7 @@ class Backing(SparseFile):
             return content
         pages = bytearray(content)
         for at in range(offset, offset + len(content), self.page):
-            if self.next_data(at) != at and self._stash.next_data(at) == at:
+            if self.next_data(at) != at and self.is_stashed(at):
                 there = slice(at - offset, at - offset + self.page)
                 pages[there] = os.pread(self._stash.fd, self.page, at)
         return bytes(pages)

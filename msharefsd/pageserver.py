@@ -542,7 +542,7 @@ class PageServer:
         """Wait for who reads the page just now; False if nobody does, or it is in the stash."""
         region = waiting.sharer.region
         fill = self._filling(region, found, waiting.offset)
-        if fill is None or region.backing is None or _is_stashed(region.backing, waiting.offset):
+        if fill is None or region.backing is None or region.backing.is_stashed(waiting.offset):
             return False
         fill.waiting.append(waiting)
         return True
@@ -833,7 +833,7 @@ class PageServer:
         assert backing is not None
         if backing.next_data(page) == page:  # populated by another, and not hidden yet
             self._mapped(sharer, page, by_others=True)
-        elif backing.stash is not None and _is_stashed(backing, page):
+        elif backing.stash is not None and backing.is_stashed(page):
             buffer = self._buffers.take(backing.page)
             try:
                 os.preadv(backing.stash.fd, [buffer.view[: backing.page]], page)
@@ -855,7 +855,7 @@ class PageServer:
         if backing.next_data(page) == page:
             self._mapped(sharer, page, by_others=True)
             return
-        stashed = _is_stashed(backing, page)
+        stashed = backing.is_stashed(page)
         if not stashed and self._room(sharer.region, backing.page) < backing.page:
             self.starve(sharer, page)
             return
@@ -956,19 +956,6 @@ class PageServer:
                 return
 
 
-async def _guarded(function: Callable[..., Awaitable[object]], *arguments: object) -> None:
-    """A defect in what serves one fault must not end the service for everybody."""
-    try:
-        await function(*arguments)
-    except Exception:
-        log.exception("a page fault was not served to its end")
-
-
-def _is_stashed(backing: Backing, offset: int) -> bool:
-    """Whether the page at `offset` is in the stash."""
-    return backing.stash is not None and backing.stash.next_data(offset) == offset
-
-
 def _of_one_source(backing: Backing, start: int, end: int, offset: int) -> tuple[int, int, bool]:
     """The part of [start, end) around `offset` that comes from where that page comes from.
 
@@ -976,7 +963,7 @@ def _of_one_source(backing: Backing, start: int, end: int, offset: int) -> tuple
     """
     if backing.stash is None:
         return start, end, False
-    stashed = _is_stashed(backing, offset)
+    stashed = backing.is_stashed(offset)
     if stashed:
         start, end = next(_pieces(max(BUFFER, backing.page), offset, start, end))
         end = min(end, backing.stash.next_absent(offset))
