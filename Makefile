@@ -45,6 +45,7 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # What is to hold whatever holds the pages.
 CORPUS := $(addprefix tests/test_,sharing.py mapping.py read_ahead.py oracle.py) \

@@ -23,8 +23,8 @@ from typing import Final
 from benchmarks.huge_pages import HUGE, NoHugePagesError, free_huge_pages, huge_pages
 from benchmarks.table import Row
 from benchmarks.worker import SHM_DIRECTORY, Side, Worker, WorkerError, Workers
-from msharefsd import kernel, uffd
-from msharefsd.files import BUFFER, Buffer
+from msharefsd.linux import syscalls, uffd
+from msharefsd.memory.buffers import BUFFER, Buffer
 
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20
@@ -383,9 +383,9 @@ def _copy_file(path: Path, backing: str) -> float:
         fd = uffd.open_own()
         stack.callback(os.close, fd)
         uffd.handshake(fd, uffd.Feature(0))
-        both, shared = kernel.PROT_READ | kernel.PROT_WRITE, kernel.MAP_SHARED
-        start = kernel.mmap(None, size, both, shared | kernel.MAP_NORESERVE, memory, 0)
-        stack.callback(kernel.munmap, start, size)
+        both, shared = syscalls.PROT_READ | syscalls.PROT_WRITE, syscalls.MAP_SHARED
+        start = syscalls.mmap(None, size, both, shared | syscalls.MAP_NORESERVE, memory, 0)
+        stack.callback(syscalls.munmap, start, size)
         uffd.register(fd, start, size, uffd.Mode.MISSING)
         buffer = Buffer(BUFFER)
         since = time.monotonic()

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from msharefsd import mounting
-from msharefsd.backing import remove_leftovers
 from msharefsd.daemon import _backing_prefix
+from msharefsd.linux import mounts
+from msharefsd.memory.shm import remove_leftovers
+from msharefsd.mount import mounting
 
 START_SECONDS = 20.0
 STOP_SECONDS = 20.0
@@ -63,11 +64,11 @@ def running(directory: Path, alignment: int, *arguments: str) -> Iterator[Servic
         # Killing it fails every request that waits in its mount, so this comes first.
         process.kill()
         process.wait()
-        mount = mounting.top_mount(str(mountpoint))
+        mount = mounts.top_mount(str(mountpoint))
         if mount is not None and mount.fstype == mounting.FSTYPE:
             mounting.unmount(str(mountpoint))
         huge = str(run / "huge")
-        if mounting.top_mount(huge) is not None:
+        if mounts.top_mount(huge) is not None:
             mounting.unmount(huge)
         remove_leftovers(_backing_prefix(run))
 

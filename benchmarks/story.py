@@ -39,7 +39,7 @@ from benchmarks import plot, service
 from benchmarks.crowd import Crowd, CrowdError, compile_crowd, crowd, end, kib
 from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
 from benchmarks.memory_group import NoMemoryGroupError, memory_group
-from msharefsd import kernel
+from msharefsd.linux import syscalls
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 MiB: Final = 1 << 20
@@ -174,11 +174,11 @@ def _unlink(path: str) -> None:
 @contextlib.contextmanager
 def _hugetlbfs(directory: Path) -> Iterator[Path]:
     directory.mkdir()
-    kernel.mount("benchmark", str(directory), "hugetlbfs", 0, "pagesize=2M,mode=0700")
+    syscalls.mount("benchmark", str(directory), "hugetlbfs", 0, "pagesize=2M,mode=0700")
     try:
         yield directory
     finally:
-        kernel.umount(str(directory), kernel.MNT_DETACH)
+        syscalls.umount(str(directory), syscalls.MNT_DETACH)
 
 
 def growth(stage: Stage, kind: Kind, plan: Plan) -> Iterator[Point]:

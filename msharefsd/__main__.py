@@ -15,9 +15,9 @@ from typing import Final
 import trio
 
 from msharefsd import config, daemon
-from msharefsd.capabilities import UnsupportedError
 from msharefsd.errors import StartError
-from msharefsd.mounting import MountError
+from msharefsd.linux.features import UnsupportedError
+from msharefsd.mount.mounting import MountError
 
 VERSION: Final = version("msharefs")
 

@@ -11,8 +11,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from msharefsd.capabilities import Capabilities
-from msharefsd.hugetlb import Pool
+from msharefsd.linux import hugepages
+from msharefsd.linux.features import Capabilities
 
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST_ALIGNMENT: Final = 2 << 20
@@ -118,7 +118,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     def huge_page_bytes(self) -> int:
         """The size of the pages of the `hugetlb` backing."""
         value = parse_size(self.huge_page)
-        sizes = Pool.sizes()
+        sizes = hugepages.sizes()
         if sizes and value not in sizes:
             known = ", ".join(
                 f"{size >> 20}M" if size < UNITS["G"] else f"{size >> 30}G" for size in sizes

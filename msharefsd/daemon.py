@@ -24,40 +24,39 @@ from typing import Final
 import pyfuse3
 import trio
 
-from msharefsd import (
-    apart,
-    backing,
-    capabilities,
-    control,
-    fdstore,
-    mounting,
-    privileges,
-    recovery,
-    trust,
-)
-from msharefsd.addressspace import AddressSpaces
-from msharefsd.backing import Backing, ShmBacking
-from msharefsd.capabilities import Capabilities
-from msharefsd.collapse import Collapser
 from msharefsd.config import Config
-from msharefsd.control import Control
-from msharefsd.disposal import Disposal
+from msharefsd.control import server
+from msharefsd.control.orphans import Orphans
+from msharefsd.control.server import Control
 from msharefsd.errors import Refused, StartError
-from msharefsd.fdstore import FdStore
-from msharefsd.files import Files, Threads
-from msharefsd.filesystem import CONTROL_NAME, FileSystem
-from msharefsd.hugetlb import HugetlbBacking, Pool
-from msharefsd.limits import Limits
-from msharefsd.liveness import Deaths
-from msharefsd.metrics import Metrics
-from msharefsd.notify import Manager
-from msharefsd.orphans import Orphans
-from msharefsd.pageserver import PageServer
-from msharefsd.regions import Region, Regions
-from msharefsd.seldom import Seldom
-from msharefsd.selfcheck import SelfCheck
-from msharefsd.state import State
-from msharefsd.writeback import Writeback
+from msharefsd.journal.journal import Journal
+from msharefsd.life import fdstore, recovery
+from msharefsd.life.fdstore import FdStore
+from msharefsd.life.notify import Manager
+from msharefsd.life.selfcheck import SelfCheck
+from msharefsd.linux import features, mounts
+from msharefsd.linux.features import Capabilities
+from msharefsd.linux.processes import Deaths
+from msharefsd.memory import shm
+from msharefsd.memory.backing import Backing
+from msharefsd.memory.hugetlb import HugetlbBacking, Pool
+from msharefsd.memory.kept import Files
+from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.mount import mounting
+from msharefsd.mount.filesystem import CONTROL_NAME, FileSystem
+from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.collapse import Collapser
+from msharefsd.paging.server import PageServer
+from msharefsd.paging.writeback import Writeback
+from msharefsd.region.limits import Limits
+from msharefsd.region.region import Region
+from msharefsd.region.registry import Regions
+from msharefsd.security import privileges, trust
+from msharefsd.telemetry.metrics import Metrics
+from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads import apart
+from msharefsd.threads.disposal import Disposal
+from msharefsd.threads.pool import Threads
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ async def _bind_control(mountpoint: str) -> socket.socket:
 
     try:
         await apart.run(bind, keep=[listener.fileno()])
-        listener.listen(control.BACKLOG)
+        listener.listen(server.BACKLOG)
     except BaseException:
         listener.close()
         raise
@@ -183,7 +182,7 @@ async def run(config: Config) -> None:
 
     Raises StartError, MountError or UnsupportedError when it cannot start.
     """
-    found = capabilities.probe(config.without)
+    found = features.probe(config.without)
     for sentence in found.missing():
         log.warning("%s", sentence)
     _raise_descriptor_limit()
@@ -191,10 +190,10 @@ async def run(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(directory))
         manager = Manager()
-        state = State(directory)
+        journal = Journal(directory)
         # If it does not come so far that there is something to leave.
-        end = _End(for_good=not state.regions())
-        stack.callback(lambda: state.close(remove=end.for_good))
+        end = _End(for_good=not journal.regions())
+        stack.callback(lambda: journal.close(remove=end.for_good))
         prefix = _backing_prefix(directory)
         pool = stack.enter_context(_huge_pages(config, found, directory, end))
         disposal = Disposal()
@@ -206,11 +205,11 @@ async def run(config: Config) -> None:
             if (kind or config.backing) == ShmBacking.kind:
                 return ShmBacking(name, size, disposal, adopt=adopt)
             if pool is None:
-                raise Refused(errno.EOPNOTSUPP, capabilities.LACKING["hugetlb"])
-            stash = backing.stash_name(name)
+                raise Refused(errno.EOPNOTSUPP, features.LACKING["hugetlb"])
+            stash = shm.stash_name(name)
             return HugetlbBacking(pool, number, start, size, stash, disposal, adopt=adopt)
 
-        regions = Regions(config.alignment_bytes, open_backing, database=state)
+        regions = Regions(config.alignment_bytes, open_backing, journal=journal)
         stack.callback(lambda: regions.close() if end.for_good else None)
         stack.callback(disposal.close)
         metrics = Metrics(regions.alive)
@@ -221,16 +220,16 @@ async def run(config: Config) -> None:
         # From here on there may be threads.
         store = fdstore.open_store(config.fd_store, directory, manager)
         stack.callback(lambda: store.close(for_good=end.for_good))
-        files = Files(state, store, disposal)
+        files = Files(journal, store, disposal)
         kept = store.take()
-        recovery.adopt_regions(state, regions, files, kept, partial(open_backing, adopt=True))
+        recovery.adopt_regions(journal, regions, files, kept, partial(open_backing, adopt=True))
         used = {region.id for region in regions.alive()}
-        for name in backing.remove_leftovers(prefix, used):
+        for name in shm.remove_leftovers(prefix, used):
             log.warning("removed shared memory %s of no region", name)
         for name in pool.remove_leftovers(used) if pool else ():
             log.warning("removed huge pages %s of no region", name)
         daemon = _Daemon(
-            config, found, manager, end, state, store, disposal, regions, files, metrics
+            config, found, manager, end, journal, store, disposal, regions, files, metrics
         )
         await daemon.serve(operations)
 
@@ -242,7 +241,7 @@ def _huge_pages(
     """The pool of the hugetlb backing, if there can be one."""
     if not found.hugetlb:
         if config.backing == HugetlbBacking.kind:
-            raise StartError(capabilities.LACKING["hugetlb"])
+            raise StartError(features.LACKING["hugetlb"])
         yield None
         return
     pool = Pool(directory / "huge", config.huge_page_bytes)
@@ -269,7 +268,7 @@ def _limits(config: Config, metrics: Metrics, pool: Pool | None) -> Limits:
     seldom = Seldom()
 
     def memory() -> int:
-        return backing.pool_bytes() + (pool.total() * pool.page if pool else 0)
+        return shm.pool_bytes() + (pool.total() * pool.page if pool else 0)
 
     def hit(limit: str, message: str) -> None:
         metrics.limited.labels(limit).inc()
@@ -285,7 +284,7 @@ class _Daemon:
     found: Capabilities
     manager: Manager
     end: _End
-    state: State
+    journal: Journal
     store: FdStore
     disposal: Disposal
     regions: Regions
@@ -294,15 +293,15 @@ class _Daemon:
 
     async def serve(self, operations: FileSystem) -> None:
         config, regions, end = self.config, self.regions, self.end
-        mount = mounting.top_mount(config.mountpoint)
+        mount = mounts.top_mount(config.mountpoint)
         assert mount is not None, "pyfuse3.init() returned without a mount"
-        threads = Threads(regions.limits)
+        threads = Threads(regions.limits.threads)
         pages = PageServer(
-            self.found, self.metrics, config.region_memory_bytes, threads, self.state
+            self.found, self.metrics, config.region_memory_bytes, threads, self.journal
         )
-        writeback = Writeback(threads, self.metrics, self.state)
+        writeback = Writeback(threads, self.metrics, self.journal)
         regions.release = writeback.release
-        spaces = AddressSpaces(self.found, pages, writeback, self.state)
+        spaces = AddressSpaces(self.found, pages, writeback, self.journal)
         with contextlib.closing(Deaths()) as deaths, contextlib.ExitStack() as stack:
             orphans = Orphans(regions, pages, deaths)
             server = Control(
@@ -316,7 +315,7 @@ class _Daemon:
                 mount.device,
                 self.disposal,
                 # Of their own: a file that hangs when it is read keeps nobody from mapping.
-                Threads(regions.limits),
+                Threads(regions.limits.threads),
                 self.files,
                 orphans,
                 config.backing,
@@ -332,7 +331,7 @@ class _Daemon:
                 nursery.start_soon(deaths.run)
                 await nursery.start(pages.run)
                 await nursery.start(orphans.run)
-                await recovery.adopt_sharers(self.state, regions, pages, spaces, orphans)
+                await recovery.adopt_sharers(self.journal, regions, pages, spaces, orphans)
                 with trio.fail_after(SELF_CHECK_SECONDS):
                     bound = await _bind_control(config.mountpoint)
                 listener = stack.enter_context(trio.socket.from_stdlib_socket(bound))
@@ -375,7 +374,7 @@ async def _serve_fuse(scope: trio.CancelScope) -> None:
         scope.cancel()  # the connection was aborted: nothing is left to serve
 
 
-async def _stop_when_unmounted(mount: mounting.Mount, scope: trio.CancelScope, end: _End) -> None:
+async def _stop_when_unmounted(mount: mounts.Mount, scope: trio.CancelScope, end: _End) -> None:
     await mounting.until_unmounted(mount)
     log.info("unmounted by somebody else: stopping")
     end.for_good = True

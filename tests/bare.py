@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from msharefsd import kernel, uffd, wire
-from msharefsd.uffd import Mode
-from msharefsd.wire import Op
+from msharefsd.control import wire
+from msharefsd.control.wire import Op
+from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.uffd import Mode
 
-PAGE = kernel.PAGE
+PAGE = syscalls.PAGE
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ class Bare:
         return answer
 
     def map_window(self, *, mode: Mode = Mode.MISSING) -> None:
-        kernel.mmap(
+        syscalls.mmap(
             self.start,
             self.size,
-            kernel.PROT_READ | kernel.PROT_WRITE,
-            kernel.MAP_SHARED | kernel.MAP_FIXED | kernel.MAP_NORESERVE,
+            syscalls.PROT_READ | syscalls.PROT_WRITE,
+            syscalls.MAP_SHARED | syscalls.MAP_FIXED | syscalls.MAP_NORESERVE,
             self.backing,
             0,
         )
@@ -95,7 +96,7 @@ class Bare:
 
     def mmap(self, offset: int, length: int, prot: int, flags: int, *fds: int) -> Answer:
         """The call that acts on the region, MAP_FIXED."""
-        one = ((offset, length, 0, prot, flags | kernel.MAP_FIXED),)
+        one = ((offset, length, 0, prot, flags | syscalls.MAP_FIXED),)
         return self.call(Op.MMAP, *fds, objects=one)
 
     def byte(self, offset: int) -> int | None:

@@ -26,7 +26,9 @@ from pathlib import Path
 import pytest
 
 from libmshare import core
-from msharefsd import hugetlb, kernel, mounting
+from msharefsd.linux import mounts, syscalls
+from msharefsd.memory import hugetlb
+from msharefsd.mount import mounting
 
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -61,13 +63,13 @@ def pytest_configure() -> None:
     clone_newns = 0x20000
     if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) != 0:
         raise pytest.UsageError("cannot unshare the mount namespace: CAP_SYS_ADMIN is needed")
-    kernel.mount("", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    for mount in list(mounting.mounts()):  # of the machine's own daemons
+    syscalls.mount("", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    for mount in list(mounts.mounts()):  # of the machine's own daemons
         if mount.fstype == mounting.FSTYPE:
-            kernel.umount(mount.target, kernel.MNT_DETACH)
+            syscalls.umount(mount.target, syscalls.MNT_DETACH)
     mounting.ungraft()
-    if mounting.top_mount(str(CONNECTIONS)) is None:
-        kernel.mount("none", str(CONNECTIONS), "fusectl", 0)
+    if mounts.top_mount(str(CONNECTIONS)) is None:
+        syscalls.mount("none", str(CONNECTIONS), "fusectl", 0)
 
 
 @contextlib.contextmanager
@@ -200,7 +202,7 @@ class Daemon:
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
     def connection(self) -> Path | None:
-        mount = mounting.top_mount(str(self.mount))
+        mount = mounts.top_mount(str(self.mount))
         return None if mount is None else CONNECTIONS / str(mount.device[1])
 
     def abort(self) -> None:
@@ -216,7 +218,7 @@ class Daemon:
             self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(20) == 0, self.log()
         self.process = None
-        assert mounting.top_mount(str(self.mount)) is None
+        assert mounts.top_mount(str(self.mount)) is None
         assert not self.run.exists()
         assert self.shm_objects() == []
 
@@ -305,7 +307,7 @@ class Daemon:
             self.process.wait()
         while mounting.is_mounted(str(self.mount)):
             mounting.unmount(str(self.mount))
-        while (huge := mounting.top_mount(str(self.run / "huge"))) is not None:
+        while (huge := mounts.top_mount(str(self.run / "huge"))) is not None:
             mounting.unmount(huge.target)
         for name in self.shm_objects():
             os.unlink(f"/dev/shm/{name}")

@@ -23,7 +23,8 @@ from typing import NamedTuple
 from conftest import BIN, CONNECTIONS, TESTS, Client
 
 from libmshare import core
-from msharefsd import kernel, mounting
+from msharefsd.linux import mounts, syscalls
+from msharefsd.mount import mounting
 
 DEVICES = {"/dev/fuse": 0o666, "/dev/userfaultfd": 0o600}
 """With the modes that they have where systemd makes them."""
@@ -51,7 +52,7 @@ def _cgroups(name: str) -> list[Path]:
         _, controllers, path = line.split(":", 2)
         own[controllers] = path.lstrip("/")
     made = []
-    for mount in list(mounting.mounts()):
+    for mount in list(mounts.mounts()):
         if mount.fstype == "cgroup2":
             made.append(Path(mount.target) / own.get("", "") / name)
         elif mount.fstype == "cgroup" and mount.target.endswith("/systemd"):
@@ -104,13 +105,13 @@ class Machine:
         self._boot()
 
     def _make_root(self) -> None:
-        kernel.mount("mshare-test", str(self.directory), "tmpfs", 0, "mode=755")
+        syscalls.mount("mshare-test", str(self.directory), "tmpfs", 0, "mode=755")
         self._mounted = True
         upper, work = self.directory / "upper", self.directory / "work"
         for made in (upper, work, self.root):
             made.mkdir()
         try:
-            kernel.mount(
+            syscalls.mount(
                 "overlay",
                 str(self.root),
                 "overlay",
@@ -239,7 +240,7 @@ class Machine:
         for group in self._cgroups:
             _remove_cgroup(group)
         if self._mounted:
-            kernel.umount(str(self.directory), kernel.MNT_DETACH)
+            syscalls.umount(str(self.directory), syscalls.MNT_DETACH)
             self._mounted = False
 
     def abort(self) -> None:

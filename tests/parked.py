@@ -15,8 +15,9 @@ import socket
 import sys
 from typing import NoReturn
 
-from msharefsd import kernel, uffd, wire
-from msharefsd.uffd import Mode
+from msharefsd.control import wire
+from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.uffd import Mode
 
 
 def park(step: str) -> None:
@@ -44,11 +45,11 @@ def receive(sock: socket.socket) -> int:
 
 
 def map_window(backing: int, fd: int) -> None:
-    kernel.mmap(
+    syscalls.mmap(
         START,
         SIZE,
-        kernel.PROT_READ | kernel.PROT_WRITE,
-        kernel.MAP_SHARED | kernel.MAP_FIXED | kernel.MAP_NORESERVE,
+        syscalls.PROT_READ | syscalls.PROT_WRITE,
+        syscalls.MAP_SHARED | syscalls.MAP_FIXED | syscalls.MAP_NORESERVE,
         backing,
         0,
     )
@@ -62,7 +63,9 @@ def donor(sock: socket.socket, fd: int) -> NoReturn:
     send(sock, (wire.Op.ATTACH, os.O_CREAT | os.O_EXCL | os.O_RDWR, flags, 0), region, fd)
     receive(sock)
     park("donating")
-    item = wire.OBJECT.pack(0, SIZE, 0, kernel.PROT_READ | kernel.PROT_WRITE, kernel.MAP_SHARED)
+    item = wire.OBJECT.pack(
+        0, SIZE, 0, syscalls.PROT_READ | syscalls.PROT_WRITE, syscalls.MAP_SHARED
+    )
     send(sock, (wire.Op.COMMIT, 0, 0, 1), objects=item)
     receive(sock)
     park("committed")
@@ -78,7 +81,7 @@ def sharer(sock: socket.socket, fd: int) -> NoReturn:
     park("attached")
     map_window(backing, fd)
     park("mapped")
-    kernel.munmap(START, SIZE)
+    syscalls.munmap(START, SIZE)
     send(sock, (wire.Op.DETACH, 0, 0, 0))
     receive(sock)
     park("detached")
@@ -102,7 +105,7 @@ if STEP == "faulted":
         source.readinto((ctypes.c_char * 1).from_address(START + SIZE - 4096))
     sys.exit("the fault was served")
 if STEP == "detaching":
-    kernel.munmap(START, SIZE)
+    syscalls.munmap(START, SIZE)
     send(connection, (wire.Op.DETACH, 0, 0, 0))
     receive(connection)
     sys.exit("the daemon answered")

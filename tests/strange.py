@@ -19,7 +19,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from msharefsd import kernel
+from msharefsd.linux import syscalls
 
 NAMES = {b"hangs": 2, b"fails": 3, b"full": 4, b"slow": 5}
 SIZE = 16 << 20
@@ -72,8 +72,8 @@ def mounted_by(user: str) -> str:
     """Mount it in the name of a user; what pyfuse3 takes for a mountpoint that is mounted."""
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40000,user_id={user},group_id={user}"
-    flags = kernel.MS_NOSUID | kernel.MS_NODEV
-    kernel.mount("strange", sys.argv[1], "fuse", flags, options)
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
+    syscalls.mount("strange", sys.argv[1], "fuse", flags, options)
     return f"/dev/fd/{device}"
 
 

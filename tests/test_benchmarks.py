@@ -12,7 +12,8 @@ import pytest
 from conftest import TESTS, eventually
 
 from benchmarks.huge_pages import reserved_huge_pages
-from msharefsd import kernel, mounting
+from msharefsd.linux import mounts, syscalls
+from msharefsd.mount import mounting
 
 BENCHMARKS = TESTS.parent / "benchmarks"
 FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
@@ -21,7 +22,7 @@ FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages
 def run(script: str, results: Path) -> tuple[str, str]:
     """Run it to see that everything runs; its standard output and error."""
     # A /dev/shm of its own, in the tests' mount namespace: what is left there is its.
-    kernel.mount("shm", "/dev/shm", "tmpfs", 0, "mode=1777")
+    syscalls.mount("shm", "/dev/shm", "tmpfs", 0, "mode=1777")
     try:
         done = subprocess.run(
             [sys.executable, BENCHMARKS / script, "--smoke", f"--results={results}"],
@@ -31,10 +32,10 @@ def run(script: str, results: Path) -> tuple[str, str]:
             timeout=280,
         )
         assert done.returncode == 0, done.stderr
-        assert not [mount for mount in mounting.mounts() if mount.fstype == mounting.FSTYPE]
+        assert not [mount for mount in mounts.mounts() if mount.fstype == mounting.FSTYPE]
         assert os.listdir("/dev/shm") == []
     finally:
-        kernel.umount("/dev/shm", kernel.MNT_DETACH)
+        syscalls.umount("/dev/shm", syscalls.MNT_DETACH)
     return done.stdout, done.stderr
 
 

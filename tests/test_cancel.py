@@ -17,22 +17,25 @@ import pytest
 import trio
 import trio.testing
 
-from msharefsd import capabilities, kernel
-from msharefsd.addressspace import AddressSpaces
-from msharefsd.backing import AT_ONCE, ShmBacking
-from msharefsd.disposal import Disposal
-from msharefsd.files import MappedFile, Threads
-from msharefsd.limits import Limits
-from msharefsd.metrics import Metrics
-from msharefsd.objects import Object
-from msharefsd.pageserver import PageServer
-from msharefsd.regions import Region, Regions
-from msharefsd.writeback import Writeback
+from msharefsd.linux import features, syscalls
+from msharefsd.memory.files import MappedFile
+from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.memory.sparse import AT_ONCE
+from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.server import PageServer
+from msharefsd.paging.writeback import Writeback
+from msharefsd.region.limits import Limits
+from msharefsd.region.objects import Object
+from msharefsd.region.region import Region
+from msharefsd.region.registry import Regions
+from msharefsd.telemetry.metrics import Metrics
+from msharefsd.threads.disposal import Disposal
+from msharefsd.threads.pool import Threads
 
 ALIGNMENT = 2 << 20
 SIZE = 4 * AT_ONCE
 PAGES = (0, AT_ONCE - 4096, AT_ONCE, 3 * AT_ONCE, SIZE - 4096)
-READ, WRITE, NONE = kernel.PROT_READ, kernel.PROT_WRITE, kernel.PROT_NONE
+READ, WRITE, NONE = syscalls.PROT_READ, syscalls.PROT_WRITE, syscalls.PROT_NONE
 
 
 class _CancelAt(trio.abc.Instrument):
@@ -72,15 +75,15 @@ def some_region() -> Iterator[tuple[AddressSpaces, Region, Writeback]]:
         return ShmBacking(f"{name}{number}", size, disposal)
 
     regions = Regions(ALIGNMENT, make)
-    metrics, threads = Metrics(regions.alive), Threads(Limits())
-    found = capabilities.probe(frozenset())
-    pages = PageServer(found, metrics, None, threads, regions.database)
+    metrics, threads = Metrics(regions.alive), Threads(Limits().threads)
+    found = features.probe(frozenset())
+    pages = PageServer(found, metrics, None, threads, regions.journal)
     try:
         region = regions.create(b"r", 0o600, 0, 0)
         regions.establish(region, ALIGNMENT, SIZE, read_only=False)
         regions.commit(region)
-        writeback = Writeback(threads, metrics, regions.database)
-        yield AddressSpaces(found, pages, writeback, regions.database), region, writeback
+        writeback = Writeback(threads, metrics, regions.journal)
+        yield AddressSpaces(found, pages, writeback, regions.journal), region, writeback
     finally:
         regions.close()
         disposal.close()

@@ -43,8 +43,9 @@ from typer.testing import CliRunner
 from libmshare import core
 from libmshare.cli import app, ask, doctor, output, regions
 from libmshare.cli.errors import CommandError, DaemonGoneError, NotAnsweringError
-from msharefsd import capabilities, kernel, mounting
-from msharefsd.capabilities import UnsupportedError, probe
+from msharefsd.linux import features, mounts, syscalls
+from msharefsd.linux.features import UnsupportedError, probe
+from msharefsd.mount import mounting
 
 NOBODY = 65534
 SIZE = 2 * ALIGNMENT
@@ -425,7 +426,7 @@ def mute_mount(directory: Path) -> Iterator[Path]:
     place.mkdir()
     fd = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
-    kernel.mount("msharefs", str(place), mounting.FSTYPE, 0, options)
+    syscalls.mount("msharefs", str(place), mounting.FSTYPE, 0, options)
 
     def take() -> None:
         # linux/fuse.h: struct fuse_in_header; fuse_out_header and fuse_init_out.
@@ -441,12 +442,12 @@ def mute_mount(directory: Path) -> Iterator[Path]:
     taker = threading.Thread(target=take)
     taker.start()
     yield place
-    mount = mounting.top_mount(str(place))
+    mount = mounts.top_mount(str(place))
     assert mount is not None
     (CONNECTIONS / str(mount.device[1]) / "abort").write_text("1")
     taker.join()
     os.close(fd)
-    kernel.umount(str(place), kernel.MNT_DETACH)
+    syscalls.umount(str(place), syscalls.MNT_DETACH)
 
 
 def test_calls_that_cannot_be_killed(mute_mount: Path) -> None:
@@ -863,12 +864,12 @@ def test_doctor_judges_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise UnsupportedError("no userfaultfd to be had")
 
-    monkeypatch.setattr(capabilities, "probe", refuse)
+    monkeypatch.setattr(features, "probe", refuse)
     (finding,) = doctor._capabilities()
     assert (finding.status, finding.advice) == ("fail", "no userfaultfd to be had")
     monkeypatch.undo()
-    whole = capabilities.probe
-    monkeypatch.setattr(capabilities, "probe", lambda: whole(frozenset({"poison", "device"})))
+    whole = features.probe
+    monkeypatch.setattr(features, "probe", lambda: whole(frozenset({"poison", "device"})))
     findings = {each.check: each for each in doctor._capabilities()}
     assert findings["feature poison"].status == "warn"
     assert "UFFDIO_POISON" in findings["feature poison"].advice
@@ -1011,12 +1012,12 @@ def dead_mount(directory: Path) -> Iterator[Path]:
     place = directory / "dead"
     place.mkdir()
     fd = os.open("/dev/fuse", os.O_RDWR)
-    kernel.mount(
+    syscalls.mount(
         "msharefs", str(place), mounting.FSTYPE, 0, f"fd={fd},rootmode=40000,user_id=0,group_id=0"
     )
     os.close(fd)
     yield place
-    kernel.umount(str(place), kernel.MNT_DETACH)
+    syscalls.umount(str(place), syscalls.MNT_DETACH)
 
 
 def test_a_dead_mount_is_told_from_none(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
 
-from msharefsd import capabilities
+from msharefsd.linux import features
 
 CHUNKS = 8
 SIZE = CHUNKS * ALIGNMENT
@@ -22,7 +22,7 @@ FIXED = 0x10
 Pair = tuple[Client, Client]
 
 pytestmark = pytest.mark.skipif(
-    not capabilities.probe().collapse, reason="this kernel has no MADV_COLLAPSE of shared memory"
+    not features.probe().collapse, reason="this kernel has no MADV_COLLAPSE of shared memory"
 )
 
 

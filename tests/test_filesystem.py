@@ -14,9 +14,9 @@ import pyfuse3
 import pytest
 from pyfuse3 import FUSEError, RequestContext
 
-from msharefsd.filesystem import FIXED, FileSystem, region_inode
-from msharefsd.metrics import Metrics
-from msharefsd.regions import Regions
+from msharefsd.mount.filesystem import FIXED, FileSystem, region_inode
+from msharefsd.region.registry import Regions
+from msharefsd.telemetry.metrics import Metrics
 
 ROOT = int(pyfuse3.ROOT_INODE)
 CONTEXT: Any = SimpleNamespace(pid=1, uid=1000, gid=1000, umask=0)

@@ -29,9 +29,11 @@ from test_death import Baseline
 from world import CREATE, EVIL, KINDS, MALLORY, SIZE, World, attached, uffd_by_device
 from world import world_fixture as _world_fixture  # noqa: F401 - the tests ask for `world`
 
-from msharefsd import kernel, mounting, uffd, wire
-from msharefsd.uffd import Mode
-from msharefsd.wire import Op
+from msharefsd.control import wire
+from msharefsd.control.wire import Op
+from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.uffd import Mode
+from msharefsd.mount import mounting
 
 PRIVATE, SHARED, ANONYMOUS = mmap.MAP_PRIVATE, mmap.MAP_SHARED, mmap.MAP_ANONYMOUS
 
@@ -261,7 +263,7 @@ def test_a_sharer_that_changes_the_backing_itself(world: World) -> None:
             os.ftruncate(fd, 0)
             one.byte(0)
             os.ftruncate(fd, 1 << 50)
-            kernel.punch(fd, 0, 1 << 50)
+            syscalls.punch(fd, 0, 1 << 50)
             os.posix_fallocate(fd, 0, size)
             one.byte(PAGE * round_)
             os.pwrite(fd, b"x" * PAGE, 1 << 49)
@@ -305,10 +307,10 @@ def test_a_reader_gets_no_way_to_write(world: World) -> None:
         attempts: list[Callable[[], object]] = [
             lambda: os.pwrite(fd, b"x", 0),
             lambda: os.ftruncate(fd, 0),
-            lambda: kernel.punch(fd, 0, PAGE),
+            lambda: syscalls.punch(fd, 0, PAGE),
             lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDWR),
             lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY),
-            lambda: kernel.mmap(None, PAGE, 3, SHARED, fd, 0),
+            lambda: syscalls.mmap(None, PAGE, 3, SHARED, fd, 0),
             lambda: os.utime(fd),
             lambda: os.open(world.mount / "good", os.O_RDWR),
         ]
@@ -317,7 +319,7 @@ def test_a_reader_gets_no_way_to_write(world: World) -> None:
             with pytest.raises(OSError, match=r"denied|permitted|Bad file|Invalid"):
                 attempt()
         for op in (Op.MUNMAP, Op.MPROTECT, Op.MSYNC, Op.DISCARD, Op.MMAP):
-            item = (0, PAGE, 0, 0, SHARED | ANONYMOUS | kernel.MAP_FIXED if op is Op.MMAP else 0)
+            item = (0, PAGE, 0, 0, SHARED | ANONYMOUS | syscalls.MAP_FIXED if op is Op.MMAP else 0)
             assert one.call(op, objects=(item,)).error == errno.EACCES
         # A descriptor of the backing proves no more than it is opened for.
         other = Bare(world.mount)
@@ -339,7 +341,7 @@ def test_a_flood_of_faults_on_holes(world: World) -> None:
                 for at in range(start, one.size, 16 * PAGE):
                     one.byte(at)
                 # Holes again, all of them.
-                kernel.mmap(one.start, one.size, 3, SHARED | kernel.MAP_FIXED, one.backing, 0)
+                syscalls.mmap(one.start, one.size, 3, SHARED | syscalls.MAP_FIXED, one.backing, 0)
                 with contextlib.suppress(OSError):
                     uffd.register(one.uffd, one.start, one.size, Mode.MISSING)
 

@@ -24,9 +24,9 @@ from conftest import (
 )
 
 from libmshare import Region
-from msharefsd import hugetlb
 from msharefsd.errors import Refused
-from msharefsd.hugetlb import Pool
+from msharefsd.memory import hugetlb
+from msharefsd.memory.hugetlb import Pool
 
 HUGE = 2 * MiB
 SIZE = 64 * MiB

@@ -17,14 +17,17 @@ from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from msharefsd import config, kernel, limits
+from msharefsd import config
 from msharefsd.config import ConfigError, LimitSettings
 from msharefsd.errors import Refused
-from msharefsd.limits import Account, Limits
-from msharefsd.objects import Object
-from msharefsd.regions import Region, Regions, Sharer, State
+from msharefsd.linux import syscalls
+from msharefsd.region import limits
+from msharefsd.region.limits import Account, Limits
+from msharefsd.region.objects import Object
+from msharefsd.region.region import Region, Sharer, State
+from msharefsd.region.registry import Regions
 
-PAGE = kernel.PAGE
+PAGE = syscalls.PAGE
 MiB = 1 << 20
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR

@@ -27,8 +27,8 @@ from conftest import (
     eventually,
 )
 
-from msharefsd import mounting
-from msharefsd.backing import AT_ONCE
+from msharefsd.memory.sparse import AT_ONCE
+from msharefsd.mount import mounting
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR

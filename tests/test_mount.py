@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ALIGNMENT, BASE, BIN, Daemon, clients
 
-from msharefsd import kernel, mounting
+from msharefsd.linux import mounts, syscalls
+from msharefsd.mount import mounting
 
 NOBODY = 65534
 SIZE = 2 * ALIGNMENT
@@ -37,13 +38,13 @@ sys.exit(msharefsd.__main__.main(sys.argv[1:]))
 def propagation(request: pytest.FixtureRequest) -> Iterator[str]:
     """With / shared, as systemd makes it, the graft must not touch the original mounts."""
     if request.param == "shared":
-        kernel.mount("", "/", None, kernel.MS_REC | 1 << 20)  # MS_SHARED
+        syscalls.mount("", "/", None, syscalls.MS_REC | 1 << 20)  # MS_SHARED
     yield request.param
-    kernel.mount("", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    syscalls.mount("", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
 def below(path: str) -> list[tuple[str, str]]:
-    return [(m.target, m.fstype) for m in mounting.mounts() if m.target.startswith(path)]
+    return [(m.target, m.fstype) for m in mounts.mounts() if m.target.startswith(path)]
 
 
 @pytest.mark.usefixtures("propagation")
@@ -155,7 +156,7 @@ def test_settings_that_cannot_be_are_told_in_a_sentence(
     assert done.returncode == code
     assert text in done.stderr
     assert "Traceback" not in done.stderr
-    assert mounting.top_mount(str(directory / "m")) is None
+    assert mounts.top_mount(str(directory / "m")) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -192,9 +193,9 @@ def fuse_for_everybody(directory: Path) -> Iterator[None]:
     node = directory / "fuse"
     os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(10, 229))
     node.chmod(0o666)
-    kernel.mount(str(node), "/dev/fuse", None, kernel.MS_BIND)
+    syscalls.mount(str(node), "/dev/fuse", None, syscalls.MS_BIND)
     yield
-    kernel.umount("/dev/fuse", kernel.MNT_DETACH)
+    syscalls.umount("/dev/fuse", syscalls.MNT_DETACH)
 
 
 @pytest.mark.usefixtures("fuse_for_everybody")
@@ -234,7 +235,7 @@ def test_an_ordinary_user_runs_a_daemon_of_their_own(
     assert daemon.process is not None
     daemon.process.terminate()
     assert daemon.process.wait(20) == 0
-    assert mounting.top_mount(str(daemon.mount)) is None
+    assert mounts.top_mount(str(daemon.mount)) is None
     assert daemon.shm_objects() == []
     daemon.process = None
 

@@ -17,9 +17,9 @@ import trio
 import trio.testing
 from conftest import ALIGNMENT, BASE, BIN, CONNECTIONS, Daemon, clients, eventually
 
-from msharefsd import kernel, mounting
-from msharefsd.notify import STATUS_SECONDS, Manager
-from msharefsd.selfcheck import SelfCheck
+from msharefsd.life.notify import STATUS_SECONDS, Manager
+from msharefsd.life.selfcheck import SelfCheck
+from msharefsd.linux import mounts, syscalls
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -262,8 +262,8 @@ async def test_a_question_is_not_put_twice(directory: Path) -> None:
 
 HANGS = """
 import os, sys, pyfuse3, trio
-from msharefsd.notify import Manager
-from msharefsd.selfcheck import SelfCheck
+from msharefsd.life.notify import Manager
+from msharefsd.life.selfcheck import SelfCheck
 
 class Hangs(pyfuse3.Operations):
     async def getattr(self, inode, ctx=None):
@@ -301,7 +301,7 @@ def test_a_daemon_whose_mount_hangs_can_be_killed(directory: Path) -> None:
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"asked\n"
-        mount = mounting.top_mount(str(mountpoint))
+        mount = mounts.top_mount(str(mountpoint))
         assert mount is not None
         try:
             with pytest.raises(subprocess.TimeoutExpired):
@@ -315,6 +315,6 @@ def test_a_daemon_whose_mount_hangs_can_be_killed(directory: Path) -> None:
                 raise
             finally:
                 process.stdout.close()
-                kernel.umount(str(mountpoint), kernel.MNT_DETACH)
+                syscalls.umount(str(mountpoint), syscalls.MNT_DETACH)
         assert "READY=1" in listener.listen()
         assert "WATCHDOG=1" not in listener.heard

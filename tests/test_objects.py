@@ -10,9 +10,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from msharefsd.files import MappedFile
-from msharefsd.objects import Object, ObjectMap
-from msharefsd.ranges import Ranges
+from msharefsd.memory.files import MappedFile
+from msharefsd.region.objects import Object, ObjectMap
+from msharefsd.region.ranges import Ranges
 
 PAGE = 4096
 PAGES = 32

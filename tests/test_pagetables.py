@@ -27,12 +27,13 @@ from conftest import BASE, TESTS, Client, Daemon, clients, eventually, huge_page
 sys.path.append(str(TESTS.parent))
 
 from benchmarks.crowd import Crowd, Touch, compile_crowd, crowd, kib
-from msharefsd import pagetables
-from msharefsd.backing import ShmBacking
-from msharefsd.disposal import Disposal
 from msharefsd.errors import Refused
-from msharefsd.pagemap import Category, Pagemap, TableCounts
-from msharefsd.regions import Region, Regions
+from msharefsd.linux.pagemap import Category, Pagemap, TableCounts
+from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.paging import pagetables
+from msharefsd.region.region import Region
+from msharefsd.region.registry import Regions
+from msharefsd.threads.disposal import Disposal
 
 MiB = 1 << 20
 GiB = 1 << 30

@@ -36,7 +36,7 @@ from typing import Final, NamedTuple
 import pytest
 from conftest import Daemon
 
-from msharefsd import kernel
+from msharefsd.linux import syscalls
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="takes root: calls by many users")
 
@@ -133,8 +133,8 @@ def _own_file() -> str:
 
 def _map(flags: int, prot: int) -> Callable[[int], object]:
     def use(fd: int) -> object:
-        address = kernel.mmap(None, kernel.PAGE, prot, flags, fd, 0)
-        kernel.munmap(address, kernel.PAGE)
+        address = syscalls.mmap(None, syscalls.PAGE, prot, flags, fd, 0)
+        syscalls.munmap(address, syscalls.PAGE)
         return "mapped"
 
     return use
@@ -595,9 +595,9 @@ class Tmpfs(Tree):
     def fresh(self, mode: int) -> None:
         os.chdir("/")
         with contextlib.suppress(OSError):
-            kernel.umount(str(self.path), kernel.MNT_DETACH)
+            syscalls.umount(str(self.path), syscalls.MNT_DETACH)
         noatime = 1024  # msharefs keeps no times of reading, as such a mount
-        kernel.mount("oracle", str(self.path), "tmpfs", noatime, "mode=1777,size=64m")
+        syscalls.mount("oracle", str(self.path), "tmpfs", noatime, "mode=1777,size=64m")
         os.chdir(self.path)
         self._make_f(mode)
         os.truncate("f", 16)
@@ -731,7 +731,7 @@ def oracle(directory: Path) -> Iterator[Tmpfs]:
     path.mkdir()
     yield Tmpfs(path)
     with contextlib.suppress(OSError):
-        kernel.umount(str(path), kernel.MNT_DETACH)
+        syscalls.umount(str(path), syscalls.MNT_DETACH)
     shutil.rmtree(path)
 
 

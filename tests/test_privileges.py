@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ALIGNMENT, BASE, BIN, Client, Daemon
 
-from msharefsd import kernel, privileges
+from msharefsd.linux import syscalls
+from msharefsd.security import privileges
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -34,7 +35,7 @@ def test_the_daemon_keeps_the_rights_that_it_names_and_no_others(
     client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
     client.ok("mmap", BASE, 4096, 3, mmap.MAP_PRIVATE | 0x10, directory / "file", os.O_RDONLY, 0)
     assert client.do("load", BASE) == str(ord("x"))
-    had = kernel.capabilities()
+    had = syscalls.capabilities()
     threads = os.listdir(f"/proc/{daemon.pid}/task")
     assert len(threads) > 1
     for thread in threads:

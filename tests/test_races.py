@@ -16,12 +16,13 @@ import trio
 import trio.testing
 from test_cancel import READ, WRITE, some_region
 
-from msharefsd import protection, uffd
-from msharefsd.files import MappedFile
-from msharefsd.objects import Object
-from msharefsd.pageserver import PageServer, _Waiting
-from msharefsd.regions import Region, Sharer
-from msharefsd.uffd import Feature, Outcome
+from msharefsd.linux import uffd
+from msharefsd.linux.uffd import Feature, Outcome
+from msharefsd.memory.files import MappedFile
+from msharefsd.paging import protection
+from msharefsd.paging.server import PageServer, _Waiting
+from msharefsd.region.objects import Object
+from msharefsd.region.region import Region, Sharer
 
 PAGE = 4096
 BOTH = READ | WRITE

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import BASE, PAGE, Client, Daemon, MiB, clients, eventually
 
-from msharefsd.files import BUFFER
-from msharefsd.pageserver import READ_AHEAD
+from msharefsd.memory.buffers import BUFFER
+from msharefsd.paging.server import READ_AHEAD
 
 SIZE = 64 * MiB
 FILE = 40 * MiB + PAGE // 2

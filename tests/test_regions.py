@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from msharefsd.errors import Refused
-from msharefsd.regions import Region, Regions, Sharer, State, check_name
+from msharefsd.region.region import Region, Sharer, State, check_name
+from msharefsd.region.registry import Regions
 
 ALIGNMENT = 1 << 21
 

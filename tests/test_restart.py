@@ -33,7 +33,7 @@ from conftest import (
     huge_pages,
 )
 
-from msharefsd import mounting
+from msharefsd.linux import mounts
 
 SIZE = 4 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -642,7 +642,7 @@ def keeper_of(daemon: Daemon) -> int:
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
             words = Path(f"/proc/{int(name)}/cmdline").read_bytes().split(b"\0")
-            if any(word.endswith(b"msharefsd/keeper.py") for word in words):
+            if any(word.endswith(b"msharefsd/life/keeper.py") for word in words):
                 found.append(int(name))
     inodes = {
         line.split()[6]
@@ -860,5 +860,5 @@ def test_killed_at_random_under_load(
     eventually(lambda: daemon.shm_objects() == [], "the memory is free")
     with contextlib.closing(sqlite3.connect(f"file:{daemon.run}/state.sqlite?mode=ro", uri=True)):
         pass
-    assert mounting.top_mount(str(daemon.mount)) is not None
-    assert sum(1 for each in mounting.mounts() if each.target == str(daemon.mount)) == 1
+    assert mounts.top_mount(str(daemon.mount)) is not None
+    assert sum(1 for each in mounts.mounts() if each.target == str(daemon.mount)) == 1

@@ -544,9 +544,9 @@ def test_a_full_tmpfs_is_sigbus_and_heals(
     make_daemon: Callable[..., Daemon], client_program: Path
 ) -> None:
     """Own /dev/shm of 1 MiB, in the test's own mount namespace."""
-    from msharefsd import kernel
+    from msharefsd.linux import syscalls
 
-    kernel.mount("shm", "/dev/shm", "tmpfs", 0, "size=1m,mode=1777")
+    syscalls.mount("shm", "/dev/shm", "tmpfs", 0, "size=1m,mode=1777")
     try:
         daemon = make_daemon(f"--alignment={ALIGNMENT}").start()
         daemon.expected.append("no memory for a fault")
@@ -559,7 +559,7 @@ def test_a_full_tmpfs_is_sigbus_and_heals(
             assert client.do("load", BASE) == "1"
             page = BASE + (1 << 20)
             assert client.do("load", page) == "SIGBUS"
-            kernel.mount("shm", "/dev/shm", "tmpfs", 1 << 5, "size=4m")  # MS_REMOUNT
+            syscalls.mount("shm", "/dev/shm", "tmpfs", 1 << 5, "size=4m")  # MS_REMOUNT
             deadline = time.monotonic() + 20
             while client.do("load", page) == "SIGBUS":
                 assert time.monotonic() < deadline, "the page stays poisoned"
@@ -568,4 +568,4 @@ def test_a_full_tmpfs_is_sigbus_and_heals(
             assert other.do("load", page) == "2"
             daemon.stop()
     finally:
-        kernel.umount("/dev/shm", kernel.MNT_DETACH)
+        syscalls.umount("/dev/shm", syscalls.MNT_DETACH)

@@ -16,19 +16,23 @@ import trio
 import trio.testing
 from conftest import eventually
 
-from msharefsd import capabilities, config, files, kernel, liveness, seldom, texts, uffd
+from msharefsd import config
 from msharefsd.config import ConfigError
-from msharefsd.control import Control
-from msharefsd.disposal import Disposal
+from msharefsd.control.server import Control
 from msharefsd.errors import Refused
-from msharefsd.files import MappedFile, check_mappable
-from msharefsd.objects import Object
-from msharefsd.pageserver import PageServer, Window
-from msharefsd.regions import Regions
-from msharefsd.uffd import Feature, Mode, Outcome
+from msharefsd.linux import features, processes, syscalls, uffd
+from msharefsd.linux.uffd import Feature, Mode, Outcome
+from msharefsd.memory import files
+from msharefsd.memory.files import MappedFile, check_mappable
+from msharefsd.mount import texts
+from msharefsd.paging.server import PageServer, Window
+from msharefsd.region.objects import Object
+from msharefsd.region.registry import Regions
+from msharefsd.telemetry import seldom
+from msharefsd.threads.disposal import Disposal
 
 KiB, MiB = 1 << 10, 1 << 20
-PAGE = kernel.PAGE
+PAGE = syscalls.PAGE
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,7 @@ def test_defaults_depend_on_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_a_process_that_ends_is_noticed_once() -> None:
-    deaths = liveness.Deaths()
+    deaths = processes.Deaths()
     ended: list[str] = []
     with subprocess.Popen(["sleep", "60"]) as first, subprocess.Popen(["sleep", "60"]) as second:
         pidfds = [os.pidfd_open(process.pid) for process in (first, second)]
@@ -103,20 +107,20 @@ async def test_a_process_that_ends_is_noticed_once() -> None:
             deaths.watch(pidfds[0], lambda: ended.append("first"))
             deaths.watch(pidfds[1], lambda: ended.append("second"))
             deaths.forget(pidfds[1])
-            assert not liveness.has_ended(pidfds[0])
+            assert not processes.has_ended(pidfds[0])
             for process in (second, first):
                 process.send_signal(signal.SIGKILL)
             with trio.fail_after(20):
                 while not ended:
                     await trio.sleep(0.001)
             nursery.cancel_scope.cancel()
-        assert liveness.has_ended(pidfds[0])
+        assert processes.has_ended(pidfds[0])
     assert ended == ["first"]
     deaths.close()
     for pidfd in pidfds:
         os.close(pidfd)
-    assert liveness.read_proc(first.pid, "comm") == ""
-    assert liveness.read_proc(os.getpid(), "comm") != ""
+    assert processes.read_proc(first.pid, "comm") == ""
+    assert processes.read_proc(os.getpid(), "comm") != ""
 
 
 async def test_seldom_is_once_in_a_while(autojump_clock: trio.testing.MockClock) -> None:
@@ -132,8 +136,8 @@ async def test_seldom_is_once_in_a_while(autojump_clock: trio.testing.MockClock)
 
 
 def test_a_feature_that_is_done_without_is_missing() -> None:
-    everything = capabilities.probe()
-    less = capabilities.probe(frozenset({"poison", "write_protect"}))
+    everything = features.probe()
+    less = features.probe(frozenset({"poison", "write_protect"}))
     assert Feature.POISON in everything.features
     assert Feature.POISON not in less.features
     assert Feature.WP_HUGETLBFS_SHMEM not in less.features
@@ -146,8 +150,8 @@ def test_without_userfaultfd_it_says_what_is_needed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(uffd, "open_new", refuse)
     monkeypatch.setattr(uffd, "open_by_system_call", refuse)
-    with pytest.raises(capabilities.UnsupportedError, match="CONFIG_USERFAULTFD"):
-        capabilities.probe()
+    with pytest.raises(features.UnsupportedError, match="CONFIG_USERFAULTFD"):
+        features.probe()
 
 
 def test_the_texts_of_a_region() -> None:
@@ -275,7 +279,7 @@ def test_pages_come_whole_or_not_at_all() -> None:
     os.ftruncate(memory, 8 * PAGE)
     fd = uffd.open_own()
     uffd.handshake(fd, Feature.MISSING_SHMEM | Feature.POISON)
-    start = kernel.mmap(None, 8 * PAGE, 3, kernel.MAP_SHARED, memory, 0)
+    start = syscalls.mmap(None, 8 * PAGE, 3, syscalls.MAP_SHARED, memory, 0)
     uffd.register(fd, start, 8 * PAGE, Mode.MISSING)
     assert uffd.zeropage(fd, start, 2 * PAGE) == (2 * PAGE, Outcome.DONE)
     assert uffd.zeropage(fd, start, PAGE) == (0, Outcome.PRESENT)
@@ -285,7 +289,7 @@ def test_pages_come_whole_or_not_at_all() -> None:
     assert (done, outcome) == (3 * PAGE, Outcome.DONE)
     assert os.pread(memory, PAGE, PAGE) == bytes(PAGE)
     assert uffd.Reader(nowait=True).faults(fd) == []
-    kernel.munmap(start, 8 * PAGE)
+    syscalls.munmap(start, 8 * PAGE)
     for each in (fd, memory):
         os.close(each)
 

@@ -15,7 +15,8 @@ import pytest
 from conftest import ALIGNMENT, BASE, SUSPICIOUS, WATCHDOG_SECONDS, Client, eventually, huge_pages
 from machine import PROGRAMS, LackingError, Machine, Service, running
 
-from msharefsd import mounting, privileges
+from msharefsd.mount import mounting
+from msharefsd.security import privileges
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR

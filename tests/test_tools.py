@@ -182,11 +182,11 @@ def test_a_file_that_is_open_can_be_asked_after_its_name_is_gone(
 def test_a_bind_mount_of_the_directory_is_the_whole_api(
     region: Client, daemon: Daemon, directory: Path, client_program: Path
 ) -> None:
-    from msharefsd import kernel
+    from msharefsd.linux import syscalls
 
     other = directory / "other"
     other.mkdir()
-    kernel.mount(str(daemon.mount), str(other), None, kernel.MS_BIND)
+    syscalls.mount(str(daemon.mount), str(other), None, syscalls.MS_BIND)
     try:
         with subprocess.Popen(
             [client_program],
@@ -200,7 +200,7 @@ def test_a_bind_mount_of_the_directory_is_the_whole_api(
             assert client.do("load", BASE) == "1"
             process.kill()
     finally:
-        kernel.umount(str(other), kernel.MNT_DETACH)
+        syscalls.umount(str(other), syscalls.MNT_DETACH)
 
 
 def test_hundreds_of_names_are_listed(daemon: Daemon) -> None:

@@ -14,9 +14,9 @@ from conftest import TESTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msharefsd import wire
+from msharefsd.control import wire
+from msharefsd.control.wire import Op, Reply, Request, RequestFlag
 from msharefsd.errors import Refused
-from msharefsd.wire import Op, Reply, Request, RequestFlag
 
 HEADER = TESTS.parent / "libmshare" / "core" / "wire.h"
 

@@ -20,8 +20,8 @@ from bare import PAGE, Bare, Child, in_child
 from conftest import ALIGNMENT, BASE, Client, Daemon
 from test_death import Baseline
 
-from msharefsd import kernel, uffd
-from msharefsd.uffd import Mode
+from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.uffd import Mode
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -147,7 +147,7 @@ def _userfaultfd(*, blocking: bool = False, used: bool = False, registered: bool
     if used or registered:
         uffd.handshake(fd, uffd.Feature.MISSING_SHMEM)
     if registered:
-        at = kernel.mmap(None, PAGE, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        at = syscalls.mmap(None, PAGE, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         uffd.register(fd, at, PAGE, Mode.MISSING)
     os.set_blocking(fd, not blocking)
     return fd

@@ -18,11 +18,12 @@ from libmshare.cli import output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import CommandError, explain
 from libmshare.cli.output import Column, printable
-from msharefsd import capabilities, mounting
-from msharefsd.backing import SHM_DIRECTORY
 from msharefsd.config import ConfigError, load
-from msharefsd.hugetlb import Pool
-from msharefsd.uffd import DEVICE
+from msharefsd.linux import features, hugepages, mounts
+from msharefsd.linux.uffd import DEVICE
+from msharefsd.memory.hugetlb import Pool
+from msharefsd.memory.shm import SHM_DIRECTORY
+from msharefsd.mount import mounting
 
 _DESCRIPTORS_A_SHARER: Final = 3
 """In the daemon: see msharefsd(8)."""
@@ -109,8 +110,8 @@ def _kernel() -> Finding:
 def _capabilities() -> Iterator[Finding]:
     """What msharefsd would find if this user started it."""
     try:
-        found = capabilities.probe()
-    except capabilities.UnsupportedError as error:
+        found = features.probe()
+    except features.UnsupportedError as error:
         yield Finding("userfaultfd", Status.FAIL, "no", str(error))
         return
     yield Finding("userfaultfd", Status.OK, "knows shared memory")
@@ -131,7 +132,7 @@ def _mounts(timeout: float) -> Iterator[Finding]:
         yield Finding("mount", Status.OK, found)
     except CommandError as failure:
         yield Finding("mount", Status.FAIL, printable(root) if root else "none", str(failure))
-    others = {mount.target for mount in mounting.mounts() if mount.fstype == mounting.FSTYPE}
+    others = {mount.target for mount in mounts.mounts() if mount.fstype == mounting.FSTYPE}
     for target in sorted(others - {root}):
         yield _other_mount(target, timeout)
 
@@ -259,7 +260,7 @@ def _options_of(target: str) -> list[str] | None:
 
 def _huge_pages() -> Iterator[Finding]:
     """For the backing hugetlb, and for nothing else."""
-    sizes = Pool.sizes()
+    sizes = hugepages.sizes()
     if not sizes:
         yield Finding("huge pages", Status.WARN, "this kernel has none", "no backing hugetlb")
     for page in sizes:

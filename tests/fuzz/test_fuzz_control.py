@@ -15,8 +15,9 @@ from fuzzing import TIMEOUT, keep_at_it, number
 from world import EVIL, KINDS, MALLORY, SIZE, World, uffd_by_device
 from world import world_fixture as _world_fixture  # noqa: F401 - the test asks for `world`
 
-from msharefsd import kernel, wire
-from msharefsd.wire import Op
+from msharefsd.control import wire
+from msharefsd.control.wire import Op
+from msharefsd.linux import syscalls
 
 MOST_CONNECTIONS = 40
 
@@ -69,7 +70,7 @@ class Talker:
         return wire.REQUEST.pack(*fields)
 
     def item(self) -> bytes:
-        dice, page = self.dice, kernel.PAGE
+        dice, page = self.dice, syscalls.PAGE
         return wire.OBJECT.pack(
             dice.choice((dice.randrange(SIZE // page) * page, number(dice))),
             dice.choice((dice.randrange(1, 64) * page, SIZE, number(dice))),

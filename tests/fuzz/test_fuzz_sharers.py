@@ -21,9 +21,9 @@ from fuzzing import TIMEOUT, keep_at_it, number
 from world import EVIL, SIZE, World, uffd_by_device
 from world import world_fixture as _world_fixture  # noqa: F401 - the test asks for `world`
 
-from msharefsd import kernel, uffd
-from msharefsd.uffd import Mode
-from msharefsd.wire import Op
+from msharefsd.control.wire import Op
+from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.uffd import Mode
 
 PAGES = SIZE // PAGE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -91,18 +91,18 @@ class Sharer:
         dice = self.dice
         offset, length = self.range()
         at, start = self.one.start + offset, self.one.start
-        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | kernel.MAP_FIXED
-        backing = mmap.MAP_SHARED | kernel.MAP_FIXED
+        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_FIXED
+        backing = mmap.MAP_SHARED | syscalls.MAP_FIXED
         dice.choice(
             (
-                lambda: kernel.munmap(at, length),
-                lambda: kernel.madvise(at, length, dice.randrange(30)),
+                lambda: syscalls.munmap(at, length),
+                lambda: syscalls.madvise(at, length, dice.randrange(30)),
                 lambda: libc.mprotect(ctypes.c_void_p(at), length, dice.randrange(4)),
                 lambda: libc.mremap(at, length, length, 3, at ^ 1 << 36),
                 lambda: libc.mremap(start, SIZE, SIZE, 3, start ^ 1 << 36),
-                lambda: kernel.mmap(at, length, 3, fixed, -1, 0),
-                lambda: kernel.mmap(at, length, 3, backing, self.one.backing, offset),
-                lambda: kernel.mmap(start, SIZE, 3, backing, self.one.backing, 0),
+                lambda: syscalls.mmap(at, length, 3, fixed, -1, 0),
+                lambda: syscalls.mmap(at, length, 3, backing, self.one.backing, offset),
+                lambda: syscalls.mmap(start, SIZE, 3, backing, self.one.backing, 0),
                 lambda: uffd.register(self.one.uffd, start, SIZE, Mode(dice.randrange(1, 8))),
                 lambda: uffd.register(self.one.uffd, at, length, Mode.MISSING),
             )
@@ -139,7 +139,7 @@ class Sharer:
             (
                 lambda: os.ftruncate(fd, dice.choice((0, PAGE, SIZE, SIZE, SIZE, 1 << 45))),
                 lambda: os.posix_fallocate(fd, offset, length),
-                lambda: kernel.punch(fd, offset, length),
+                lambda: syscalls.punch(fd, offset, length),
                 lambda: os.pwrite(fd, b"x" * PAGE, offset),
                 lambda: os.pread(fd, PAGE, offset),
                 lambda: os.lseek(fd, number(dice) >> 1, dice.randrange(5)),

@@ -1,0 +1,1 @@
+"""The control socket: one module a subject."""

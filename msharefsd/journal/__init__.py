@@ -1,0 +1,1 @@
+"""The redo log: rows in, rows out.  It knows no region."""

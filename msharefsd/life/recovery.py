@@ -1,0 +1,302 @@
+"""A new daemon adopts what one that died has left.
+
+Everything is in the state (state.py), in memory that has names, and in the sharers.  In
+two steps: regions with their memory, before anything is mounted; then the sharers, when
+faults can be served.  Sharers run all the time: they read and write what is there, and
+wait where something is missing.
+
+What is finished here that the dead daemon had begun:
+
+- What is in no object has no memory, and what was to be cleared is.
+- A page may be in the backing and in the stash, because it is copied before it is
+  punched, either way.  The backing's is the one that counts: going in, both are the
+  same, or the stash's is not whole; coming out, the backing's may have been written
+  to since.
+- Objects that must be protected are, once more, in every sharer.  A protection too many
+  goes away by itself, at the first write.
+- A page that was poisoned for a moment, to fail a system call, comes back.  Poison in
+  holes stays, and stays known.
+- A fault that was read and not answered is lost with its reader: everybody who waits
+  is woken, and faults again.
+- A region that was being built is built on, if its donor is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from msharefsd.barriers import barrier
+from msharefsd.control.orphans import Orphans
+from msharefsd.errors import Refused
+from msharefsd.journal.journal import Journal
+from msharefsd.journal.rows import SavedRegion, SavedSharer
+from msharefsd.linux import processes, syscalls, uffd
+from msharefsd.memory.backing import Backing
+from msharefsd.memory.files import MappedFile
+from msharefsd.memory.kept import Files
+from msharefsd.paging import protection
+from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.server import PageServer
+from msharefsd.region.objects import Object
+from msharefsd.region.record import region_row
+from msharefsd.region.region import Region, Sharer, State
+from msharefsd.region.registry import Regions
+
+log = logging.getLogger(__name__)
+
+OpenBacking = Callable[[int, int, int, str], Backing]
+"""(region id, start, size in bytes, kind): its backing; raises OSError."""
+
+_GONE: Final = frozenset({errno.ESRCH, errno.EBADF, errno.ENOENT})
+
+
+# -- regions --
+
+
+def adopt_regions(
+    journal: Journal,
+    regions: Regions,
+    files: Files,
+    kept: dict[int, int],
+    open_backing: OpenBacking,
+) -> None:
+    """Everything but the sharers.  `kept`: descriptors of files by their keys."""
+    by_key = {row.key: files.restore(row, kept.pop(row.key, -1)) for row in journal.files()}
+    for key, fd in kept.items():
+        files.drop(key, fd)  # its mmap() was not done
+    unused = dict(by_key)
+    for row in journal.regions():
+        region = _adopt_region(journal, row, open_backing)
+        if region.backing is not None:
+            for item in _objects(journal, region, by_key):
+                region.objects.insert(item)
+                unused.pop(item.file.key if item.file else 0, None)
+            region.objects.changed.clear()
+            _finish_memory(journal, region)
+        regions.adopt(region)
+    for file in unused.values():
+        file.let_go()
+    barrier("recovery.regions")
+
+
+def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking) -> Region:
+    region = Region(
+        row.id,
+        row.name,
+        row.mode,
+        row.uid,
+        row.gid,
+        row.atime_ns,
+        row.mtime_ns,
+        row.ctime_ns,
+        linked=bool(row.linked),
+        state=State[row.state],
+        start=row.start,
+        size=row.size,
+        read_only=bool(row.read_only),
+        creator=row.creator,
+        made_file=bool(row.made_file),
+    )
+    if region.state is not State.BUILDING:
+        region.settled.set()
+    if row.backing_name is None or row.backing_kind is None:
+        return region
+    try:
+        region.backing = open_backing(row.id, row.start, row.size, row.backing_kind)
+    except OSError as error:
+        # A region that was being freed has none.
+        if region.linked:
+            log.error(
+                "region %s: its memory %s is gone (%s): only its name is left",
+                region.label(),
+                row.backing_name,
+                error.strerror,
+            )
+        region.start = region.size = 0
+        region.state = State.FILE
+        region.settled.set()
+        with journal.transaction():
+            journal.empty_region(region.id)
+            journal.save_region(region_row(region))
+    return region
+
+
+def _objects(journal: Journal, region: Region, files: dict[int, MappedFile]) -> Iterable[Object]:
+    for row in journal.objects(region.id):
+        yield Object(
+            row.offset,
+            row.length,
+            row.prot,
+            bool(row.private),
+            None if row.file is None else files[row.file],
+            row.file_offset,
+        )
+
+
+def _finish_memory(journal: Journal, region: Region) -> None:
+    """Free what is not to be there, as the dead daemon would have."""
+    memory = region.backing
+    assert memory is not None
+    stash = memory.stash
+    if stash is not None:
+        for start, end in list(stash.data(0, region.size)):
+            for first, last in list(memory.data(start, end - start)):
+                stash.punch(first, last - first)
+    empty = journal.clearing(region.id)
+    if region.state is State.LIVE:  # a donor's copies are in no object yet
+        at = 0
+        for item in region.objects:
+            empty.append((at, item.offset - at))
+            at = item.end
+        empty.append((at, region.size - at))
+    for each in (memory, stash):
+        for offset, length in empty:
+            for start, end in [] if each is None else list(each.data(offset, length)):
+                each.punch(start, end - start)  # type: ignore[union-attr] # not None here
+    journal.cleared(region.id)
+
+
+# -- sharers --
+
+
+class _LostError(Exception):
+    """A sharer cannot be reached; the text says why."""
+
+
+async def adopt_sharers(
+    journal: Journal, regions: Regions, pages: PageServer, spaces: AddressSpaces, orphans: Orphans
+) -> None:
+    """Take the sharers that live, and put right in them what was left half done."""
+    adopted = _reach_all(journal, regions)
+    for sharer, _ in adopted:
+        regions.adopt_sharer(sharer)
+        sharer.poisoned.update(journal.poisoned(sharer.number))
+        if sharer.poisoned:
+            sharer.region.refused.add(sharer)
+    barrier("recovery.sharers")
+    for region in list(regions.alive()):
+        await _put_right(journal, region, pages, spaces)
+    barrier("recovery.protected")
+    for sharer, pidfd in adopted:
+        orphans.add(sharer, pidfd)
+        protection.wake_sharer(sharer)
+    for region in list(regions.all()):
+        if region.state is State.BUILDING and not region.sharers:
+            log.info("region %s: its donor is gone", region.label())
+            regions.abandon(region)
+        else:
+            regions.reap(region)
+    count = sum(1 for _ in regions.all())
+    if count:
+        log.info("adopted %d regions and %d sharers", count, len(adopted))
+
+
+def _reach_all(journal: Journal, regions: Regions) -> list[tuple[Sharer, int]]:
+    """The sharers that live, oldest first, and a pidfd of each."""
+    adopted: list[tuple[Sharer, int]] = []
+    seen: set[tuple[int, int]] = set()
+    # The newest first: a number in a process is the last one's that had it.
+    for row in reversed(journal.sharers()):
+        region = regions.with_id(row.region)
+        assert region is not None, "a sharer's row goes with its region's"
+        sharer = _sharer(row, region)
+        try:
+            if region.backing is None:
+                raise _LostError("its region has no memory")
+            if (row.pid, row.userfaultfd) in seen:
+                raise _LostError("it has attached anew")
+            pidfd = _reach(sharer)
+        except _LostError as lost:
+            log.info("process %d is no sharer of %s any more: %s", row.pid, region.label(), lost)
+            journal.forget_sharer(sharer.number)
+            continue
+        seen.add((row.pid, row.userfaultfd))
+        adopted.append((sharer, pidfd))
+    return adopted[::-1]
+
+
+def _sharer(row: SavedSharer, region: Region) -> Sharer:
+    return Sharer(
+        row.number,
+        region,
+        row.pid,
+        row.uid,
+        bool(row.writable),
+        -1,
+        since=row.since,
+        uffd_number=row.userfaultfd,
+        started=row.started,
+        done=row.done,
+    )
+
+
+def _reach(sharer: Sharer) -> int:
+    """Fetch a sharer's userfaultfd; returns a pidfd of the process.
+
+    The number that the process once told may be anything's by now.  That it is a
+    userfaultfd is checked; if it is another one than before, of other memory even, the
+    process has got at it by itself and could do with it all that we do.
+    """
+    if sharer.pid == 0:
+        raise _LostError("it is in another pid namespace")
+    try:
+        pidfd = os.pidfd_open(sharer.pid)
+    except OSError as error:
+        raise _LostError("it has ended") from error
+    fd = -1
+    try:
+        if sharer.started == 0 or processes.started(sharer.pid) != sharer.started:
+            raise _LostError("it has ended, and its number is another's")
+        fd = syscalls.pidfd_getfd(pidfd, sharer.uffd_number)
+        if not uffd.is_one(fd) or uffd.is_gone(fd):
+            raise _LostError("it executes another program")
+        os.set_blocking(fd, False)
+    except (OSError, _LostError) as error:
+        os.close(pidfd)
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(error, OSError):
+            if error.errno not in _GONE:
+                log.warning(
+                    "process %d cannot be reached (%s): it waits for ever where it touches what "
+                    "is not there; pidfd_getfd(2) needs the right to ptrace(2)",
+                    sharer.pid,
+                    error.strerror,
+                )
+            raise _LostError(f"its userfaultfd is not to be had: {error.strerror}") from error
+        raise
+    sharer.uffd = fd
+    return pidfd
+
+
+async def _put_right(
+    journal: Journal, region: Region, pages: PageServer, spaces: AddressSpaces
+) -> None:
+    for item in list(region.objects):
+        try:
+            if not item.accessible:
+                await spaces.hide(region, item)
+            elif item.guarded:
+                protection.arm(region, item.offset, item.end)
+                await protection.protect_present(region, item.offset, item.end)
+        except Refused as refused:
+            log.error(
+                "region %s: cannot protect %d bytes at %#x: %s",
+                region.label(),
+                item.length,
+                region.start + item.offset,
+                refused.message,
+            )
+    for page in journal.dirty(region.id):
+        found = region.objects.find(page)
+        if found is not None and found.written_back:
+            region.dirty[page] = set()
+    await pages.clear_poison(region, 0, region.size)
+    for sharer in list(region.refused):
+        for page in sharer.poisoned:
+            if region.objects.find(page) is not None:
+                pages.starve(sharer, page)

@@ -1,0 +1,1 @@
+"""What holds bytes: sparse files in memory, their host mappings, files of clients."""

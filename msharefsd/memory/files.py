@@ -1,0 +1,207 @@
+"""Files that are mapped in regions.
+
+The daemon reads and writes a client's file only through the descriptor that the
+client passed, so never with more rights than the client had.  A file may hang (a
+dead network server, a FUSE daemon that does not answer): whatever touches its data
+runs in a thread, and a user has so many threads and no more, so a file that hangs
+stalls its own user's files only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from msharefsd.errors import Refused
+from msharefsd.linux import syscalls
+from msharefsd.threads.pool import Threads
+
+_OTHERWISE: Final = os.O_APPEND | os.O_DIRECT
+"""Flags with which pwrite(2) and pread(2) do something else than a mapping does."""
+_F_SEAL_FUTURE_WRITE: Final = 0x10
+
+
+class MappedFile:
+    """A file of a client's, as one mmap() call mapped it.
+
+    Objects that were one mapping share it.  The descriptor is closed when the last
+    user lets go.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        uid: int,
+        *,
+        may_write: bool,
+        close: Callable[[int], None],
+        key: int = 0,
+        identity: syscalls.FileIdentity | None = None,
+        path: bytes = b"",
+    ) -> None:
+        """`fd` is taken over; `close` is how to close it (it may hang in close(2)).
+
+        `key` is the file's number, which no other ever has.  `identity` and `path` are
+        for a file whose descriptor is lost (`fd` is -1).
+        """
+        self.key = key
+        self.fd = fd
+        self.uid = uid
+        self.may_write = may_write
+        self._close = close
+        self._users = 1
+        self._plain: int | None = None
+        self._opening = threading.Lock()
+        self.flushing = trio.Lock()
+        """Held while dirty pages go to the file."""
+        self.identity = identity or syscalls.identify(fd)
+        self.path = path or b"?"  # longer than any link can say
+        if not path:
+            with contextlib.suppress(OSError):
+                # readlink asks the dentry cache, not the file system.
+                self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it has a user; without one it is closed, and nobody may hold it any more."""
+        return self._users > 0
+
+    def hold(self) -> None:
+        """One more user."""
+        self._users += 1
+
+    def let_go(self) -> None:
+        """One user less."""
+        self._users -= 1
+        if self._users == 0:
+            self._close(self.fd)
+            self.fd = -1
+            if self._plain is not None:
+                self._close(self._plain)
+
+    def _descriptor(self) -> int:
+        """One to read and write with at any offset.
+
+        pwrite(2) to an O_APPEND descriptor appends, and O_DIRECT wants everything
+        aligned.  The client may set either at any time (F_SETFL), and they are not
+        ours to change.  The same file is opened anew then, with the same access: no
+        right that the client's descriptor does not have.  May block.  Raises OSError.
+        """
+        if self.fd < 0:
+            raise OSError(errno.EIO, "its descriptor was lost when a daemon died")
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        if not flags & _OTHERWISE:
+            return self.fd
+        with self._opening:
+            if self._plain is None:
+                access = flags & os.O_ACCMODE | os.O_CLOEXEC
+                self._plain = os.open(f"/proc/self/fd/{self.fd}", access)
+            return self._plain
+
+    def read(self, buffer: memoryview, offset: int, page: int) -> int:
+        """Fill `buffer` from the file; what lies beyond its end is zeros.
+
+        Returns how many bytes are before the end, rounded up to pages of `page` bytes:
+        the rest has no memory (SIGBUS, mmap(2)).  May block.  Raises OSError.
+        """
+        done, fd = 0, self._descriptor()
+        while done < len(buffer):
+            got = os.preadv(fd, [buffer[done:]], offset + done)
+            if got == 0:
+                break
+            done += got
+        usable = min(done + -done % page, len(buffer))
+        buffer[done:usable] = bytes(usable - done)
+        return usable
+
+    def write(self, content: bytes, offset: int) -> None:
+        """Write back, but nothing beyond the file's end: a mapping never extends it.
+
+        May block.  Raises OSError.
+        """
+        fd = self._descriptor()
+        left = memoryview(content)[: max(0, os.fstat(fd).st_size - offset)]
+        while left:
+            done = os.pwrite(fd, left, offset)
+            left, offset = left[done:], offset + done
+
+    def sync(self) -> None:
+        """fdatasync(2), as msync(2) does.  May block.  Raises OSError."""
+        os.fdatasync(self._descriptor())
+
+
+def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
+    """Raise Refused as mmap(2) would for this descriptor; returns whether it may be written.
+
+    EBADF, EACCES, EPERM as there; ENODEV for anything but a regular file.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH:
+        raise Refused(errno.EBADF, "the descriptor is O_PATH: open the file for reading")
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        raise Refused(errno.EACCES, "the file is not open for reading")
+    may_write = flags & os.O_ACCMODE == os.O_RDWR
+    if shared and write and not may_write:
+        raise Refused(errno.EACCES, "a shared writable mapping needs a file opened O_RDWR")
+    mode = syscalls.identify(fd).mode
+    if mode == 0:
+        raise Refused(errno.EACCES, "the daemon may not see it: mount that FUSE with allow_other")
+    if not stat.S_ISREG(mode):
+        raise Refused(errno.ENODEV, "only regular files can be mapped in a region")
+    if shared and may_write:
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError:
+            seals = 0
+        if seals & (fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE):
+            if write:
+                raise Refused(errno.EPERM, "the memfd is sealed against writing")
+            may_write = False
+    return may_write
+
+
+async def check_mapping(threads: Threads, uid: int, fd: int) -> None:
+    """Raise Refused(ENODEV) for a file that mmap(2) would not map.
+
+    Files of /proc, /sys and the like are regular files, and some of them judge who
+    reads or writes them at that moment: it would be us, not the client that opened
+    them.  They cannot be mapped, so it is tried, in a thread of the user's.
+    """
+    # Who waits for it may be gone before it is done: it needs a descriptor of its own.
+    own = os.dup(fd)
+    # Whoever takes this closes it: the thread, or who waits if that has not begun.
+    closes = threading.Lock()
+
+    def look() -> None:
+        if closes.acquire(blocking=False):
+            try:
+                _try_to_map(own)
+            finally:
+                os.close(own)
+
+    try:
+        await threads.run(uid, look)
+    except BaseException:
+        if closes.acquire(blocking=False):
+            os.close(own)
+        raise
+
+
+def _try_to_map(fd: int) -> None:
+    try:
+        flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
+        at = syscalls.mmap(None, syscalls.PAGE, syscalls.PROT_NONE, flags, fd, 0)
+    except OSError as error:
+        raise Refused(errno.ENODEV, f"the file cannot be mapped: {error.strerror}") from error
+    try:
+        syscalls.munmap(at, syscalls.PAGE)
+    except OSError:  # of hugetlbfs: whole huge pages (mmap(2))
+        syscalls.munmap(at, os.fstat(fd).st_blksize)

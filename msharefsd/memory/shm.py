@@ -1,0 +1,98 @@
+"""POSIX shared memory objects, which have names in /dev/shm."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+from collections.abc import Container
+from typing import Final
+
+import posix_ipc
+
+from msharefsd.errors import Refused
+from msharefsd.memory.sparse import SparseFile, open_left
+
+log = logging.getLogger(__name__)
+
+SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - where shm_open(3) has its objects
+_MOST_SQUATTERS: Final = 100
+
+
+def pool_bytes() -> int:
+    """How much memory there is for all regions: the size of /dev/shm."""
+    memory = os.statvfs(SHM_DIRECTORY)
+    return memory.f_blocks * memory.f_frsize
+
+
+def _create(name: str, size: int) -> posix_ipc.SharedMemory:
+    """A new object.  Anybody may make files in /dev/shm, under our names too: away with them."""
+    path = SHM_DIRECTORY + name
+    for _ in range(_MOST_SQUATTERS):
+        try:
+            return posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+        except posix_ipc.ExistentialError:
+            if os.lstat(path).st_uid == os.geteuid():
+                raise
+            log.warning("%s was somebody else's: removed", path)
+            os.unlink(path)
+    return posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+
+
+def _create_shm(name: str, size: int) -> int:
+    try:
+        memory = _create(name, size)
+    except (OSError, posix_ipc.Error, ValueError) as error:
+        code = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
+        raise Refused(code, f"cannot create shared memory {name}: {error}") from error
+    return int(memory.fd)
+
+
+def open_or_create(name: str, size: int, *, adopt: bool) -> int:
+    """A descriptor of the object `name`: a new one, or with `adopt` what is there.
+
+    Raises OSError, and for a new one Refused.
+    """
+    return open_left(SHM_DIRECTORY + name, size) if adopt else _create_shm(name, size)
+
+
+def unlink_shm(name: str) -> None:
+    """Remove the name, if it is there."""
+    # Somebody with the right to it (root) may have been faster.
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(name)
+
+
+class ShmObject(SparseFile):
+    """A sparse POSIX shared memory object."""
+
+    def __init__(self, name: str, size: int, *, adopt: bool = False) -> None:
+        """Create the object `name` of `size` bytes, all of them absent.
+
+        Raises Refused (EMFILE, ENFILE, ENOSPC, ENOMEM as the kernel says).  With
+        `adopt` it is there already: see open_left().
+        """
+        super().__init__(name, size, open_or_create(name, size, adopt=adopt))
+
+    def _unlink(self) -> None:
+        unlink_shm(self.name)
+
+
+def stash_name(name: str) -> str:
+    """The name of the stash of a backing that has its name in /dev/shm."""
+    return f"{name}-stash"
+
+
+def remove_leftovers(prefix: str, used: Container[int] = ()) -> list[str]:
+    """Unlink shared memory of a daemon that died and no region's; returns the names.
+
+    `used`: the numbers of backings that are in use.
+    """
+    pattern = re.compile(re.escape(prefix.lstrip("/")) + r"(\d+)(-stash)?\Z")
+    matches = [pattern.match(name) for name in os.listdir(SHM_DIRECTORY)]
+    names = [match[0] for match in matches if match and int(match[1]) not in used]
+    for name in names:
+        posix_ipc.unlink_shared_memory("/" + name)
+    return names

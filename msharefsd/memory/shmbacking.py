@@ -1,0 +1,36 @@
+"""The `shm` backing: 4 KiB pages on /dev/shm."""
+
+from __future__ import annotations
+
+import os
+
+from msharefsd.linux.uffd import Feature
+from msharefsd.memory.backing import Backing
+from msharefsd.memory.host import HostMapping
+from msharefsd.memory.shm import SHM_DIRECTORY, open_or_create, stash_name, unlink_shm
+from msharefsd.threads.disposal import Disposal
+
+
+class ShmBacking(Backing):
+    """POSIX shared memory: 4 KiB pages on /dev/shm, whoever touches first pays."""
+
+    kind = "shm"
+    charges_sharer = True
+
+    def __init__(self, name: str, size: int, disposal: Disposal, *, adopt: bool = False) -> None:
+        """Create it, without a page, or adopt it.  Raises as ShmObject does."""
+        super().__init__(name, size, open_or_create(name, size, adopt=adopt), disposal, adopt=adopt)
+
+    def _open(self, access: int) -> int:
+        return os.open(SHM_DIRECTORY + self.name, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def _map_host(self) -> HostMapping:
+        return HostMapping(self, Feature.MISSING_SHMEM)
+
+    def _unlink(self) -> None:
+        unlink_shm(self.name)
+
+    @property
+    def stash_name(self) -> str:
+        """The name of the stash."""
+        return stash_name(self.name)

@@ -1,0 +1,560 @@
+"""msharefs as the kernel sees it: the FUSE handlers.
+
+A handler may only raise FUSEError.  pyfuse3 ends the mount on anything else, so
+every handler goes through `_guarded`, which turns a defect into EIO and a logged
+traceback.
+
+The kernel judges permissions (default_permissions) from the attributes given here.
+Attributes and names have no lifetime in its caches: regions come and go by
+messages that the kernel does not see.  The exceptions are what never changes, so
+that connecting to .control asks us nothing.
+
+Handlers never await anything but trio's checkpoints: they are short, and pyfuse3's
+workers are never all busy.  The exception is `pagetables`, which a few may wait for.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import logging
+import os
+import stat
+import struct
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Final, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from msharefsd.barriers import barrier
+from msharefsd.errors import Refused
+from msharefsd.linux import processes
+from msharefsd.memory.shm import SHM_DIRECTORY
+from msharefsd.mount import texts
+from msharefsd.paging.pagetables import PageTables
+from msharefsd.region.region import INFO_FILE, NAME_MAX, Region
+from msharefsd.region.registry import Regions
+from msharefsd.telemetry.metrics import Metrics
+from msharefsd.threads.breath import Breath
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INFO_STRUCT: Final = struct.Struct("=QQ")
+"""struct mshare_info of the letter: start and size."""
+
+FOREVER: Final = 3600.0
+ROOT: Final = int(pyfuse3.ROOT_INODE)
+INFO_INODE: Final = 2
+CONTROL_INODE: Final = 3
+METRICS_INODE: Final = 4
+REGIONS_INODE: Final = 5
+CONTROL_NAME: Final = b".control"
+FIXED: Final = {
+    INFO_FILE: INFO_INODE,
+    CONTROL_NAME: CONTROL_INODE,
+    b".metrics": METRICS_INODE,
+    b".regions": REGIONS_INODE,
+}
+
+# A region's inodes follow from its id: its file, its directory, the files there.
+_INODES_PER_REGION: Final = 8
+_FILE, _DIRECTORY = 0, 1
+_TEXTS: Final[dict[bytes, tuple[int, Callable[[Region], str | Iterator[str]]]]] = {
+    b"info": (2, texts.info),
+    b"maps": (3, texts.maps),
+    b"sharers": (4, texts.sharers),
+}
+_RENDER: Final = dict(_TEXTS.values())
+_PAGETABLES: Final = (b"pagetables", 5)
+"""The one text that takes time; see pagetables.py."""
+_NAMES: Final = {
+    **{name: kind for name, (kind, _) in _TEXTS.items()},
+    _PAGETABLES[0]: _PAGETABLES[1],
+}
+
+MOST_HELD: Final = 64 << 20
+"""How much text a user's open files and directories may hold, in bytes."""
+_HANDLE_BYTES: Final = 512
+_ENTRY_BYTES: Final = 128
+"""What an open handle and an entry of a listing take besides."""
+
+
+def region_inode(region: Region, kind: int = _FILE) -> int:
+    """The inode number of one of a region's files; never used twice in a mount."""
+    return region.id * _INODES_PER_REGION + kind
+
+
+def _is_own_thread(pid: int) -> bool:
+    # A request names the thread that made it; the daemon binds from a worker thread.
+    return os.path.exists(f"/proc/self/task/{pid}")
+
+
+def _split_inode(inode: int) -> tuple[int, int]:
+    return divmod(inode, _INODES_PER_REGION)
+
+
+def _asks(fields: SetattrFields) -> bool:
+    """Whether a request to set attributes wants any of them changed but ctime."""
+    return (
+        fields.update_size
+        or fields.update_mode
+        or fields.update_uid
+        or fields.update_gid
+        or fields.update_atime
+        or fields.update_mtime
+    )
+
+
+def _storable(time_ns: int) -> int:
+    """The nearest time that the state can keep; file systems cut others as well (utimensat(2))."""
+    return max(-(1 << 63), min(time_ns, (1 << 63) - 1))
+
+
+def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    @functools.wraps(handler)
+    async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(*args, **kwargs)
+        except FUSEError:
+            raise
+        except Refused as refused:
+            raise FUSEError(refused.code) from refused
+        except Exception as error:
+            log.exception("%s failed", handler.__name__)
+            raise FUSEError(errno.EIO) from error
+
+    return guarded
+
+
+async def _written(text: str | Iterator[str]) -> bytes:
+    """A text as bytes.  A long one lets others go first now and then."""
+    if isinstance(text, str):
+        return os.fsencode(text)
+    breath = Breath()
+    lines = []
+    for line in text:
+        lines.append(os.fsencode(line))
+        await breath.take()
+    return b"".join(lines)
+
+
+class _GuardedOperations(pyfuse3.Operations):
+    def __init_subclass__(cls) -> None:
+        """Guard every handler of the class, whoever adds one."""
+        super().__init_subclass__()
+        for name, handler in list(vars(cls).items()):
+            if inspect.iscoroutinefunction(handler) and hasattr(pyfuse3.Operations, name):
+                setattr(cls, name, _guarded(handler))
+
+
+class FileSystem(_GuardedOperations):
+    """The tree of design section 4."""
+
+    def __init__(self, regions: Regions, metrics: Metrics) -> None:
+        super().__init__()
+        self._regions = regions
+        self._metrics = metrics
+        self._page_tables = PageTables()
+        self._born = time.time_ns()
+        self._control: tuple[int, int, int] | None = None
+        """Mode, uid and gid of .control once it is bound."""
+        self._lookups: dict[int, int] = {}
+        self._files: dict[int, Region] = {}
+        """Regions whose file the kernel knows, alive or not."""
+        self._contents: dict[int, bytes] = {}
+        """What an open handle of a text file reads: one moment, however it is cut."""
+        self._costs: dict[int, tuple[int, int]] = {}
+        """Of each open handle: the user, and the bytes."""
+        self._held: Counter[int] = Counter()
+        """Bytes by user."""
+        self._next_handle = 1
+        self._listings: dict[int, list[tuple[int, bytes, int]]] = {}
+
+    # -- finding things --
+
+    def region_of_inode(self, inode: int) -> Region | None:
+        """The region whose file has that inode number, if it lives or has a name."""
+        number, kind = _split_inode(inode)
+        return self._regions.with_id(number) if kind == _FILE else None
+
+    def _region(self, inode: int) -> Region:
+        region = self._files.get(inode) or self._regions.with_id(_split_inode(inode)[0])
+        if region is None:
+            # The name may be another region's by now: have the kernel look again.
+            raise FUSEError(errno.ESTALE)
+        return region
+
+    def _resolve(self, parent: int, name: bytes) -> int:
+        """The inode of a name; FUSEError(ENOENT)."""
+        if len(name) > NAME_MAX:
+            raise FUSEError(errno.ENAMETOOLONG)
+        if parent == ROOT:
+            if name in FIXED and (name != CONTROL_NAME or self._control is not None):
+                return FIXED[name]
+            region = self._regions.find(name)
+            if region is not None:
+                return region_inode(region)
+        elif parent == REGIONS_INODE:
+            region = self._regions.find(name)
+            if region is not None:
+                return region_inode(region, _DIRECTORY)
+        elif _split_inode(parent)[1] == _DIRECTORY and name in _NAMES:
+            return region_inode(self._region(parent), _NAMES[name])
+        raise FUSEError(errno.ENOENT)
+
+    # -- attributes --
+
+    def _attributes(self, inode: int) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(inode)
+        entry.generation = 0
+        entry.entry_timeout = entry.attr_timeout = 0
+        entry.st_blksize = 4096
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._born
+        entry.st_nlink = 1
+        entry.st_size = 0
+        entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        if inode == ROOT:
+            # Every path goes through here: its attributes never change.
+            entry.st_mode = ModeT(stat.S_IFDIR | 0o1777)
+            entry.st_nlink = 3
+            entry.entry_timeout = entry.attr_timeout = FOREVER
+        elif inode == REGIONS_INODE:
+            entry.st_mode = ModeT(stat.S_IFDIR | 0o555)
+            entry.st_nlink = 2 + sum(1 for _ in self._regions)
+        elif inode == INFO_INODE:
+            entry.st_mode = ModeT(stat.S_IFREG | 0o444)
+            entry.st_size = len(self._info())
+            entry.entry_timeout = entry.attr_timeout = FOREVER
+        elif inode == METRICS_INODE:
+            entry.st_mode = ModeT(stat.S_IFREG | 0o444)
+        elif inode == CONTROL_INODE:
+            assert self._control is not None
+            mode, entry.st_uid, entry.st_gid = self._control
+            entry.st_mode = ModeT(mode)
+            entry.entry_timeout = entry.attr_timeout = FOREVER
+        else:
+            self._region_attributes(entry, self._region(inode), _split_inode(inode)[1])
+        return entry
+
+    @staticmethod
+    def _region_attributes(entry: EntryAttributes, region: Region, kind: int) -> None:
+        entry.st_uid, entry.st_gid = region.uid, region.gid
+        entry.st_atime_ns = region.atime_ns
+        entry.st_mtime_ns = region.mtime_ns
+        entry.st_ctime_ns = region.ctime_ns
+        # Who may read the region's file may read about the region.
+        readable = region.mode & 0o444
+        if kind == _FILE:
+            entry.st_mode = ModeT(stat.S_IFREG | region.mode)
+            entry.st_size = INFO_STRUCT.size
+            entry.st_blocks = region.allocated() // 512
+            entry.st_nlink = 1 if region.linked else 0
+        elif kind == _DIRECTORY:
+            entry.st_mode = ModeT(stat.S_IFDIR | readable | readable >> 2)
+            entry.st_nlink = 2
+        else:
+            entry.st_mode = ModeT(stat.S_IFREG | readable)
+
+    def _info(self) -> bytes:
+        return b"%d\n" % self._regions.alignment
+
+    def _entry(self, inode: int) -> EntryAttributes:
+        """Attributes for a reply that raises the kernel's lookup count."""
+        attributes = self._attributes(inode)
+        self._lookups[inode] = self._lookups.get(inode, 0) + 1
+        if inode not in FIXED.values() and inode != ROOT:
+            self._files[inode] = self._region(inode)
+        return attributes
+
+    # -- handlers: names --
+
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        if name == b".":
+            return self._entry(parent_inode)
+        if name == b"..":
+            return self._entry(ROOT)
+        return self._entry(self._resolve(parent_inode, name))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            left = self._lookups.get(inode, 0) - count
+            if left > 0:
+                self._lookups[inode] = left
+            else:
+                self._lookups.pop(inode, None)
+                self._files.pop(inode, None)
+
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        if parent_inode != ROOT:
+            raise FUSEError(errno.EPERM)
+        creator = processes.process_of(ctx.pid)
+        region = self._regions.create(name, mode, ctx.uid, ctx.gid, creator=creator)
+        barrier("create")
+        try:
+            return self._open_region(region, ctx.uid), self._entry(region_inode(region))
+        except FUSEError:
+            self._regions.unlink(region)
+            raise
+
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        inode = self._resolve(parent_inode, name)
+        number, kind = _split_inode(inode)
+        region = self._regions.with_id(number)
+        if parent_inode != ROOT or region is None or kind != _FILE:
+            raise FUSEError(errno.EPERM)
+        self._regions.unlink(region)
+        barrier("unlink")
+
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        # bind(2) of a unix socket arrives as mknod.  The daemon's own, and no other.
+        if (
+            parent_inode == ROOT
+            and name == CONTROL_NAME
+            and stat.S_ISSOCK(mode)
+            and _is_own_thread(ctx.pid)
+            and self._control is None
+        ):
+            # Everyone may connect; what they may do is judged call by call.
+            self._control = (stat.S_IFSOCK | 0o666, ctx.uid, ctx.gid)
+            return self._entry(CONTROL_INODE)
+        raise FUSEError(errno.EPERM)
+
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        raise FUSEError(errno.EPERM)
+
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        raise FUSEError(errno.EINVAL)
+
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        raise FUSEError(errno.EPERM)
+
+    async def link(
+        self,
+        inode: InodeT,
+        new_parent_inode: InodeT,
+        new_name: FileNameT,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    # -- handlers: attributes --
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes(inode)
+
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        if inode in (*FIXED.values(), ROOT) or _split_inode(inode)[1] != _FILE:
+            if not _asks(fields):  # chown(path, -1, -1)
+                return self._attributes(inode)
+            raise FUSEError(errno.EPERM)
+        if fields.update_size:
+            # A region's size is its own, fixed by mshare(); its file has no other.
+            raise FUSEError(errno.EPERM)
+        region = self._region(inode)
+        changes = {"ctime_ns": time.time_ns()}
+        if fields.update_mode:
+            changes["mode"] = attr.st_mode & 0o7777
+        if fields.update_uid:
+            changes["uid"] = attr.st_uid
+        if fields.update_gid:
+            changes["gid"] = attr.st_gid
+        if fields.update_atime:
+            changes["atime_ns"] = _storable(attr.st_atime_ns)
+        if fields.update_mtime:
+            changes["mtime_ns"] = _storable(attr.st_mtime_ns)
+        self._regions.change(region, **changes)
+        if fields.update_uid:
+            self._regions.give(region, attr.st_uid)
+        return self._attributes(inode)
+
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return []
+
+    async def setxattr(
+        self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
+    ) -> None:
+        raise FUSEError(errno.EOPNOTSUPP)
+
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        raise FUSEError(errno.EOPNOTSUPP)
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        # The memory of regions comes out of /dev/shm: df shows what is left there.
+        memory = os.statvfs(SHM_DIRECTORY)
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = memory.f_frsize
+        data.f_blocks = memory.f_blocks
+        data.f_bfree = memory.f_bfree
+        data.f_bavail = memory.f_bavail
+        data.f_files = sum(1 for _ in self._regions)
+        data.f_ffree = data.f_favail = memory.f_ffree
+        data.f_namemax = NAME_MAX
+        return data
+
+    # -- handlers: files --
+
+    def _new_handle(self, uid: int, size: int) -> int:
+        """The number of a handle that takes `size` bytes; FUSEError(EMFILE)."""
+        size += _HANDLE_BYTES
+        if self._held[uid] + size > MOST_HELD:
+            raise FUSEError(errno.EMFILE)
+        number = self._next_handle
+        self._next_handle += 1
+        self._held[uid] += size
+        self._costs[number] = uid, size
+        return number
+
+    def _release(self, handle: int) -> None:
+        uid, size = self._costs.pop(handle, (0, 0))
+        self._held[uid] -= size
+        if not self._held[uid]:
+            del self._held[uid]
+
+    def _handle(self, content: bytes, uid: int) -> FileInfo:
+        number = self._new_handle(uid, len(content))
+        self._contents[number] = content
+        # direct_io: reads come here with their own sizes, so a file may say that
+        # its size is 0; and no page of it stays in the kernel's cache.
+        return FileInfo(fh=FileHandleT(number), direct_io=True, keep_cache=False)
+
+    def _open_region(self, region: Region, uid: int) -> FileInfo:
+        return self._handle(INFO_STRUCT.pack(region.start, region.size), uid)
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        if inode == INFO_INODE:
+            content = self._info()
+        elif inode == METRICS_INODE:
+            content = self._metrics.render()
+        else:
+            region = self._region(inode)
+            kind = _split_inode(inode)[1]
+            if kind == _FILE:
+                if not region.linked:
+                    raise FUSEError(errno.ESTALE)
+                if flags & os.O_TRUNC:
+                    raise FUSEError(errno.EPERM)
+                return self._open_region(region, ctx.uid)
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise FUSEError(errno.EACCES)
+            if kind == _PAGETABLES[1]:
+                content = os.fsencode(await self._page_tables.text(region))
+            else:
+                content = await _written(_RENDER[kind](region))
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EACCES)
+        return self._handle(content, ctx.uid)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return self._contents[fh][off : off + size]
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        raise FUSEError(errno.EINVAL)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        # ENOSYS once and the kernel never asks again: see control.py on closing.
+        raise FUSEError(errno.ENOSYS)
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        return
+
+    async def release(self, fh: FileHandleT) -> None:
+        self._contents.pop(fh, None)
+        self._release(fh)
+
+    # -- handlers: directories --
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        # Offsets in a listing are places in this list, taken when it was opened, so
+        # they stay true however names come and go meanwhile.
+        names = self._list(inode)
+        number = self._new_handle(ctx.uid, len(names) * _ENTRY_BYTES)
+        self._listings[number] = names
+        return FileHandleT(number)
+
+    def _list(self, inode: int) -> list[tuple[int, bytes, int]]:
+        if inode == ROOT:
+            names = [
+                (name, number)
+                for name, number in FIXED.items()
+                if name != CONTROL_NAME or self._control is not None
+            ]
+            names += [(region.name, region_inode(region)) for region in self._regions]
+        elif inode == REGIONS_INODE:
+            names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._regions]
+        else:
+            region = self._region(inode)
+            names = [(name, region_inode(region, kind)) for name, kind in _NAMES.items()]
+        return [(place, name, number) for place, (name, number) in enumerate(names, start=1)]
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        for place, name, inode in self._listings[fh][start_id:]:
+            try:
+                attributes = self._entry(inode)
+            except FUSEError:
+                continue  # gone since the directory was opened
+            if not pyfuse3.readdir_reply(token, name, attributes, place):
+                await self.forget([(InodeT(inode), 1)])
+                return
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self._listings.pop(fh, None)
+        self._release(fh)
+
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        return

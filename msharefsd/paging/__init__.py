@@ -1,0 +1,1 @@
+"""Page faults, and what changes under them."""

@@ -1,0 +1,380 @@
+"""A region's address space: the calls that change what is mapped in it.
+
+One process's call holds for all of them at once.  Nobody's code runs for that:
+memory is unmapped by punching it out of the backing (the kernel unmaps it
+everywhere), a new object needs nothing but the region's map, and protection is
+protection.py's.  So a sharer that is stopped delays nobody.
+
+What a call is about to do is written down before memory changes, so that the next
+daemon finishes it should this one be killed in the middle (state.py).
+
+Each call holds the region's `change` lock to its end; page faults do not, so
+between two awaits the map, the memory and the protection must fit together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from msharefsd.barriers import barrier
+from msharefsd.errors import Refused
+from msharefsd.journal.journal import Journal
+from msharefsd.linux import syscalls
+from msharefsd.linux.features import Capabilities
+from msharefsd.linux.syscalls import HUGE_PAGE
+from msharefsd.paging import protection
+from msharefsd.paging.server import PageServer
+from msharefsd.paging.writeback import Writeback
+from msharefsd.region.objects import MOST_OBJECTS, Object
+from msharefsd.region.ranges import Ranges
+from msharefsd.region.record import save_objects
+from msharefsd.region.region import Region, Sharer
+
+log = logging.getLogger(__name__)
+
+_PROTECTIONS: Final = syscalls.PROT_READ | syscalls.PROT_WRITE | syscalls.PROT_EXEC
+
+
+class AddressSpaces:
+    """Changes the address spaces of regions.
+
+    Offsets and lengths are bytes from the region's start; every method raises
+    Refused with the errno that the system call of its name would give.  `by` is the
+    sharer whose call it is: that it is done is written down with what it did.
+    """
+
+    def __init__(
+        self, capabilities: Capabilities, pages: PageServer, writeback: Writeback, journal: Journal
+    ) -> None:
+        self._journal = journal
+        self._capabilities = capabilities
+        self._pages = pages
+        self._writeback = writeback
+
+    def check(self, region: Region, offset: int, length: int) -> None:
+        """Raise Refused(EINVAL) for a range that is not whole pages of the region."""
+        if length == 0 or offset < 0 or offset + length > region.size:
+            raise Refused(errno.EINVAL, "the range does not lie in the region")
+        if offset % region.page or length % region.page:
+            raise Refused(errno.EINVAL, f"not in whole pages of the region: {region.page} bytes")
+
+    def _check_prot(self, new: Object, code: int) -> None:
+        if new.prot & syscalls.PROT_EXEC:
+            raise Refused(
+                code, "memory of a region cannot be executed: /dev/shm is no place for it"
+            )
+        if new.guarded and new.accessible and not self._capabilities.write_protect:
+            raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
+
+    async def mmap(
+        self, region: Region, new: Object, *, replace: bool, by: Sharer | None = None
+    ) -> None:
+        """Put an object in; with `replace` in place of what is there, else EEXIST."""
+        self.check(region, new.offset, new.length)
+        self._check_prot(new, errno.EPERM)
+        if replace:
+            await self._write_back(region, new.offset, new.end)
+        async with region.change:
+            occupied = bool(region.objects.within(new.offset, new.length))
+            if occupied and not replace:
+                raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
+            _check_objects(region, 1 + _splits(region, new.offset, new.end))
+            if new.guarded and new.accessible:
+                protection.arm(region, new.offset, new.end)
+            with _leaving(region, new.offset, new.end):
+                if occupied:
+                    await self._write_back(region, new.offset, new.end)
+                    _alive(region)
+                with _to_the_end():
+                    removed = self._put(region, new.offset, new.length, new, by)
+                    barrier("mmap")
+                    # A page that was there before, or is poison, must not show through.
+                    await self._finish_removal(region, new.offset, new.length, removed)
+                    _alive(region)
+                    await self._pages.clear_poison(region, new.offset, new.length, empty=True)
+                    _alive(region)
+                    self._journal.cleared(region.id)
+
+    def _put(
+        self, region: Region, offset: int, length: int, new: Object | None, by: Sharer | None
+    ) -> list[Object]:
+        """Have `new` in the map, or a hole, and written down; returns what was there before.
+
+        The memory of the range is the caller's to discard.
+        """
+        removed = region.objects.insert(new) if new else region.objects.remove(offset, length)
+        try:
+            save_objects(
+                self._journal,
+                region,
+                by=by,
+                gone=(offset, length),
+                # A hole has no memory anyway, which the next daemon sees to.
+                clearing=[(offset, length)] if new else [],
+            )
+        except Refused:
+            region.objects.remove(offset, length)
+            for item in removed:
+                region.objects.insert(item)
+            raise
+        if new is not None and new.file is not None:
+            new.file.hold()
+        lost = list(region.dirty.irange(offset, offset + length, inclusive=(True, False)))
+        for page in lost:
+            del region.dirty[page]
+        if lost:  # as in the kernel, munmap() succeeds all the same
+            log.error(
+                "region %s: unmapped %d bytes that a file did not take",
+                region.label(),
+                len(lost) * region.page,
+            )
+        _let_go(region, removed)
+        return removed
+
+    async def _finish_removal(
+        self, region: Region, offset: int, length: int, removed: list[Object]
+    ) -> None:
+        await _discard(region, offset, length)
+        # Punching leaves the protection where a page was mapped.
+        if any(item.guarded for item in removed):
+            await protection.unprotect(region, offset, offset + length)
+
+    async def donate(self, region: Region, new: Object) -> None:
+        """Put an object in whose contents the donor has copied into the backing."""
+        self.check(region, new.offset, new.length)
+        self._check_prot(new, errno.EOPNOTSUPP)
+        async with region.change:
+            if region.objects.within(new.offset, new.length):
+                raise Refused(errno.EINVAL, "the donor's mappings overlap")
+            _check_objects(region, 1)
+            if new.guarded and new.accessible:
+                protection.arm(region, new.offset, new.end)
+            region.objects.insert(new)
+
+    async def hide_donated(self, region: Region) -> None:
+        """The donor's PROT_NONE memory is copied: out of reach with it."""
+        for item in list(region.objects):
+            if not item.accessible:
+                await self.hide(region, item)
+
+    async def munmap(
+        self, region: Region, offset: int, length: int, by: Sharer | None = None
+    ) -> None:
+        """Make a hole; returns when nobody has the memory any more."""
+        self.check(region, offset, length)
+        # Most of it now: a file that takes its time holds up nobody's calls.
+        await self._write_back(region, offset, offset + length)
+        async with region.change:
+            _check_objects(region, _splits(region, offset, offset + length))
+            with _leaving(region, offset, offset + length):
+                await self._write_back(region, offset, offset + length)
+                _alive(region)
+                with _to_the_end():
+                    removed = self._put(region, offset, length, None, by)
+                    barrier("munmap")
+                    await self._finish_removal(region, offset, length, removed)
+
+    async def _write_back(self, region: Region, start: int, end: int) -> None:
+        with contextlib.suppress(OSError):  # it has been logged
+            await self._writeback.flush(region, start, end)
+
+    async def mprotect(
+        self, region: Region, offset: int, length: int, prot: int, by: Sharer | None = None
+    ) -> None:
+        """Change the protection; up to the first hole, then ENOMEM, as mprotect(2) does."""
+        self.check(region, offset, length)
+        if prot & ~_PROTECTIONS:
+            raise Refused(errno.EINVAL, "unknown protection bits")
+        async with region.change:
+            at = offset
+            for item in region.objects.within(offset, length):
+                if item.offset != at:
+                    break
+                new = replace(item, prot=prot)
+                self._check_prot(new, errno.EACCES)
+                if prot != item.prot:
+                    whole = region.objects.find(item.offset)
+                    assert whole is not None
+                    _check_objects(region, (whole.offset < item.offset) + (item.end < whole.end))
+                if new.written_back and new.writable and item.file and not item.file.may_write:
+                    raise Refused(errno.EACCES, "the file was not opened O_RDWR")
+                done = by if item.end == offset + length else None
+                await self._protect(region, item, prot, done)
+                at = item.end
+            if at != offset + length:
+                raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+    async def _protect(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
+        if item.prot == prot:
+            return
+        if prot == syscalls.PROT_NONE and item.written_back:
+            with _leaving(region, item.offset, item.end):
+                await self._write_back(region, item.offset, item.end)
+        _alive(region)
+        with _to_the_end():
+            await self._apply(region, item, prot, by)
+
+    async def _apply(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
+        new = replace(item, prot=prot)
+        if new.guarded:
+            self._prepare_to_protect(region, new)
+        region.objects.protect(item.offset, item.length, prot)
+        try:
+            save_objects(self._journal, region, by=by)
+        except Refused:
+            region.objects.protect(item.offset, item.length, item.prot)
+            raise
+        barrier("mprotect")
+        if not new.accessible:
+            await self._pages.clear_poison(region, new.offset, new.length)
+            _alive(region)
+            try:
+                await self.hide(region, new)
+            except Refused:
+                region.objects.protect(item.offset, item.length, item.prot)
+                save_objects(self._journal, region)
+                if not item.guarded:
+                    await protection.unprotect(region, item.offset, item.end)
+                raise
+        elif new.guarded:
+            await protection.protect_present(region, new.offset, new.end)
+        else:
+            await protection.unprotect(region, new.offset, new.end)
+        if new.accessible and not item.accessible:
+            _alive(region)
+            await self._pages.clear_poison(region, new.offset, new.length)
+
+    def _prepare_to_protect(self, region: Region, new: Object) -> None:
+        assert region.backing is not None
+        if new.accessible:
+            protection.arm(region, new.offset, new.end)
+        elif not self._capabilities.write_protect and (
+            region.backing.next_data(new.offset) < new.end
+        ):
+            raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
+
+    async def hide(self, region: Region, item: Object) -> None:
+        """PROT_NONE: nobody can reach the pages, and their contents stay."""
+        runs = await protection.present(region, item.offset, item.end)
+        for start, end in runs:
+            protection.arm(region, start, end)
+        await protection.protect_present(region, item.offset, item.end)
+        for start, end in runs:
+            step = max(HUGE_PAGE, region.page)
+            for at in range(start, end, step):
+                _alive(region)
+                assert region.backing is not None
+                try:
+                    region.backing.stash_pages(at, min(at + step, end) - at)
+                except OSError as error:
+                    code = error.errno or errno.ENOMEM
+                    raise Refused(code, "no memory to move it to") from error
+                await trio.lowlevel.checkpoint()
+
+    async def msync(self, region: Region, offset: int, length: int) -> None:
+        """Written data of MAP_SHARED files is in the files when this returns (MS_SYNC)."""
+        self.check(region, offset, length)
+        try:
+            await self._writeback.sync(region, offset, offset + length)
+        except OSError as error:
+            raise Refused(error.errno or errno.EIO, f"msync: {error.strerror}") from error
+        if not region.objects.covers(offset, length):
+            raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+    async def discard(
+        self, region: Region, offset: int, length: int, by: Sharer | None = None
+    ) -> None:
+        """madvise(MADV_DONTNEED): private memory starts fresh at the next touch.
+
+        For shared mappings it changes nothing: their contents stay.
+        """
+        self.check(region, offset, length)
+        async with region.change:
+            if region.backing is None:
+                return
+            private = [item for item in region.objects.within(offset, length) if item.private]
+            # Nobody may write to what the next daemon would discard again.
+            with _leaving(region, offset, offset + length), _to_the_end():
+                save_objects(
+                    self._journal,
+                    region,
+                    by=by,
+                    clearing=[(item.offset, item.length) for item in private],
+                )
+                for item in private:
+                    _alive(region)
+                    self._pages.read_anew(region, item.offset, item.end)
+                    await _discard(region, item.offset, item.length)
+                _alive(region)
+                self._journal.cleared(region.id)
+            if not region.objects.covers(offset, length):
+                raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+
+def _to_the_end() -> trio.CancelScope:
+    """For what has begun to change a region, and must end although its caller is dead.
+
+    Otherwise the map would say one thing and the memory another: a hole with pages in it.
+    Nothing in there waits for a file.
+    """
+    return trio.CancelScope(shield=True)
+
+
+@contextlib.contextmanager
+def _leaving(region: Region, start: int, end: int) -> Iterator[None]:
+    """Whoever faults in [start, end) waits until what is there has been replaced."""
+    region.leaving.add(start, end)
+    try:
+        yield
+    finally:
+        region.leaving = Ranges()
+        if region.held:
+            region.held = False
+            protection.wake(region, start, end)
+
+
+async def _discard(region: Region, offset: int, length: int) -> None:
+    """Free the memory of a range, whether it is in the backing or in the stash."""
+    assert region.backing is not None
+    await region.backing.discard(offset, length)
+    region.account.freed()
+    first = offset - offset % HUGE_PAGE
+    if length // HUGE_PAGE < len(region.collapsed):
+        region.collapsed.difference_update(range(first, offset + length, HUGE_PAGE))
+    else:
+        region.collapsed = {
+            chunk for chunk in region.collapsed if not first <= chunk < offset + length
+        }
+
+
+def _splits(region: Region, start: int, end: int) -> int:
+    """How many objects more there are when [start, end) is taken out: 1 or 0."""
+    found = region.objects.find(start)
+    return int(found is not None and found.offset < start and end < found.end)
+
+
+def _check_objects(region: Region, more: int) -> None:
+    """Raise Refused(ENOMEM) if there may not be that many more objects."""
+    if more and len(region.objects) + more > MOST_OBJECTS:
+        raise Refused(errno.ENOMEM, "too many objects in the region")
+    if more:
+        region.account.check_objects(more)
+
+
+def _alive(region: Region) -> None:
+    if region.backing is None:
+        raise Refused(errno.ENOENT, "the region is gone")
+
+
+def _let_go(region: Region, removed: list[Object]) -> None:
+    """Close the files of which nothing is mapped any more."""
+    for file in {id(item.file): item.file for item in removed if item.file}.values():
+        if not region.objects.uses(file):
+            file.let_go()

@@ -1,0 +1,289 @@
+"""Dirty pages of MAP_SHARED files go back to their files.
+
+A page is dirty from the first write to it until it has been written: write
+protection tells of the first write, in each sharer.  To write it, the page is
+protected again in those who could write, then read, then written: what is written
+to it in between makes it dirty anew, so no write is missed.
+
+Dirty pages are written by msync(), before munmap() and replacement take effect,
+every few seconds, and before the region's memory is freed.  Until a page is in its
+file it stays in the backing, so the daemon's death loses none.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import trio
+
+from msharefsd.barriers import barrier
+from msharefsd.journal.journal import Journal
+from msharefsd.memory.buffers import BUFFER
+from msharefsd.memory.files import MappedFile
+from msharefsd.paging import protection
+from msharefsd.region.region import Region, Sharer
+from msharefsd.telemetry.metrics import Metrics
+from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.pool import Threads
+
+log = logging.getLogger(__name__)
+
+INTERVAL: Final = 5.0
+"""Seconds between the rounds; the kernel's own default (vm.dirty_writeback_centisecs)."""
+LAST_SECONDS: Final = 30.0
+"""How long the daemon's end waits for files that do not answer."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """Dirty pages side by side in one file."""
+
+    file: MappedFile
+    offset: int
+    length: int
+    file_offset: int
+    writers: set[Sharer]
+
+    def extend(self, page: int, size: int, file_offset: int, writers: set[Sharer]) -> bool:
+        """Take in a page of `size` bytes, if it lies behind it and there is room."""
+        behind = (self.offset + self.length, self.file_offset + self.length)
+        if (page, file_offset) != behind or self.length >= BUFFER:
+            return False
+        self.length += size
+        self.writers |= writers
+        return True
+
+
+@dataclass(eq=False, slots=True)
+class _Flush:
+    """A flush that goes on whatever becomes of who asked for it."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    failure: Exception | None = field(
+        default_factory=lambda: OSError(errno.EINTR, "the daemon is stopping")
+    )
+    """What it came to; None once all is written."""
+
+
+class Writeback:
+    """Writes the dirty pages of all regions of one daemon."""
+
+    def __init__(self, threads: Threads, metrics: Metrics, journal: Journal) -> None:
+        self._journal = journal
+        self._threads = threads
+        self._metrics = metrics
+        self._seldom = Seldom()
+        self._released: list[Region] = []
+        self._wanted = trio.Event()
+        self._nursery: trio.Nursery | None = None
+
+    async def flush(self, region: Region, start: int, end: int) -> None:
+        """Write what is dirty in [start, end); returns when it is written.
+
+        Raises OSError, the first that a file gave: what could not be written stays
+        dirty.
+        """
+        failure: OSError | None = None
+        for file in _written_back(region, start, end):
+            try:
+                await self._flush_file(region, file, start, end)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def _flush_file(self, region: Region, file: MappedFile, start: int, end: int) -> None:
+        """Flush what is dirty of one file.
+
+        In a task of its own: whoever asked may be killed while a thread still writes,
+        and nobody may write newer contents before that thread has written the older.
+        """
+        assert self._nursery is not None, "run() is not running"
+        flush = _Flush()
+        self._nursery.start_soon(self._flush_in_turn, region, file, start, end, flush)
+        await flush.done.wait()
+        if flush.failure is not None:
+            raise flush.failure
+
+    async def _flush_in_turn(
+        self, region: Region, file: MappedFile, start: int, end: int, flush: _Flush
+    ) -> None:
+        if not file.in_use:  # unmapped meanwhile: it has been written for that
+            flush.failure = None
+            flush.done.set()
+            return
+        file.hold()
+        try:
+            await self._flush_alone(region, file, start, end)
+            flush.failure = None
+        except Exception as error:  # noqa: BLE001 # it is the caller's
+            flush.failure = error
+        finally:
+            file.let_go()
+            flush.done.set()
+
+    async def _flush_alone(self, region: Region, file: MappedFile, start: int, end: int) -> None:
+        # Also for pages that are not dirty any more, because somebody else is writing
+        # them just now: msync() must not overtake that.
+        async with file.flushing:
+            failure: OSError | None = None
+            # Each run as it is when its turn comes: while one is written other sharers
+            # write to the rest, and objects change.
+            while (run := self._next_run(region, file, start, end)) is not None:
+                start = run.offset + run.length
+                try:
+                    await self._write(region, run)
+                except OSError as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _next_run(self, region: Region, file: MappedFile, start: int, end: int) -> _Run | None:
+        """The first dirty pages of the file in [start, end) that lie side by side."""
+        run: _Run | None = None
+        clean: list[int] = []
+        backing = region.backing
+        if backing is None:
+            return None
+        for page in region.dirty.irange(start, end, inclusive=(True, False)):
+            item = region.objects.find(page)
+            if item is None or not item.written_back or not backing.holds(page):
+                clean.append(page)  # replaced after the fault that we were told of
+                continue
+            if item.file is not file:
+                continue
+            file_offset = item.file_offset + page - item.offset
+            if run is None:
+                run = _Run(file, page, 0, file_offset, set())
+            if not run.extend(page, region.page, file_offset, region.dirty[page]):
+                break
+        for page in clean:
+            del region.dirty[page]
+        if clean:
+            self._journal.clean(region.id, clean)
+        return run
+
+    async def _write(self, region: Region, run: _Run) -> None:
+        backing = region.backing
+        if backing is None:
+            return
+        pages = range(run.offset, run.offset + run.length, region.page)
+        protection.protect(region, run.offset, run.offset + run.length, run.writers)
+        for page in pages:
+            region.dirty.pop(page, None)
+        content = backing.read(run.offset, run.length)
+        barrier("writeback.read")
+        run.file.hold()
+        try:
+            await self._threads.run(run.file.uid, partial(run.file.write, content, run.file_offset))
+        except BaseException as error:
+            for page in pages:
+                region.dirty.setdefault(page, set())
+            if isinstance(error, OSError) and self._seldom.now(region.id):
+                log.error(
+                    "region %s: cannot write back to %s: %s",
+                    region.label(),
+                    os.fsdecode(run.file.path),
+                    error.strerror,
+                )
+            raise
+        finally:
+            run.file.let_go()
+        barrier("writeback.written")
+        # What was written to meanwhile is dirty again.
+        self._journal.clean(region.id, [page for page in pages if page not in region.dirty])
+        self._metrics.written_back.inc(run.length)
+
+    async def sync(self, region: Region, start: int, end: int) -> None:
+        """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""
+        # Held, because somebody may unmap them meanwhile.
+        files = _written_back(region, start, end)
+        for file in files:
+            file.hold()
+        try:
+            await self.flush(region, start, end)
+            for file in files:
+                if file.may_write:
+                    await self._sync_file(file)
+        finally:
+            for file in files:
+                file.let_go()
+
+    async def _sync_file(self, file: MappedFile) -> None:
+        try:
+            await self._threads.run(file.uid, file.sync)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system without fsync
+                raise
+
+    def release(self, region: Region) -> None:
+        """Close the memory of a region that is gone, when all of it is written."""
+        if region.dirty:
+            self._released.append(region)
+            self._wanted.set()
+        else:
+            region.close_memory()
+
+    async def run(self, regions: Callable[[], Iterable[Region]]) -> None:
+        """Write every few seconds, forever.  A file that hangs holds up nothing else."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            while True:
+                with trio.move_on_after(INTERVAL):
+                    await self._wanted.wait()
+                self._wanted = trio.Event()
+                for region in regions():
+                    for file in _written_back(region, 0, region.size) if region.dirty else ():
+                        if not file.flushing.locked():
+                            nursery.start_soon(self._round, region, file)
+                while self._released:
+                    nursery.start_soon(self._last, self._released.pop())
+
+    async def _round(self, region: Region, file: MappedFile) -> None:
+        # Logged where it happened; tried again in the next round.
+        try:
+            await self._flush_file(region, file, 0, region.size)
+        except OSError:
+            self._metrics.writeback_errors.inc()
+
+    async def _everything(self, region: Region) -> None:
+        async with trio.open_nursery() as nursery:
+            for file in _written_back(region, 0, region.size):
+                nursery.start_soon(self._round, region, file)
+
+    async def _last(self, region: Region) -> None:
+        try:
+            await self._everything(region)
+            if region.dirty:
+                log.error(
+                    "region %s is gone with %d bytes that its files did not take",
+                    region.label(),
+                    len(region.dirty) * region.page,
+                )
+        finally:
+            if region.backing is not None:
+                region.close_memory()
+
+    async def finish(self, regions: Iterable[Region]) -> None:
+        """The daemon ends: write everything, as long as the files answer."""
+        with trio.move_on_after(LAST_SECONDS, shield=True):
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for region in [*regions, *self._released]:
+                    if region.dirty:
+                        nursery.start_soon(self._everything, region)
+        for region in self._released:
+            region.close_memory()
+        self._released = []
+
+
+def _written_back(region: Region, start: int, end: int) -> list[MappedFile]:
+    """The files in [start, end) that are mapped MAP_SHARED, each once."""
+    parts = region.objects.within(start, end - start)
+    return list({id(p.file): p.file for p in parts if p.file and p.written_back}.values())

@@ -1,0 +1,1 @@
+"""The model of a region: no descriptor is touched and nothing awaits."""

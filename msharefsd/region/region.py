@@ -1,0 +1,186 @@
+"""Regions, their sharers, and how long each lives.
+
+A region's life:
+
+    FILE --establish--> BUILDING --commit--> LIVE --(name and sharers gone)--> GONE
+     ^                      |
+     +-------abandon--------+
+
+FILE: open(O_CREAT) has made the name, nobody has given it a range.  BUILDING: the
+donor copies its memory; nobody else may attach yet, mshare() is atomic.  LIVE: it
+has a backing and may be attached.  A region lives as long as it has a name or a
+sharer: the end of a process does not take the name away (the patches' customers
+demanded that), and rm does not take the memory from who uses it.
+
+Nothing here awaits: each method runs to its end before anything else does, so no
+task ever sees a region half changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+import trio
+from sortedcontainers import SortedDict
+
+from msharefsd.errors import Refused
+from msharefsd.linux import syscalls
+from msharefsd.memory.backing import Backing
+from msharefsd.region.limits import Account
+from msharefsd.region.objects import ObjectMap
+from msharefsd.region.ranges import Ranges
+
+NAME_MAX: Final = 255
+INFO_FILE: Final = b"mshare_info"
+TASK_SIZE: Final = 1 << 47
+"""The first address that user space cannot have with 4-level page tables."""
+
+
+class State(Enum):
+    """Where in its life a region is."""
+
+    FILE = "no range"
+    BUILDING = "being created"
+    LIVE = "live"
+    GONE = "gone"
+
+
+def check_name(name: bytes) -> None:
+    """Raises Refused for a name that no region can have (design: EPERM, ENAMETOOLONG)."""
+    if len(name) > NAME_MAX:
+        raise Refused(errno.ENAMETOOLONG, f"a region's name has at most {NAME_MAX} bytes")
+    if name.startswith(b".") or name == INFO_FILE:
+        raise Refused(errno.EPERM, "this name is reserved by msharefs: choose another")
+
+
+@dataclass(eq=False, slots=True)
+class Sharer:
+    """A process that has attached a region.  The page server owns `starved`."""
+
+    number: int
+    region: Region
+    pid: int
+    uid: int
+    writable: bool
+    uffd: int
+    """-1 once it has been detached."""
+    ended: Callable[[], bool] = lambda: False
+    """Whether the process is gone, although nobody has detached it yet."""
+    pidfd: int | None = None
+    """Its connection's; None for a process that this pid namespace does not see."""
+    account: Account = field(default_factory=Account)
+    """Its user's."""
+    since: float = field(default_factory=time.time)
+    poisoned: set[int] = field(default_factory=set)
+    """Offsets of pages that raise SIGBUS in this process without asking us."""
+    starved: set[int] = field(default_factory=set)
+    """Those of them that were poisoned for want of memory, to be mended."""
+    ready: bool = False
+    """It has asked for what is protected since it mapped its window."""
+    uffd_number: int = -1
+    """What `uffd` is in the process itself: how the next daemon gets it."""
+    started: int = 0
+    """When the process started (liveness.started): it and its pid name one process."""
+    call: int = 0
+    """The number of its call that is under way; 0 for none that counts."""
+    done: int = 0
+    """The number of its last call that is done and must not be done again."""
+    note: Callable[[], None] = lambda: None
+    """Tell it to ask, once: protection has changed while it was attaching."""
+
+
+@dataclass(eq=False, slots=True)
+class Region:
+    """One region: its file, its range, its memory, its sharers."""
+
+    id: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    account: Account = field(default_factory=Account)
+    """Its owner's."""
+    linked: bool = True
+    state: State = State.FILE
+    start: int = 0
+    size: int = 0
+    read_only: bool = False
+    """Created O_RDONLY: "read only access by everyone"."""
+    objects: ObjectMap = field(default_factory=ObjectMap)
+    backing: Backing | None = None
+    creator: int = 0
+    """The process that made the file, so that it may say so twice."""
+    made_file: bool = False
+    """BUILDING: the donor made the file, which goes if it does not finish."""
+    closed: Callable[[Region], None] = lambda _: None
+    """Told when the memory is closed."""
+    sharers: dict[int, Sharer] = field(default_factory=dict)
+    settled: trio.Event = field(default_factory=trio.Event)
+    """Set when BUILDING ends, one way or the other."""
+    change: trio.Lock = field(default_factory=trio.Lock)
+    """Held while objects change: what mmap_lock is to an mm.  Faults do without."""
+    payers: dict[int, int] = field(default_factory=dict)
+    """Offset of a 2 MiB chunk: number of the sharer that populated of it last."""
+    collapsed: set[int] = field(default_factory=set)
+    """Offsets of chunks that are huge pages."""
+    refused: set[Sharer] = field(default_factory=set)
+    """Sharers that have poisoned pages."""
+    armed: Ranges = field(default_factory=Ranges)
+    """Where windows are registered for write protection."""
+    dirty: SortedDict[int, set[Sharer]] = field(default_factory=SortedDict)
+    """Pages of shared file mappings to be written back, and who may write them
+    without our noticing again."""
+    held: bool = False
+    """Whether somebody waits in what is leaving."""
+    leaving: Ranges = field(default_factory=Ranges)
+    """Ranges that are being replaced: who faults there waits until that is done."""
+
+    @property
+    def page(self) -> int:
+        """The size of its pages: what is mapped, protected and populated as a whole (bytes)."""
+        return self.backing.page if self.backing else syscalls.PAGE
+
+    def allocated(self) -> int:
+        """Bytes of memory that the region holds."""
+        return self.backing.allocated() if self.backing else 0
+
+    def close_memory(self) -> None:
+        """Free the memory and let go of the files."""
+        for file in self.objects.files():
+            file.let_go()
+        self.objects = ObjectMap()
+        self.armed = Ranges()
+        self.dirty.clear()
+        if self.backing is not None:
+            self.backing.release()
+            self.backing = None
+        self.account.freed()
+        if self.state is State.GONE:
+            self.account.regions.discard(self)
+        self.closed(self)
+
+    def label(self) -> str:
+        r"""The name for logs and texts: printable, on one line, and no other name's.
+
+        Other bytes, space and backslash are \ooo.
+        """
+        return "".join(
+            char
+            if char.isprintable() and char not in " \\"
+            else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
+            for char in self.name.decode("utf-8", "surrogateescape")
+        )
+
+
+def writes(oflags: int) -> bool:
+    """Whether open flags ask for write access."""
+    return oflags & os.O_ACCMODE != os.O_RDONLY

@@ -1,0 +1,1 @@
+"""Which rights the daemon keeps, and what it may trust."""

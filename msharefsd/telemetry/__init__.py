@@ -1,0 +1,1 @@
+"""What is counted, and how often a line is logged."""

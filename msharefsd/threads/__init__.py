@@ -1,0 +1,1 @@
+"""Running apart what may take its time: threads of users, and pauses."""
