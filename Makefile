@@ -48,8 +48,8 @@ lint: setup
 	$(BIN)/lint-imports
 
 # What is to hold whatever holds the pages.
-CORPUS := $(addprefix tests/test_,sharing.py mapping.py read_ahead.py oracle.py) \
-	tests/fuzz/test_fuzz_races.py
+CORPUS := $(addprefix tests/,client/test_sharing.py paging/test_mapping.py \
+	paging/test_read_ahead.py oracle/test_oracle.py fuzz/test_fuzz_races.py)
 
 check: setup
 	$(BIN)/pytest $(TESTS)
@@ -66,16 +66,16 @@ fuzz: setup
 
 KILLS ?= 200
 kills: setup
-	MSHARE_KILLS=$(KILLS) $(BIN)/pytest -s tests/test_restart.py -k at_random
+	MSHARE_KILLS=$(KILLS) $(BIN)/pytest -s tests/life/test_restart.py -k at_random
 
 PROGRAMS ?= 100000
 oracle: setup
-	MSHARE_ORACLE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -o faulthandler_timeout=0 tests/test_oracle.py
+	MSHARE_ORACLE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -o faulthandler_timeout=0 tests/oracle/test_oracle.py
 
 HOURS ?= 1
 soak: setup
 	MSHARE_SOAK_SECONDS=$(or $(SECONDS),$(shell expr $(HOURS) '*' 3600)) MSHARE_SOAK_SEED=$(SEED) MSHARE_SOAK_RESTARTS=$(RESTARTS) \
-		$(BIN)/pytest -o faulthandler_timeout=0 tests/test_soak.py
+		$(BIN)/pytest -o faulthandler_timeout=0 tests/scale/test_soak.py
 
 clean:
 	rm -rf $(VENV) build dist benchmarks/results

@@ -37,7 +37,8 @@ from benchmarks import huge_pages as reserved
 
 BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
-CLIENT_SOURCE = TESTS / "client.c"
+SUPPORT = TESTS / "support"
+CLIENT_SOURCE = SUPPORT / "client.c"
 WATCHDOG_SECONDS = 60.0
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 SUSPICIOUS = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|exception|never awaited", re.IGNORECASE)

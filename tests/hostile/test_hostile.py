@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 from bare import PAGE, Answer, Bare, become
-from conftest import ALIGNMENT, BASE, TESTS, Daemon, clients, eventually
-from test_death import Baseline
+from baseline import Baseline
+from conftest import ALIGNMENT, BASE, SUPPORT, Daemon, clients, eventually
 from world import CREATE, EVIL, KINDS, MALLORY, SIZE, World, attached, uffd_by_device
 from world import world_fixture as _world_fixture  # noqa: F401 - the tests ask for `world`
 
@@ -44,7 +44,7 @@ def strange(directory: Path, *user: int) -> Iterator[tuple[Path, subprocess.Pope
     path = directory / f"strange{len(user)}"
     path.mkdir()
     with subprocess.Popen(
-        [sys.executable, TESTS / "strange.py", path, *map(str, user)],
+        [sys.executable, SUPPORT / "strange.py", path, *map(str, user)],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:

@@ -30,7 +30,7 @@ from conftest import (
     BASE,
     BIN,
     CONNECTIONS,
-    TESTS,
+    SUPPORT,
     Client,
     Daemon,
     eventually,
@@ -885,7 +885,7 @@ def preloaded_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/preloaded.c, compiled without libmshare."""
     program = tmp_path_factory.mktemp("cli") / "preloaded"
     flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["cc", *flags, "-o", program, TESTS / "preloaded.c"], check=True)
+    subprocess.run(["cc", *flags, "-o", program, SUPPORT / "preloaded.c"], check=True)
     return program
 
 

@@ -24,7 +24,7 @@ import pytest
 from conftest import (
     ALIGNMENT,
     BASE,
-    TESTS,
+    SUPPORT,
     Client,
     Daemon,
     clients,
@@ -801,7 +801,12 @@ def test_an_inode_number_is_one_regions_for_good(make_daemon: Callable[..., Daem
 def witness_program() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mshare-test-") as name:
         yield compile_c(
-            TESTS / "witness.c", Path(name) / "witness", "-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra"
+            SUPPORT / "witness.c",
+            Path(name) / "witness",
+            "-O2",
+            "-D_GNU_SOURCE",
+            "-Wall",
+            "-Wextra",
         )
 
 

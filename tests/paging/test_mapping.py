@@ -20,7 +20,7 @@ from conftest import (
     BASE,
     CONNECTIONS,
     PAGE,
-    TESTS,
+    SUPPORT,
     Client,
     Daemon,
     clients,
@@ -566,7 +566,7 @@ def strange(directory: Path) -> Iterator[Path]:
     path = directory / "strange"
     path.mkdir()
     with subprocess.Popen(
-        [sys.executable, TESTS / "strange.py", path], stdout=subprocess.PIPE, text=True
+        [sys.executable, SUPPORT / "strange.py", path], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

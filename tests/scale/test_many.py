@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BASE, TESTS, Daemon, clients, compile_c, eventually
+from conftest import BASE, SUPPORT, Daemon, clients, compile_c, eventually
 
 MiB = 1 << 20
 SIZE = 256 * MiB
@@ -31,7 +31,7 @@ def crowd_program() -> Iterator[Path]:
     """tests/crowd.c, compiled."""
     with tempfile.TemporaryDirectory(prefix="mshare-test-") as name:
         flags = ("-Wall", "-Wextra", "-Werror")
-        yield compile_c(TESTS / "crowd.c", Path(name) / "crowd", *flags)
+        yield compile_c(SUPPORT / "crowd.c", Path(name) / "crowd", *flags)
 
 
 class Crowd:

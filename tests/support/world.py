@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 from bare import PAGE, Bare, Child, in_child
+from baseline import Baseline
 from conftest import ALIGNMENT, BASE, Client, Daemon
-from test_death import Baseline
 
 from msharefsd.linux import syscalls, uffd
 from msharefsd.linux.uffd import Mode

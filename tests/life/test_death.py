@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, TESTS, Client, Daemon, clients, eventually
+from baseline import Baseline
+from conftest import ALIGNMENT, BASE, SUPPORT, Client, Daemon, clients, eventually
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -32,37 +33,6 @@ def donate(client: Client, name: str = "r") -> None:
 
 
 CHURN_SECONDS = int(os.environ.get("MSHARE_CHURN_SECONDS", "10"))
-
-
-class Baseline:
-    """What the daemon holds when nobody is there."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self.daemon = daemon
-        self.regions = set(os.listdir(daemon.mount))
-        self.held = self._held()
-        for _ in range(100):
-            # What is foreign is closed by a thread, in its own time.
-            time.sleep(0.05)
-            before, self.held = self.held, self._held()
-            if before == self.held:
-                break
-
-    def _held(self) -> tuple[float, ...]:
-        daemon = self.daemon
-        return (
-            daemon.metric("sharers"),
-            daemon.metric("tasks"),
-            daemon.descriptors(),
-            len(daemon.shm_objects()),
-        )
-
-    def back(self) -> bool:
-        return self._held() == self.held
-
-    def check(self) -> None:
-        eventually(self.back, f"back to {self.held}, now {self._held()}")
-        assert set(os.listdir(self.daemon.mount)) == self.regions
 
 
 # -- sharers --
@@ -93,7 +63,7 @@ def test_a_sharer_that_is_killed_leaves_no_reference(
     baseline = Baseline(daemon)
     stopped = step in ("faulted", "detaching")
     with subprocess.Popen(
-        [sys.executable, TESTS / "parked.py", daemon.mount, str(BASE), str(SIZE), step],
+        [sys.executable, SUPPORT / "parked.py", daemon.mount, str(BASE), str(SIZE), step],
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         text=True,
@@ -183,7 +153,7 @@ def test_a_donor_killed_while_it_donates_frees_the_name(spawn: Spawn, daemon: Da
     """Those who wait for the region to be made get on."""
     baseline = Baseline(daemon)
     with subprocess.Popen(
-        [sys.executable, TESTS / "parked.py", daemon.mount, str(BASE), str(SIZE), "donating"],
+        [sys.executable, SUPPORT / "parked.py", daemon.mount, str(BASE), str(SIZE), "donating"],
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         text=True,

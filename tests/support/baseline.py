@@ -1,0 +1,39 @@
+"""That nothing stays behind of who is gone."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from conftest import Daemon, eventually
+
+
+class Baseline:
+    """What the daemon holds when nobody is there."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.regions = set(os.listdir(daemon.mount))
+        self.held = self._held()
+        for _ in range(100):
+            # What is foreign is closed by a thread, in its own time.
+            time.sleep(0.05)
+            before, self.held = self.held, self._held()
+            if before == self.held:
+                break
+
+    def _held(self) -> tuple[float, ...]:
+        daemon = self.daemon
+        return (
+            daemon.metric("sharers"),
+            daemon.metric("tasks"),
+            daemon.descriptors(),
+            len(daemon.shm_objects()),
+        )
+
+    def back(self) -> bool:
+        return self._held() == self.held
+
+    def check(self) -> None:
+        eventually(self.back, f"back to {self.held}, now {self._held()}")
+        assert set(os.listdir(self.daemon.mount)) == self.regions
