@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from msharefsd.daemon import _backing_prefix
 from msharefsd.linux import mounts
-from msharefsd.memory.shm import remove_leftovers
+from msharefsd.memory import names, shm
 from msharefsd.mount import mounting
 
 START_SECONDS = 20.0
@@ -70,7 +69,8 @@ def running(directory: Path, alignment: int, *arguments: str) -> Iterator[Servic
         huge = str(run / "huge")
         if mounts.top_mount(huge) is not None:
             mounting.unmount(huge)
-        remove_leftovers(_backing_prefix(run))
+        for left in names.left_behind(run):
+            shm.unlink_shm(left)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log_file: Path) -> None:

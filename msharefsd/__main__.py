@@ -12,10 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-import trio
-
-from msharefsd import config, daemon
+from msharefsd import config
 from msharefsd.errors import StartError
+from msharefsd.front import front
 from msharefsd.linux.features import UnsupportedError
 from msharefsd.mount.mounting import MountError
 
@@ -58,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         "--run-directory", metavar="DIR", help="for the lock and the like (in /run/msharefs)"
     )
     parser.add_argument(
-        "--fd-store",
-        choices=["auto", "systemd", "keeper"],
-        help="who keeps mapped files when the daemon dies (auto)",
+        "--userfaultfd",
+        metavar="WHO",
+        help="who may be handed /dev/userfaultfd: all, none, group:NAME; auto: nobody, unless "
+        "vm.unprivileged_userfaultfd is 1 (auto)",
     )
+    parser.add_argument("--connect-group", metavar="GROUP", help="who may connect (everybody)")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
     parser.add_argument(
         "--without",
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir("/")  # never keep a file system busy, least of all our own
     code = 0
     try:
-        trio.run(daemon.run, settings, strict_exception_groups=True)
+        front.run(settings)
     except* (UnsupportedError, MountError, StartError) as group:
         for failure in group.exceptions:
             logging.getLogger("msharefsd").error("%s", failure)

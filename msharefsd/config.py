@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import os
 import pwd
 import re
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -18,6 +21,7 @@ UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST_ALIGNMENT: Final = 2 << 20
 LARGEST_ALIGNMENT: Final = 1 << 46
 LARGEST_SIZE: Final = 1 << 63
+_UNPRIVILEGED: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 class ConfigError(Exception):
@@ -94,7 +98,11 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     collapse: bool = True
     collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 5.0
     run_directory: str = ""
-    fd_store: Literal["auto", "systemd", "keeper"] = "auto"
+    userfaultfd: str = "auto"
+    """Who may be handed /dev/userfaultfd: "all", "none", "group:NAME"; "auto" is what
+    vm.unprivileged_userfaultfd says of ordinary users."""
+    connect_group: str = ""
+    """Who may connect to .control: a group, or everybody."""
     limits: LimitSettings = LimitSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     without: Annotated[frozenset[str], msgspec.Meta(description="features not to use")] = (
@@ -126,6 +134,21 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             raise ConfigError(f"no huge pages of {self.huge_page}: this kernel has {known}")
         return value
 
+    @property
+    def control_group(self) -> int | None:
+        """The group that may connect; None for everybody.  Raises ConfigError."""
+        return _group(self.connect_group) if self.connect_group else None
+
+    def may_have_device(self, groups: Collection[int]) -> bool:
+        """Whether a user in those groups may be handed /dev/userfaultfd."""
+        kind, _, name = self.userfaultfd.partition(":")
+        if kind == "group":
+            return _group(name) in groups
+        if kind == "auto":
+            with contextlib.suppress(OSError, ValueError):
+                return int(_UNPRIVILEGED.read_text()) == 1
+        return kind == "all"
+
     def resolved(self) -> Config:
         """With the defaults that depend on who runs the daemon; and checked."""
         root = os.geteuid() == 0
@@ -144,12 +167,25 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             run = f"{'/run' if root else runtime}/msharefs/{name}"
         config = msgspec.structs.replace(self, mountpoint=mountpoint, run_directory=run)
         _ = config.alignment_bytes, config.region_memory_bytes, config.huge_page_bytes
+        _ = config.control_group
+        kind, _, name = config.userfaultfd.partition(":")
+        if kind == "group":
+            _group(name)
+        elif name or kind not in ("auto", "all", "none"):
+            raise ConfigError('userfaultfd is "auto", "all", "none" or "group:NAME"')
         unknown = config.without - {field.name for field in fields(Capabilities)}
         if unknown:
             raise ConfigError(f"no such feature: {', '.join(sorted(unknown))}")
         _ = config.limits.users()
         config.limits.check()
         return config
+
+
+def _group(name: str) -> int:
+    try:
+        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(f"no such group: {name!r}") from None
 
 
 def parse_size(text: str) -> int:

@@ -26,8 +26,8 @@ from pathlib import Path
 import pytest
 
 from libmshare import core
-from msharefsd.linux import mounts, syscalls
-from msharefsd.memory import hugetlb
+from msharefsd.linux import mounts, processes, syscalls
+from msharefsd.memory import hugetlb, names
 from msharefsd.mount import mounting
 
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
@@ -143,6 +143,18 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) 
         time.sleep(0.005)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process can still do anything."""
+    return processes.state(pid) not in ("", "Z", "X")
+
+
+def command_line(pid: int) -> bytes:
+    """What it was started with; empty if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 class Daemon:
     """A msharefsd of a test's own."""
 
@@ -164,6 +176,7 @@ class Daemon:
             f"--run-directory={self.run}",
             "--log-level=info",
             f"--backing={BACKING}",
+            "--userfaultfd=all",
             *self.arguments,
         ]
 
@@ -224,17 +237,45 @@ class Daemon:
         assert self.shm_objects() == []
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL, all of it but the keepers."""
         assert self.process is not None
-        self.process.kill()
+        everyone = self.processes()
+        for pid in everyone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
+        eventually(lambda: not any(map(alive, everyone)), "the end of all")
+
+    def processes(self) -> list[int]:
+        """The front, what it started, and the pagers, wherever they hang."""
+        found = [] if self.process is None else [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                found += [int(each) for each in children]
+        found += [pid for pid in self.pagers().values() if pid not in found]
+        keepers = [pid for pid in found if b"keeper.py" in command_line(pid)]
+        helpers = [pid for pid in found if command_line(pid).startswith(b"cat\0")]
+        return [pid for pid in found if pid not in keepers + helpers]
+
+    def pagers(self) -> dict[int, int]:
+        """Each user's, by its lock."""
+        found = {}
+        for file in self.run.glob("users/*/lock"):
+            with contextlib.suppress(OSError, ValueError):
+                pid, started = map(int, file.read_text().split())
+                if processes.started(pid) == started:
+                    found[int(file.parent.name)] = pid
+        return found
+
+    def pager(self, uid: int = 0) -> int:
+        """The process that has a user's memory."""
+        return self.pagers()[uid]
 
     def shm_objects(self) -> list[str]:
         """What regions have in /dev/shm: their memory, or what stashes it."""
-        from msharefsd.daemon import _backing_prefix
-
-        prefix = _backing_prefix(self.run).lstrip("/")
+        prefix = names.prefix(self.run).lstrip("/")
         return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
 
     def backings(self) -> list[Path]:
@@ -245,14 +286,15 @@ class Daemon:
         return list(huge.iterdir()) if huge.exists() else []
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """Of all its processes."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
 
     def has_open(self, file: Path) -> bool:
-        directory = Path(f"/proc/{self.pid}/fd")
-        for fd in directory.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                if fd.readlink() == file:
-                    return True
+        for pid in self.processes():
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    if fd.readlink() == file:
+                        return True
         return False
 
     def metric(self, name: str) -> float:
@@ -304,8 +346,10 @@ class Daemon:
         """Whatever happened."""
         self.abort()
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
+        for pid in self.processes():  # of a front that is gone
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         while mounting.is_mounted(str(self.mount)):
             mounting.unmount(str(self.mount))
         while (huge := mounts.top_mount(str(self.run / "huge"))) is not None:
@@ -343,8 +387,9 @@ def make_daemon(directory: Path, request: pytest.FixtureRequest) -> Iterator[Cal
         for each in daemons:
             with contextlib.suppress(OSError):
                 each.abort()
-            if each.process is not None:
-                each.process.kill()
+            for pid in each.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     watchdog = threading.Timer(seconds, bark)
     watchdog.start()

@@ -16,7 +16,7 @@ from typing import Final
 from msharefsd.errors import Refused
 
 MAGIC: Final = 0x4D534852
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_OBJECTS: Final = 1024
 
 REQUEST: Final = struct.Struct("=IHHQQIIIIII")

@@ -13,9 +13,6 @@ class SavedRegion(NamedTuple):
     mode: int
     uid: int
     gid: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
     linked: int
     state: str
     start: int
@@ -23,8 +20,9 @@ class SavedRegion(NamedTuple):
     read_only: int
     creator: int
     made_file: int
-    backing_kind: str | None
+    kind: str
     backing_name: str | None
+    stash_name: str | None
 
 
 class SavedFile(NamedTuple):
@@ -62,3 +60,24 @@ class SavedSharer(NamedTuple):
     userfaultfd: int
     since: float
     done: int
+
+
+class SavedName(NamedTuple):
+    """A row of `names`."""
+
+    id: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    linked: int
+    creator: int
+    home: int
+    start: int
+    size: int
+    major: int
+    minor: int
+    inode: int

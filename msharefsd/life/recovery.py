@@ -34,22 +34,24 @@ from msharefsd.control.orphans import Orphans
 from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedRegion, SavedSharer
+from msharefsd.link.messages import NameRecord
 from msharefsd.linux import processes, syscalls, uffd
+from msharefsd.memory import names as memory_names
 from msharefsd.memory.backing import Backing
 from msharefsd.memory.files import MappedFile
 from msharefsd.memory.kept import Files
+from msharefsd.memory.names import MemoryNames
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.server import PageServer
 from msharefsd.region.objects import Object
-from msharefsd.region.record import region_row
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
 
 log = logging.getLogger(__name__)
 
-OpenBacking = Callable[[int, int, int, str], Backing]
-"""(region id, start, size in bytes, kind): its backing; raises OSError."""
+OpenBacking = Callable[[MemoryNames, int, int, str], Backing]
+"""(names, start, size in bytes, kind): its backing; raises OSError."""
 
 _GONE: Final = frozenset({errno.ESRCH, errno.EBADF, errno.ENOENT})
 
@@ -62,15 +64,23 @@ def adopt_regions(
     regions: Regions,
     files: Files,
     kept: dict[int, int],
+    names: Iterable[NameRecord],
     open_backing: OpenBacking,
 ) -> None:
-    """Everything but the sharers.  `kept`: descriptors of files by their keys."""
+    """Everything but the sharers.
+
+    `kept`: descriptors of files by their keys; `names`: what the front knows of names, and
+    is right about.
+    """
+    known = {record.id: record for record in names}
     by_key = {row.key: files.restore(row, kept.pop(row.key, -1)) for row in journal.files()}
     for key, fd in kept.items():
         files.drop(key, fd)  # its mmap() was not done
     unused = dict(by_key)
     for row in journal.regions():
         region = _adopt_region(journal, row, open_backing)
+        if region is None:
+            continue
         if region.backing is not None:
             for item in _objects(journal, region, by_key):
                 region.objects.insert(item)
@@ -78,21 +88,24 @@ def adopt_regions(
             region.objects.changed.clear()
             _finish_memory(journal, region)
         regions.adopt(region)
+        if row.id in known:
+            regions.learn(known[row.id])
     for file in unused.values():
         file.let_go()
     barrier("recovery.regions")
 
 
-def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking) -> Region:
+def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking) -> Region | None:
+    """A region with its memory; None if it has none any more, or none that can be had now.
+
+    What cannot be opened is left as it is: it may be had another time.
+    """
     region = Region(
         row.id,
         row.name,
         row.mode,
         row.uid,
         row.gid,
-        row.atime_ns,
-        row.mtime_ns,
-        row.ctime_ns,
         linked=bool(row.linked),
         state=State[row.state],
         start=row.start,
@@ -100,28 +113,35 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         read_only=bool(row.read_only),
         creator=row.creator,
         made_file=bool(row.made_file),
+        kind=row.kind,
     )
     if region.state is not State.BUILDING:
         region.settled.set()
-    if row.backing_name is None or row.backing_kind is None:
-        return region
+    if row.backing_name is None or row.stash_name is None:
+        return None
+    region.memory = MemoryNames(row.backing_name, row.stash_name)
     try:
-        region.backing = open_backing(row.id, row.start, row.size, row.backing_kind)
-    except OSError as error:
-        # A region that was being freed has none.
-        if region.linked:
+        region.backing = open_backing(region.memory, row.start, row.size, row.kind)
+    except FileNotFoundError as error:
+        # A region that was being freed has none, nor one that was not made yet.
+        if region.linked and region.state is State.LIVE:
             log.error(
                 "region %s: its memory %s is gone (%s): only its name is left",
                 region.label(),
                 row.backing_name,
                 error.strerror,
             )
-        region.start = region.size = 0
-        region.state = State.FILE
-        region.settled.set()
-        with journal.transaction():
-            journal.empty_region(region.id)
-            journal.save_region(region_row(region))
+        memory_names.remove(region.memory)
+        journal.forget_region(row.id)
+        return None
+    except OSError as error:
+        log.error(
+            "region %s: its memory %s cannot be had (%s): it is left as it is, for a pager to come",
+            region.label(),
+            row.backing_name,
+            error.strerror,
+        )
+        return None
     return region
 
 
@@ -202,7 +222,8 @@ def _reach_all(journal: Journal, regions: Regions) -> list[tuple[Sharer, int]]:
     # The newest first: a number in a process is the last one's that had it.
     for row in reversed(journal.sharers()):
         region = regions.with_id(row.region)
-        assert region is not None, "a sharer's row goes with its region's"
+        if region is None:
+            continue  # its memory cannot be had now
         sharer = _sharer(row, region)
         try:
             if region.backing is None:

@@ -13,7 +13,7 @@ import subprocess
 
 import trio
 
-from msharefsd.region.region import INFO_FILE
+from msharefsd.mount.names import INFO_FILE
 
 
 class SelfCheck:

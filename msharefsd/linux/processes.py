@@ -65,6 +65,13 @@ def started(pid: int) -> int:
     return int(fields[19]) if len(fields) > 19 else 0
 
 
+def state(pid: int, thread: int | None = None) -> str:
+    """The state of a process's first thread, or another one: one letter; "" if it is gone."""
+    name = "stat" if thread is None else f"task/{thread}/stat"
+    fields = read_proc(pid, name).rpartition(")")[2].split()
+    return fields[0] if fields else ""
+
+
 def process_of(thread: int) -> int:
     """The process that a thread is of; 0 if it is gone."""
     for line in read_proc(thread, "status").splitlines():

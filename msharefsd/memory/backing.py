@@ -20,6 +20,7 @@ from msharefsd.barriers import barrier
 from msharefsd.linux import syscalls
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.host import HostMapping
+from msharefsd.memory.names import MemoryNames
 from msharefsd.memory.shm import ShmObject
 from msharefsd.memory.sparse import AT_ONCE, SparseFile, data_of, punch_fd
 from msharefsd.threads.disposal import Disposal
@@ -38,13 +39,14 @@ class Backing(SparseFile):
     """And for a fault at a random place."""
 
     def __init__(
-        self, name: str, size: int, fd: int, disposal: Disposal, *, adopt: bool = False
+        self, names: MemoryNames, size: int, fd: int, disposal: Disposal, *, adopt: bool = False
     ) -> None:
         """`fd` is taken over; `disposal` is who closes what takes its time to close.
 
         With `adopt` the backing is another daemon's, and may have a stash.
         """
-        super().__init__(name, size, fd)
+        super().__init__(names.backing, size, fd)
+        self._stash_name = names.stash
         self._disposal = disposal
         self._host: HostMapping | None = None
         self._stash: ShmObject | None = None
@@ -54,7 +56,7 @@ class Backing(SparseFile):
         self._readable = self._open(os.O_RDONLY)
         if adopt:
             with contextlib.suppress(FileNotFoundError):
-                self._stash = ShmObject(self.stash_name, size, adopt=True)
+                self._stash = ShmObject(self._stash_name, size, adopt=True)
 
     @abc.abstractmethod
     def _open(self, access: int) -> int:
@@ -63,11 +65,6 @@ class Backing(SparseFile):
     @abc.abstractmethod
     def _map_host(self) -> HostMapping:
         """Map all of it.  Raises OSError."""
-
-    @property
-    @abc.abstractmethod
-    def stash_name(self) -> str:
-        """The name of the stash, which is POSIX shared memory."""
 
     def shared_slot(self, offset: int) -> tuple[int, int] | None:  # noqa: ARG002 - not here
         """The range around `offset` that has one page table in all writers and the host.
@@ -145,7 +142,7 @@ class Backing(SparseFile):
         Raises OSError: ENOSPC, ENOMEM.
         """
         if self._stash is None:
-            self._stash = ShmObject(self.stash_name, self.size)
+            self._stash = ShmObject(self._stash_name, self.size)
         for start, end in self.data(offset, length):
             at = start
             while at < end:

@@ -39,8 +39,7 @@ import ctypes
 import errno
 import logging
 import os
-import re
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +50,7 @@ from msharefsd.linux import hugepages, mounts, syscalls
 from msharefsd.linux.uffd import Feature
 from msharefsd.memory.backing import Backing
 from msharefsd.memory.host import HostMapping
+from msharefsd.memory.names import MemoryNames
 from msharefsd.memory.sparse import open_left
 from msharefsd.threads.disposal import Disposal
 
@@ -132,17 +132,6 @@ class Pool:
                 f"{self.command(needed)}",
             )
 
-    def remove_leftovers(self, used: Container[int]) -> list[str]:
-        """Remove what a daemon that died has left of no region's; returns the names.
-
-        `used`: the numbers of backings that are in use.
-        """
-        names = [name for name in os.listdir(self.directory) if re.fullmatch(r"\d+", name)]
-        names = [name for name in names if int(name) not in used]
-        for name in names:
-            (self.directory / name).unlink()
-        return names
-
     def shares(self) -> bool:
         """Whether this kernel shares page tables of such pages; tried, not derived.
 
@@ -220,17 +209,16 @@ class HugetlbBacking(Backing):
     def __init__(
         self,
         pool: Pool,
-        number: int,
+        names: MemoryNames,
         start: int,
         size: int,
-        stash: str,
         disposal: Disposal,
         *,
         adopt: bool = False,
     ) -> None:
         """Create it, without a page, for a region at `start`; or adopt it.
 
-        `number` becomes its name, `stash` is its stash's.
+        Its name lies in the pool's directory.
 
         Raises Refused: EINVAL for a size that is not whole pages; ENOMEM when the
         pool has no page to give, or for want of address space; EMFILE and the like.
@@ -244,11 +232,10 @@ class HugetlbBacking(Backing):
         self.largest_chunk = max(LARGEST_CHUNK, pool.page)
         self.pool = pool
         self._start = start
-        self._stash_name = stash
         self._vector = (ctypes.c_ubyte * (_SCANNED // syscalls.PAGE))()
-        path = str(pool.directory / str(number))
+        path = names.backing
         if adopt:
-            super().__init__(path, size, open_left(path, size), disposal, adopt=True)
+            super().__init__(names, size, open_left(path, size), disposal, adopt=True)
             self._map_all()
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -256,7 +243,7 @@ class HugetlbBacking(Backing):
             fd = os.open(path, flags, 0o600)
             try:
                 os.ftruncate(fd, size)
-                super().__init__(path, size, fd, disposal)
+                super().__init__(names, size, fd, disposal)
                 _ = self.host
             except BaseException:
                 os.close(fd)
@@ -272,11 +259,6 @@ class HugetlbBacking(Backing):
 
     def _unlink(self) -> None:
         os.unlink(self.name)
-
-    @property
-    def stash_name(self) -> str:
-        """The name of the stash."""
-        return self._stash_name
 
     def _map_host(self) -> HostMapping:
         # At the windows' place within a slot, or nothing is shared.

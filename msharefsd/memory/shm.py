@@ -6,8 +6,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
-from collections.abc import Container
 from typing import Final
 
 import posix_ipc
@@ -18,7 +16,6 @@ from msharefsd.memory.sparse import SparseFile, open_left
 log = logging.getLogger(__name__)
 
 SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - where shm_open(3) has its objects
-_MOST_SQUATTERS: Final = 100
 
 
 def pool_bytes() -> int:
@@ -27,23 +24,9 @@ def pool_bytes() -> int:
     return memory.f_blocks * memory.f_frsize
 
 
-def _create(name: str, size: int) -> posix_ipc.SharedMemory:
-    """A new object.  Anybody may make files in /dev/shm, under our names too: away with them."""
-    path = SHM_DIRECTORY + name
-    for _ in range(_MOST_SQUATTERS):
-        try:
-            return posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
-        except posix_ipc.ExistentialError:
-            if os.lstat(path).st_uid == os.geteuid():
-                raise
-            log.warning("%s was somebody else's: removed", path)
-            os.unlink(path)
-    return posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
-
-
 def _create_shm(name: str, size: int) -> int:
     try:
-        memory = _create(name, size)
+        memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
     except (OSError, posix_ipc.Error, ValueError) as error:
         code = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
         raise Refused(code, f"cannot create shared memory {name}: {error}") from error
@@ -78,21 +61,3 @@ class ShmObject(SparseFile):
 
     def _unlink(self) -> None:
         unlink_shm(self.name)
-
-
-def stash_name(name: str) -> str:
-    """The name of the stash of a backing that has its name in /dev/shm."""
-    return f"{name}-stash"
-
-
-def remove_leftovers(prefix: str, used: Container[int] = ()) -> list[str]:
-    """Unlink shared memory of a daemon that died and no region's; returns the names.
-
-    `used`: the numbers of backings that are in use.
-    """
-    pattern = re.compile(re.escape(prefix.lstrip("/")) + r"(\d+)(-stash)?\Z")
-    matches = [pattern.match(name) for name in os.listdir(SHM_DIRECTORY)]
-    names = [match[0] for match in matches if match and int(match[1]) not in used]
-    for name in names:
-        posix_ipc.unlink_shared_memory("/" + name)
-    return names

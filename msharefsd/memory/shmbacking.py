@@ -7,7 +7,8 @@ import os
 from msharefsd.linux.uffd import Feature
 from msharefsd.memory.backing import Backing
 from msharefsd.memory.host import HostMapping
-from msharefsd.memory.shm import SHM_DIRECTORY, open_or_create, stash_name, unlink_shm
+from msharefsd.memory.names import MemoryNames
+from msharefsd.memory.shm import SHM_DIRECTORY, open_or_create, unlink_shm
 from msharefsd.threads.disposal import Disposal
 
 
@@ -17,9 +18,12 @@ class ShmBacking(Backing):
     kind = "shm"
     charges_sharer = True
 
-    def __init__(self, name: str, size: int, disposal: Disposal, *, adopt: bool = False) -> None:
+    def __init__(
+        self, names: MemoryNames, size: int, disposal: Disposal, *, adopt: bool = False
+    ) -> None:
         """Create it, without a page, or adopt it.  Raises as ShmObject does."""
-        super().__init__(name, size, open_or_create(name, size, adopt=adopt), disposal, adopt=adopt)
+        fd = open_or_create(names.backing, size, adopt=adopt)
+        super().__init__(names, size, fd, disposal, adopt=adopt)
 
     def _open(self, access: int) -> int:
         return os.open(SHM_DIRECTORY + self.name, access | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -29,8 +33,3 @@ class ShmBacking(Backing):
 
     def _unlink(self) -> None:
         unlink_shm(self.name)
-
-    @property
-    def stash_name(self) -> str:
-        """The name of the stash."""
-        return stash_name(self.name)

@@ -9,8 +9,9 @@ Attributes and names have no lifetime in its caches: regions come and go by
 messages that the kernel does not see.  The exceptions are what never changes, so
 that connecting to .control asks us nothing.
 
-Handlers never await anything but trio's checkpoints: they are short, and pyfuse3's
-workers are never all busy.  The exception is `pagetables`, which a few may wait for.
+Handlers wait for nothing but their user's turn and, with a deadline, a pager's answer
+(asking.py), of which each user may wait for so many at one time: so pyfuse3's workers are
+never all busy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import stat
 import struct
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -48,12 +49,10 @@ from msharefsd.barriers import barrier
 from msharefsd.errors import Refused
 from msharefsd.linux import processes
 from msharefsd.memory.shm import SHM_DIRECTORY
-from msharefsd.mount import texts
-from msharefsd.paging.pagetables import PageTables
-from msharefsd.region.region import INFO_FILE, NAME_MAX, Region
-from msharefsd.region.registry import Regions
-from msharefsd.telemetry.metrics import Metrics
-from msharefsd.threads.breath import Breath
+from msharefsd.mount.asking import Asking, Text
+from msharefsd.mount.names import INFO_FILE, NAME_MAX, Name, Names
+from msharefsd.region.region import INODES
+from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +77,14 @@ FIXED: Final = {
 }
 
 # A region's inodes follow from its id: its file, its directory, the files there.
-_INODES_PER_REGION: Final = 8
 _FILE, _DIRECTORY = 0, 1
-_TEXTS: Final[dict[bytes, tuple[int, Callable[[Region], str | Iterator[str]]]]] = {
-    b"info": (2, texts.info),
-    b"maps": (3, texts.maps),
-    b"sharers": (4, texts.sharers),
+_TEXTS: Final[dict[bytes, tuple[int, Text]]] = {
+    b"info": (2, "info"),
+    b"maps": (3, "maps"),
+    b"sharers": (4, "sharers"),
+    b"pagetables": (5, "pagetables"),
 }
-_RENDER: Final = dict(_TEXTS.values())
-_PAGETABLES: Final = (b"pagetables", 5)
-"""The one text that takes time; see pagetables.py."""
-_NAMES: Final = {
-    **{name: kind for name, (kind, _) in _TEXTS.items()},
-    _PAGETABLES[0]: _PAGETABLES[1],
-}
+_KINDS: Final = dict(_TEXTS.values())
 
 MOST_HELD: Final = 64 << 20
 """How much text a user's open files and directories may hold, in bytes."""
@@ -100,9 +93,9 @@ _ENTRY_BYTES: Final = 128
 """What an open handle and an entry of a listing take besides."""
 
 
-def region_inode(region: Region, kind: int = _FILE) -> int:
+def region_inode(region: Name, kind: int = _FILE) -> int:
     """The inode number of one of a region's files; never used twice in a mount."""
-    return region.id * _INODES_PER_REGION + kind
+    return region.id * INODES + kind
 
 
 def _is_own_thread(pid: int) -> bool:
@@ -111,7 +104,7 @@ def _is_own_thread(pid: int) -> bool:
 
 
 def _split_inode(inode: int) -> tuple[int, int]:
-    return divmod(inode, _INODES_PER_REGION)
+    return divmod(inode, INODES)
 
 
 def _asks(fields: SetattrFields) -> bool:
@@ -147,18 +140,6 @@ def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
     return guarded
 
 
-async def _written(text: str | Iterator[str]) -> bytes:
-    """A text as bytes.  A long one lets others go first now and then."""
-    if isinstance(text, str):
-        return os.fsencode(text)
-    breath = Breath()
-    lines = []
-    for line in text:
-        lines.append(os.fsencode(line))
-        await breath.take()
-    return b"".join(lines)
-
-
 class _GuardedOperations(pyfuse3.Operations):
     def __init_subclass__(cls) -> None:
         """Guard every handler of the class, whoever adds one."""
@@ -171,16 +152,20 @@ class _GuardedOperations(pyfuse3.Operations):
 class FileSystem(_GuardedOperations):
     """The tree of design section 4."""
 
-    def __init__(self, regions: Regions, metrics: Metrics) -> None:
+    def __init__(
+        self, names: Names, asking: Asking, turns: Turns, control_group: int | None = None
+    ) -> None:
+        """`control_group`: who may connect, if not everybody."""
         super().__init__()
-        self._regions = regions
-        self._metrics = metrics
-        self._page_tables = PageTables()
+        self._names = names
+        self._asking = asking
+        self._turns = turns
+        self._control_group = control_group
         self._born = time.time_ns()
         self._control: tuple[int, int, int] | None = None
         """Mode, uid and gid of .control once it is bound."""
         self._lookups: dict[int, int] = {}
-        self._files: dict[int, Region] = {}
+        self._files: dict[int, Name] = {}
         """Regions whose file the kernel knows, alive or not."""
         self._contents: dict[int, bytes] = {}
         """What an open handle of a text file reads: one moment, however it is cut."""
@@ -193,13 +178,8 @@ class FileSystem(_GuardedOperations):
 
     # -- finding things --
 
-    def region_of_inode(self, inode: int) -> Region | None:
-        """The region whose file has that inode number, if it lives or has a name."""
-        number, kind = _split_inode(inode)
-        return self._regions.with_id(number) if kind == _FILE else None
-
-    def _region(self, inode: int) -> Region:
-        region = self._files.get(inode) or self._regions.with_id(_split_inode(inode)[0])
+    def _region(self, inode: int) -> Name:
+        region = self._files.get(inode) or self._names.with_id(_split_inode(inode)[0])
         if region is None:
             # The name may be another region's by now: have the kernel look again.
             raise FUSEError(errno.ESTALE)
@@ -212,15 +192,15 @@ class FileSystem(_GuardedOperations):
         if parent == ROOT:
             if name in FIXED and (name != CONTROL_NAME or self._control is not None):
                 return FIXED[name]
-            region = self._regions.find(name)
+            region = self._names.find(name)
             if region is not None:
                 return region_inode(region)
         elif parent == REGIONS_INODE:
-            region = self._regions.find(name)
+            region = self._names.find(name)
             if region is not None:
                 return region_inode(region, _DIRECTORY)
-        elif _split_inode(parent)[1] == _DIRECTORY and name in _NAMES:
-            return region_inode(self._region(parent), _NAMES[name])
+        elif _split_inode(parent)[1] == _DIRECTORY and name in _TEXTS:
+            return region_inode(self._region(parent), _TEXTS[name][0])
         raise FUSEError(errno.ENOENT)
 
     # -- attributes --
@@ -242,7 +222,7 @@ class FileSystem(_GuardedOperations):
             entry.entry_timeout = entry.attr_timeout = FOREVER
         elif inode == REGIONS_INODE:
             entry.st_mode = ModeT(stat.S_IFDIR | 0o555)
-            entry.st_nlink = 2 + sum(1 for _ in self._regions)
+            entry.st_nlink = 2 + len(self._names)
         elif inode == INFO_INODE:
             entry.st_mode = ModeT(stat.S_IFREG | 0o444)
             entry.st_size = len(self._info())
@@ -259,7 +239,7 @@ class FileSystem(_GuardedOperations):
         return entry
 
     @staticmethod
-    def _region_attributes(entry: EntryAttributes, region: Region, kind: int) -> None:
+    def _region_attributes(entry: EntryAttributes, region: Name, kind: int) -> None:
         entry.st_uid, entry.st_gid = region.uid, region.gid
         entry.st_atime_ns = region.atime_ns
         entry.st_mtime_ns = region.mtime_ns
@@ -278,7 +258,7 @@ class FileSystem(_GuardedOperations):
             entry.st_mode = ModeT(stat.S_IFREG | readable)
 
     def _info(self) -> bytes:
-        return b"%d\n" % self._regions.alignment
+        return b"%d\n" % self._names.alignment
 
     def _entry(self, inode: int) -> EntryAttributes:
         """Attributes for a reply that raises the kernel's lookup count."""
@@ -293,11 +273,14 @@ class FileSystem(_GuardedOperations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        if name == b".":
-            return self._entry(parent_inode)
-        if name == b"..":
-            return self._entry(ROOT)
-        return self._entry(self._resolve(parent_inode, name))
+        async with self._turns.turn(ctx.uid):
+            if name == b".":
+                return self._entry(parent_inode)
+            if name == b"..":
+                return self._entry(ROOT)
+            inode = self._resolve(parent_inode, name)
+        await self._look_at(inode, ctx.uid)
+        return self._entry(inode)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
@@ -314,21 +297,22 @@ class FileSystem(_GuardedOperations):
         if parent_inode != ROOT:
             raise FUSEError(errno.EPERM)
         creator = processes.process_of(ctx.pid)
-        region = self._regions.create(name, mode, ctx.uid, ctx.gid, creator=creator)
+        async with self._turns.turn(ctx.uid):
+            region = self._names.create(name, mode, ctx.uid, ctx.gid, creator=creator)
         barrier("create")
         try:
             return self._open_region(region, ctx.uid), self._entry(region_inode(region))
         except FUSEError:
-            self._regions.unlink(region)
+            self._names.unlink(region)
             raise
 
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         inode = self._resolve(parent_inode, name)
         number, kind = _split_inode(inode)
-        region = self._regions.with_id(number)
+        region = self._names.with_id(number)
         if parent_inode != ROOT or region is None or kind != _FILE:
             raise FUSEError(errno.EPERM)
-        self._regions.unlink(region)
+        self._names.unlink(region)
         barrier("unlink")
 
     async def mknod(
@@ -342,8 +326,10 @@ class FileSystem(_GuardedOperations):
             and _is_own_thread(ctx.pid)
             and self._control is None
         ):
-            # Everyone may connect; what they may do is judged call by call.
-            self._control = (stat.S_IFSOCK | 0o666, ctx.uid, ctx.gid)
+            # Who may connect; what they may do is judged call by call.
+            group = self._control_group
+            mode, gid = (0o666, ctx.gid) if group is None else (0o660, group)
+            self._control = (stat.S_IFSOCK | mode, ctx.uid, gid)
             return self._entry(CONTROL_INODE)
         raise FUSEError(errno.EPERM)
 
@@ -386,7 +372,16 @@ class FileSystem(_GuardedOperations):
     # -- handlers: attributes --
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes(inode)
+        await self._look_at(inode, ctx.uid)
+        async with self._turns.turn(ctx.uid):
+            return self._attributes(inode)
+
+    async def _look_at(self, inode: int, uid: int) -> None:
+        """Have how much memory a region holds asked for, if that is what its file shows."""
+        number, kind = _split_inode(inode)
+        region = self._names.with_id(number) if kind == _FILE else None
+        if region is not None and region.size:
+            await self._asking.sizes(uid, [region])
 
     async def setattr(
         self,
@@ -415,9 +410,7 @@ class FileSystem(_GuardedOperations):
             changes["atime_ns"] = _storable(attr.st_atime_ns)
         if fields.update_mtime:
             changes["mtime_ns"] = _storable(attr.st_mtime_ns)
-        self._regions.change(region, **changes)
-        if fields.update_uid:
-            self._regions.give(region, attr.st_uid)
+        self._names.change(region, **changes)
         return self._attributes(inode)
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
@@ -442,7 +435,7 @@ class FileSystem(_GuardedOperations):
         data.f_blocks = memory.f_blocks
         data.f_bfree = memory.f_bfree
         data.f_bavail = memory.f_bavail
-        data.f_files = sum(1 for _ in self._regions)
+        data.f_files = len(self._names)
         data.f_ffree = data.f_favail = memory.f_ffree
         data.f_namemax = NAME_MAX
         return data
@@ -473,14 +466,14 @@ class FileSystem(_GuardedOperations):
         # its size is 0; and no page of it stays in the kernel's cache.
         return FileInfo(fh=FileHandleT(number), direct_io=True, keep_cache=False)
 
-    def _open_region(self, region: Region, uid: int) -> FileInfo:
+    def _open_region(self, region: Name, uid: int) -> FileInfo:
         return self._handle(INFO_STRUCT.pack(region.start, region.size), uid)
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         if inode == INFO_INODE:
             content = self._info()
         elif inode == METRICS_INODE:
-            content = self._metrics.render()
+            content = await self._asking.metrics(ctx.uid)
         else:
             region = self._region(inode)
             kind = _split_inode(inode)[1]
@@ -492,10 +485,7 @@ class FileSystem(_GuardedOperations):
                 return self._open_region(region, ctx.uid)
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise FUSEError(errno.EACCES)
-            if kind == _PAGETABLES[1]:
-                content = os.fsencode(await self._page_tables.text(region))
-            else:
-                content = await _written(_RENDER[kind](region))
+            content = await self._asking.text(ctx.uid, region, _KINDS[kind])
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EACCES)
         return self._handle(content, ctx.uid)
@@ -522,7 +512,10 @@ class FileSystem(_GuardedOperations):
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         # Offsets in a listing are places in this list, taken when it was opened, so
         # they stay true however names come and go meanwhile.
-        names = self._list(inode)
+        async with self._turns.turn(ctx.uid):
+            names = self._list(inode)
+        if inode == ROOT:
+            await self._asking.sizes(ctx.uid, [each for each in self._names if each.size])
         number = self._new_handle(ctx.uid, len(names) * _ENTRY_BYTES)
         self._listings[number] = names
         return FileHandleT(number)
@@ -534,12 +527,12 @@ class FileSystem(_GuardedOperations):
                 for name, number in FIXED.items()
                 if name != CONTROL_NAME or self._control is not None
             ]
-            names += [(region.name, region_inode(region)) for region in self._regions]
+            names += [(region.name, region_inode(region)) for region in self._names]
         elif inode == REGIONS_INODE:
-            names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._regions]
+            names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._names]
         else:
             region = self._region(inode)
-            names = [(name, region_inode(region, kind)) for name, kind in _NAMES.items()]
+            names = [(name, region_inode(region, kind)) for name, (kind, _) in _TEXTS.items()]
         return [(place, name, number) for place, (name, number) in enumerate(names, start=1)]
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:

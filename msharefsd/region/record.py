@@ -19,9 +19,6 @@ def region_row(region: Region) -> SavedRegion:
         region.mode,
         region.uid,
         region.gid,
-        region.atime_ns,
-        region.mtime_ns,
-        region.ctime_ns,
         region.linked,
         region.state.name,
         region.start,
@@ -29,8 +26,9 @@ def region_row(region: Region) -> SavedRegion:
         region.read_only,
         region.creator,
         region.made_file,
-        region.backing.kind if region.backing else None,
-        region.backing.name if region.backing else None,
+        region.kind,
+        region.memory.backing if region.memory else None,
+        region.memory.stash if region.memory else None,
     )
 
 

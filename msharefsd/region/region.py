@@ -6,7 +6,7 @@ A region's life:
      ^                      |
      +-------abandon--------+
 
-FILE: open(O_CREAT) has made the name, nobody has given it a range.  BUILDING: the
+FILE: open(O_CREAT) has made the name (mount/names.py), nobody has given it a range.  BUILDING: the
 donor copies its memory; nobody else may attach yet, mshare() is atomic.  LIVE: it
 has a backing and may be attached.  A region lives as long as it has a name or a
 sharer: the end of a process does not take the name away (the patches' customers
@@ -18,7 +18,6 @@ task ever sees a region half changed.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable
@@ -29,15 +28,17 @@ from typing import Final
 import trio
 from sortedcontainers import SortedDict
 
-from msharefsd.errors import Refused
+from msharefsd.link.messages import Extent, NameRecord
 from msharefsd.linux import syscalls
 from msharefsd.memory.backing import Backing
+from msharefsd.memory.names import MemoryNames
 from msharefsd.region.limits import Account
 from msharefsd.region.objects import ObjectMap
 from msharefsd.region.ranges import Ranges
+from msharefsd.telemetry.labels import label
 
-NAME_MAX: Final = 255
-INFO_FILE: Final = b"mshare_info"
+INODES: Final = 8
+"""Inode numbers in the mount that each region has, from `id * INODES` on: its file's first."""
 TASK_SIZE: Final = 1 << 47
 """The first address that user space cannot have with 4-level page tables."""
 
@@ -49,14 +50,6 @@ class State(Enum):
     BUILDING = "being created"
     LIVE = "live"
     GONE = "gone"
-
-
-def check_name(name: bytes) -> None:
-    """Raises Refused for a name that no region can have (design: EPERM, ENAMETOOLONG)."""
-    if len(name) > NAME_MAX:
-        raise Refused(errno.ENAMETOOLONG, f"a region's name has at most {NAME_MAX} bytes")
-    if name.startswith(b".") or name == INFO_FILE:
-        raise Refused(errno.EPERM, "this name is reserved by msharefs: choose another")
 
 
 @dataclass(eq=False, slots=True)
@@ -104,9 +97,6 @@ class Region:
     mode: int
     uid: int
     gid: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
     account: Account = field(default_factory=Account)
     """Its owner's."""
     linked: bool = True
@@ -117,8 +107,12 @@ class Region:
     """Created O_RDONLY: "read only access by everyone"."""
     objects: ObjectMap = field(default_factory=ObjectMap)
     backing: Backing | None = None
+    kind: str = ""
+    """Of its backing."""
+    memory: MemoryNames | None = None
+    """What its memory is called, from before it is made until it is gone."""
     creator: int = 0
-    """The process that made the file, so that it may say so twice."""
+    """The process that made the file, so that it and nobody else may say so; 0 for nobody."""
     made_file: bool = False
     """BUILDING: the donor made the file, which goes if it does not finish."""
     closed: Callable[[Region], None] = lambda _: None
@@ -169,16 +163,20 @@ class Region:
         self.closed(self)
 
     def label(self) -> str:
-        r"""The name for logs and texts: printable, on one line, and no other name's.
+        """The name for logs and texts: see telemetry/labels.py."""
+        return label(self.name)
 
-        Other bytes, space and backslash are \ooo.
-        """
-        return "".join(
-            char
-            if char.isprintable() and char not in " \\"
-            else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
-            for char in self.name.decode("utf-8", "surrogateescape")
+    def record(self) -> NameRecord:
+        """What is known of the name."""
+        return NameRecord(
+            self.id, self.name, self.mode, self.uid, self.gid, self.linked, self.creator
         )
+
+    def extent(self) -> Extent:
+        """What the front has to know of its memory."""
+        assert self.backing is not None
+        of = self.backing.identity
+        return Extent(self.id, self.start, self.size, of.major, of.minor, of.inode, self.record())
 
 
 def writes(oflags: int) -> bool:

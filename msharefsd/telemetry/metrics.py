@@ -11,6 +11,9 @@ from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import Collector
 from trio.lowlevel import current_statistics
 
+Sample = tuple[str, dict[str, str], float]
+"""Name, labels and value."""
+
 
 class Counted(Protocol):
     """What is shown of a region."""
@@ -43,9 +46,48 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"msharefs_{name}", text, labels, registry=self._registry)
 
-    def render(self) -> bytes:
-        """OpenMetrics text."""
-        return bytes(generate_latest(self._registry))  # type: ignore[no-untyped-call] # theirs
+    def samples(self) -> list[Sample]:
+        """What is counted here: for the front, which adds up."""
+        return [
+            (sample.name, dict(sample.labels), float(sample.value))
+            for family in self._registry.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        ]
+
+    def render(self, others: Iterable[Sample] = (), more: Iterable[Metric] = ()) -> bytes:
+        """OpenMetrics text of what is counted here and in `others`, and of `more` families."""
+        registry = CollectorRegistry()
+        registry.register(_Sum([*self._registry.collect()], others, more))
+        return bytes(generate_latest(registry))  # type: ignore[no-untyped-call] # theirs
+
+
+class _Sum(Collector):
+    """The same families, counted in several processes."""
+
+    def __init__(
+        self, families: list[Metric], others: Iterable[Sample], more: Iterable[Metric]
+    ) -> None:
+        self._families = families
+        self._more = more
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for name, labels, value in others:
+            key = name, tuple(sorted(labels.items()))
+            self._values[key] = self._values.get(key, 0.0) + value
+
+    def collect(self) -> Iterator[Metric]:
+        left = dict(self._values)
+        for family in self._families:
+            names = {family.name, f"{family.name}_total"}
+            ours = [s for s in family.samples if not s.name.endswith("_created")]
+            whole = Metric(family.name, family.documentation, family.type)
+            for sample in ours:
+                key = sample.name, tuple(sorted(sample.labels.items()))
+                whole.add_sample(sample.name, sample.labels, sample.value + left.pop(key, 0.0))
+            for key in [key for key in left if key[0] in names]:
+                whole.add_sample(key[0], dict(key[1]), left.pop(key))
+            yield whole
+        yield from self._more
 
 
 class _Current(Collector):

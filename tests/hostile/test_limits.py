@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from both import Both
 from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -25,7 +26,6 @@ from msharefsd.region import limits
 from msharefsd.region.limits import Account, Limits
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State
-from msharefsd.region.registry import Regions
 
 PAGE = syscalls.PAGE
 MiB = 1 << 20
@@ -189,7 +189,9 @@ class Accounts(RuleBasedStateMachine):
         super().__init__()
         self.number = 0
         self.limits = Limits(self.MOST)
-        self.regions = Regions(ALIGNMENT, self.make_backing, self.release, self.limits)
+        self.regions = Both(
+            ALIGNMENT, self.make_backing, self.release, self.limits, Limits(self.MOST)
+        )
         self.all: list[Region] = []
         self.sharers: list[Sharer] = []
         self.connections: list[tuple[int, contextlib.ExitStack]] = []
@@ -244,7 +246,7 @@ class Accounts(RuleBasedStateMachine):
     def establish(self, number: int) -> None:
         region = self.all[number % len(self.all)]
         if region.state is State.FILE and region.linked:
-            self.regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False)
+            self.regions.make(region, ALIGNMENT, ALIGNMENT)
 
     @precondition(lambda self: self.all)
     @rule(number=st.integers(0, 9), gives_up=st.booleans(), drop=st.booleans())
@@ -351,7 +353,7 @@ TestAccounts = Accounts.TestCase
 
 def test_an_account_that_has_nothing_is_forgotten() -> None:
     made = Limits(LimitSettings())
-    regions = Regions(ALIGNMENT, lambda *_: None, limits=made)  # type: ignore[arg-type]
+    regions = Both(ALIGNMENT, lambda *_: None, names_limits=made)
     region = regions.create(b"r", 0o600, ALICE, ALICE)
     assert list(made._accounts) == [ALICE]
     regions.unlink(region)

@@ -36,12 +36,12 @@ def test_the_daemon_keeps_the_rights_that_it_names_and_no_others(
     client.ok("mmap", BASE, 4096, 3, mmap.MAP_PRIVATE | 0x10, directory / "file", os.O_RDONLY, 0)
     assert client.do("load", BASE) == str(ord("x"))
     had = syscalls.capabilities()
-    threads = os.listdir(f"/proc/{daemon.pid}/task")
+    threads = os.listdir(f"/proc/{daemon.pager()}/task")
     assert len(threads) > 1
     for thread in threads:
-        of = status(daemon.pid, int(thread))
+        of = status(daemon.pager(), int(thread))
         for kind in ("CapPrm", "CapEff", "CapBnd"):
-            assert int(of[kind], 16) == privileges.MASK & had, kind
+            assert int(of[kind], 16) == privileges.mask(privileges.PAGER) & had, kind
         for kind in ("CapInh", "CapAmb"):
             assert int(of[kind], 16) == 0, kind
         assert of["NoNewPrivs"] == "1"
@@ -49,15 +49,15 @@ def test_the_daemon_keeps_the_rights_that_it_names_and_no_others(
 
 def test_capabilities_are_those_of_the_header() -> None:
     header = Path("/usr/include/linux/capability.h").read_text()
-    for name, number in privileges.NEEDED.items():
+    for name, number in privileges._NUMBERS.items():
         assert re.search(rf"#define {name}\s+{number}\n", header), name
 
 
 def test_rights_are_dropped_only_where_no_thread_keeps_them() -> None:
     program = (
-        "import threading\nfrom msharefsd import privileges\n"
+        "import threading\nfrom msharefsd.security import privileges\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-        "privileges.drop()"
+        "privileges.drop(privileges.FRONT)"
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

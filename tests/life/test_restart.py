@@ -33,7 +33,7 @@ from conftest import (
     huge_pages,
 )
 
-from msharefsd.linux import mounts
+from msharefsd.linux import mounts, processes
 
 SIZE = 4 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -58,7 +58,7 @@ def often(directory: Path) -> str:
 
 def stopped(pid: int) -> bool:
     """Whether a process has stopped itself."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return processes.state(pid) == "T"
 
 
 def launch_parked(daemon: Daemon, barrier: str) -> None:
@@ -67,7 +67,7 @@ def launch_parked(daemon: Daemon, barrier: str) -> None:
 
 def parked(daemon: Daemon) -> None:
     """Wait until the daemon has come to its barrier, and kill it there."""
-    eventually(lambda: stopped(daemon.pid), "the barrier")
+    eventually(lambda: any(map(stopped, daemon.processes())), "the barrier")
     daemon.kill()
 
 

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from both import Both
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from msharefsd.errors import Refused
-from msharefsd.region.region import Region, Sharer, State, check_name
-from msharefsd.region.registry import Regions
+from msharefsd.mount.names import check_name
+from msharefsd.region.region import Region, Sharer, State
 
 ALIGNMENT = 1 << 21
 
@@ -42,25 +43,25 @@ def backings() -> Backings:
 
 
 @pytest.fixture
-def regions(backings: Backings) -> Regions:
-    return Regions(ALIGNMENT, backings.make)
+def regions(backings: Backings) -> Both:
+    return Both(ALIGNMENT, backings.make)
 
 
-def live(regions: Regions, name: bytes = b"r", uid: int = 1000) -> Region:
+def live(regions: Both, name: bytes = b"r", uid: int = 1000) -> Region:
     region = regions.create(name, 0o600, uid, uid)
-    regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False)
+    regions.make(region, ALIGNMENT, ALIGNMENT, read_only=False)
     regions.commit(region)
     return region
 
 
 def attach(
-    regions: Regions, region: Region, uid: int = 1000, ended: Callable[[], bool] = lambda: False
+    regions: Both, region: Region, uid: int = 1000, ended: Callable[[], bool] = lambda: False
 ) -> Sharer:
     return regions.attach(region, 1, uid, -1, writable=True, ended=ended)
 
 
 def test_a_region_lives_as_long_as_it_has_a_name_or_a_sharer(
-    regions: Regions, backings: Backings
+    regions: Both, backings: Backings
 ) -> None:
     region = live(regions)
     sharer = attach(regions, region)
@@ -75,7 +76,7 @@ def test_a_region_lives_as_long_as_it_has_a_name_or_a_sharer(
     assert regions.of_backing(1, 2, region.id) is None
 
 
-def test_the_end_of_the_last_sharer_leaves_the_name(regions: Regions, backings: Backings) -> None:
+def test_the_end_of_the_last_sharer_leaves_the_name(regions: Both, backings: Backings) -> None:
     region = live(regions)
     regions.detach(attach(regions, region))
     assert region.state is State.LIVE
@@ -84,14 +85,14 @@ def test_the_end_of_the_last_sharer_leaves_the_name(regions: Regions, backings: 
 
 @pytest.mark.parametrize(("uid", "goes"), [(0, True), (1000, True), (1001, False)])
 def test_the_last_sharers_unlink_takes_the_name_if_it_may(
-    regions: Regions, uid: int, goes: bool
+    regions: Both, uid: int, goes: bool
 ) -> None:
     region = live(regions)
     regions.detach_and_unlink(attach(regions, region, uid))
     assert (regions.find(b"r") is None) == goes
 
 
-def test_unlink_counts_only_sharers_that_still_run(regions: Regions) -> None:
+def test_unlink_counts_only_sharers_that_still_run(regions: Both) -> None:
     region = live(regions)
     attach(regions, region, ended=lambda: True)
     other = attach(regions, region)
@@ -102,9 +103,9 @@ def test_unlink_counts_only_sharers_that_still_run(regions: Regions) -> None:
 
 
 @pytest.mark.parametrize("drop", [True, False])
-def test_a_donor_that_gives_up(regions: Regions, backings: Backings, drop: bool) -> None:
+def test_a_donor_that_gives_up(regions: Both, backings: Backings, drop: bool) -> None:
     region = regions.create(b"r", 0o600, 0, 0)
-    regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=True, made_file=drop)
+    regions.make(region, ALIGNMENT, ALIGNMENT, read_only=True, made_file=drop)
     assert region.state is State.BUILDING
     settled = region.settled
     regions.abandon(region)
@@ -115,10 +116,10 @@ def test_a_donor_that_gives_up(regions: Regions, backings: Backings, drop: bool)
 
 
 def test_a_name_that_was_removed_while_the_region_was_built(
-    regions: Regions, backings: Backings
+    regions: Both, backings: Backings
 ) -> None:
     region = regions.create(b"r", 0o600, 0, 0)
-    regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=True)
+    regions.make(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=True)
     regions.unlink(region)
     assert backings.open == {region.id}
     regions.abandon(region)
@@ -147,13 +148,13 @@ def test_names_that_no_region_can_have(name: bytes, code: int) -> None:
         (1 << 63, 1 << 63),
     ],
 )
-def test_ranges_that_no_region_can_have(regions: Regions, start: int, size: int) -> None:
+def test_ranges_that_no_region_can_have(regions: Both, start: int, size: int) -> None:
     with pytest.raises(Refused) as caught:
         regions.check_range(start, size)
     assert caught.value.code == errno.EINVAL
 
 
-def test_names_are_one_regions_and_ids_are_never_used_again(regions: Regions) -> None:
+def test_names_are_one_regions_and_ids_are_never_used_again(regions: Both) -> None:
     first = live(regions)
     with pytest.raises(Refused) as caught:
         regions.create(b"r", 0o600, 0, 0)
@@ -164,7 +165,7 @@ def test_names_are_one_regions_and_ids_are_never_used_again(regions: Regions) ->
 
 def test_a_label_is_printable_and_on_one_line() -> None:
     name = b"a b\n\xff\\\xc2\x85\xc3\xa4"
-    region = Regions(ALIGNMENT, Backings().make).create(name, 0o600, 0, 0)
+    region = Both(ALIGNMENT, Backings().make).create(name, 0o600, 0, 0)
     assert region.label() == "a\\040b\\012\\377\\134\\302\\205ä"
 
 
@@ -174,7 +175,7 @@ class Lives(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.backings = Backings()
-        self.regions = Regions(ALIGNMENT, self.backings.make)
+        self.regions = Both(ALIGNMENT, self.backings.make)
         self.all: list[Region] = []
         self.sharers: list[Sharer] = []
 
@@ -191,7 +192,7 @@ class Lives(RuleBasedStateMachine):
     def establish(self, number: int, made: bool) -> None:
         region = self.some(number)
         if region.state is State.FILE and region.linked:
-            self.regions.establish(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=made)
+            self.regions.make(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=made)
 
     @precondition(lambda self: self.all)
     @rule(number=st.integers(0, 9), gives_up=st.booleans())

@@ -14,20 +14,19 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from both import Both
 from conftest import eventually
 
 from msharefsd import config
 from msharefsd.config import ConfigError
-from msharefsd.control.server import Control
 from msharefsd.errors import Refused
 from msharefsd.linux import features, processes, syscalls, uffd
 from msharefsd.linux.uffd import Feature, Mode, Outcome
 from msharefsd.memory import files
 from msharefsd.memory.files import MappedFile, check_mappable
-from msharefsd.mount import texts
 from msharefsd.paging.server import PageServer, Window
+from msharefsd.region import texts
 from msharefsd.region.objects import Object
-from msharefsd.region.registry import Regions
 from msharefsd.telemetry import seldom
 from msharefsd.threads.disposal import Disposal
 
@@ -155,10 +154,10 @@ def test_without_userfaultfd_it_says_what_is_needed(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_texts_of_a_region() -> None:
-    regions = Regions(1 << 21, lambda *_: _backing())
+    regions = Both(1 << 21, lambda *_: _backing())
     region = regions.create(b"a b", 0o640, 1, 2)
     assert "state:    no range" in texts.info(region)
-    regions.establish(region, 1 << 40, 1 << 21, read_only=False)
+    regions.make(region, 1 << 40, 1 << 21, read_only=False)
     region.objects.insert(Object(0, PAGE, 1, True))
     region.objects.insert(Object(PAGE, PAGE, 3, False))
     regions.attach(region, os.getpid(), 7, -1, writable=False)
@@ -292,29 +291,6 @@ def test_pages_come_whole_or_not_at_all() -> None:
     syscalls.munmap(start, 8 * PAGE)
     for each in (fd, memory):
         os.close(each)
-
-
-async def test_no_descriptor_even_for_who_is_turned_away(
-    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
-) -> None:
-    def none_left(*_: object) -> int:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    control = Control.__new__(Control)
-    control._spare = None
-    listener: Any = SimpleNamespace(accept=None)  # not even asked
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", none_left)
-        await control._turn_away(listener, errno.EMFILE)
-    assert control._spare is None
-
-    async def accept() -> None:
-        none_left()
-
-    listener.accept = accept
-    await control._turn_away(listener, errno.EMFILE)
-    assert control._spare is not None
-    os.close(control._spare)
 
 
 @pytest.mark.parametrize("nowait", [True, False])

@@ -14,27 +14,40 @@ import pyfuse3
 import pytest
 from pyfuse3 import FUSEError, RequestContext
 
+from msharefsd.mount.asking import Asking
 from msharefsd.mount.filesystem import FIXED, FileSystem, region_inode
-from msharefsd.region.registry import Regions
-from msharefsd.telemetry.metrics import Metrics
+from msharefsd.mount.names import Names
+from msharefsd.threads.fairness import Turns
 
 ROOT = int(pyfuse3.ROOT_INODE)
 CONTEXT: Any = SimpleNamespace(pid=1, uid=1000, gid=1000, umask=0)
 
 
-def no_backing(number: int, start: int, size: int, kind: str) -> Any:
-    raise AssertionError("no range is given here")
+@pytest.fixture
+def regions() -> Names:
+    names = Names(1 << 21)
+    # As when no pager has memory for them.
+    names.changed = lambda name: None if name.linked else names.gone(name.id)
+    return names
 
 
 @pytest.fixture
-def regions() -> Regions:
-    return Regions(1 << 21, no_backing)
-
-
-@pytest.fixture
-def files(regions: Regions) -> Any:
+def files(regions: Names) -> Any:
     """Any: the tests pass plain numbers where pyfuse3 has types of its own."""
-    return FileSystem(regions, Metrics(regions.alive))
+    return FileSystem(regions, Asking(NoPagers()), Turns())
+
+
+class NoPagers:
+    """Nobody to ask."""
+
+    async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
+        return None
+
+    async def sizes(self, home: int, numbers: list[int], seconds: float) -> list[int] | None:
+        return None
+
+    async def metrics(self) -> bytes:
+        return b""
 
 
 BOUND = set(FIXED) - {b".control"}
@@ -79,7 +92,7 @@ async def test_a_refusal_is_its_errno_and_no_traceback(
     assert caplog.text == ""
 
 
-async def test_a_region_file_from_creation_to_removal(files: Any, regions: Regions) -> None:
+async def test_a_region_file_from_creation_to_removal(files: Any, regions: Names) -> None:
     handle, entry = await files.create(ROOT, b"r", stat.S_IFREG | 0o640, os.O_RDWR, CONTEXT)
     assert (entry.st_mode, entry.st_uid, entry.st_size) == (stat.S_IFREG | 0o640, 1000, 16)
     assert await files.read(handle.fh, 0, 100) == bytes(16)
@@ -118,7 +131,7 @@ async def test_what_is_not_allowed_is_eperm(
 
 
 async def test_a_listing_is_of_one_moment(
-    files: Any, regions: Regions, monkeypatch: pytest.MonkeyPatch
+    files: Any, regions: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(5):
         regions.create(b"r%d" % number, 0o600, 0, 0)
@@ -150,7 +163,7 @@ async def test_a_listing_is_of_one_moment(
     }
 
 
-async def test_attributes_that_cannot_be_set(files: Any, regions: Regions) -> None:
+async def test_attributes_that_cannot_be_set(files: Any, regions: Names) -> None:
     region = regions.create(b"r", 0o600, 0, 0)
     fields = SimpleNamespace(
         update_size=True, update_mode=False, update_uid=False, update_gid=False,

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from both import Both
 
 from msharefsd.linux import features, syscalls
+from msharefsd.memory import names
 from msharefsd.memory.files import MappedFile
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.memory.sparse import AT_ONCE
@@ -27,7 +29,6 @@ from msharefsd.paging.writeback import Writeback
 from msharefsd.region.limits import Limits
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region
-from msharefsd.region.registry import Regions
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.threads.disposal import Disposal
 from msharefsd.threads.pool import Threads
@@ -69,18 +70,18 @@ async def cut_off(call: Awaitable[None], step: int) -> bool:
 def some_region() -> Iterator[tuple[AddressSpaces, Region, Writeback]]:
     """A region with pages here and there, all of it one object."""
     disposal = Disposal()
-    name = f"/msharefs-test-{os.getpid()}-"
+    memory = names.new(Path(f"/test-{os.getpid()}"))
 
     def make(number: int, start: int, size: int, kind: str) -> ShmBacking:
-        return ShmBacking(f"{name}{number}", size, disposal)
+        return ShmBacking(memory, size, disposal)
 
-    regions = Regions(ALIGNMENT, make)
+    regions = Both(ALIGNMENT, make)
     metrics, threads = Metrics(regions.alive), Threads(Limits().threads)
     found = features.probe(frozenset())
     pages = PageServer(found, metrics, None, threads, regions.journal)
     try:
         region = regions.create(b"r", 0o600, 0, 0)
-        regions.establish(region, ALIGNMENT, SIZE, read_only=False)
+        regions.make(region, ALIGNMENT, SIZE, read_only=False)
         regions.commit(region)
         writeback = Writeback(threads, metrics, regions.journal)
         yield AddressSpaces(found, pages, writeback, regions.journal), region, writeback

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from both import Both
 from conftest import BASE, TESTS, Client, Daemon, clients, eventually, huge_pages
 
 # Behind what is installed, as the benchmarks themselves do.
@@ -29,10 +30,10 @@ sys.path.append(str(TESTS.parent))
 from benchmarks.crowd import Crowd, Touch, compile_crowd, crowd, kib
 from msharefsd.errors import Refused
 from msharefsd.linux.pagemap import Category, Pagemap, TableCounts
+from msharefsd.memory import names
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging import pagetables
 from msharefsd.region.region import Region
-from msharefsd.region.registry import Regions
 from msharefsd.threads.disposal import Disposal
 
 MiB = 1 << 20
@@ -478,10 +479,10 @@ def test_collapse_leaves_16_kib_of_tables_a_gib(
 def region() -> Iterator[Region]:
     """A region of 2 MiB with one sharer: this process."""
     disposal = Disposal()
-    name = f"/mshare-test-{os.getpid()}-own"
-    regions = Regions(2 * MiB, lambda _, __, size, ___: ShmBacking(name, size, disposal))
+    memory = names.new(Path(f"/test-{os.getpid()}-own"))
+    regions = Both(2 * MiB, lambda _, __, size, ___: ShmBacking(memory, size, disposal))
     region = regions.create(b"r", 0o600, 0, 0)
-    regions.establish(region, 2 * MiB, 2 * MiB, read_only=False)
+    regions.make(region, 2 * MiB, 2 * MiB, read_only=False)
     regions.commit(region)
     regions.attach(region, os.getpid(), 0, -1, writable=True)
     yield region

@@ -1,10 +1,14 @@
-"""Where descriptors of mapped files survive the daemon.
+"""Where descriptors of mapped files survive a pager.
 
 A client's file can never be opened again: the daemon knows no path that it may trust,
 and has not the client's rights.  So each mapped file's descriptor is also held by a
-process that does not die with the daemon: systemd, if it keeps descriptors for this
-service (FileDescriptorStoreMax=, sd_notify(3) on FDSTORE=1), else one of our own
-(keeper.py).  A descriptor is handed over before the call that brought it is answered.
+process that does not die with the pager: the user's keeper (keeper.py).  A descriptor is
+handed over before the call that brought it is answered.
+
+Not systemd's store (FDSTORE=1, sd_notify(3)): it has no answer, is full at some point
+without a word, and drops a second descriptor of an open file that it has already, so
+that a program that maps two parts of one file would lose one of them.  A service manager
+has only to leave the keeper alone (KillMode=process).
 """
 
 from __future__ import annotations
@@ -12,151 +16,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
 from msharefsd.errors import StartError
 from msharefsd.life import keeper
-from msharefsd.life.notify import Manager
 
 log = logging.getLogger(__name__)
 
 KEEPER_SOCKET: Final = "keeper"
 ANSWER_SECONDS: Final = 10.0
 AGAIN_SECONDS: Final = 1.0
-BUSY_SECONDS: Final = 0.02
-_FIRST_PASSED: Final = 3  # sd_listen_fds(3)
-_NAME: Final = re.compile(r"msharefs-(\d+)\Z")
-
-
-class FdStore(Protocol):
-    """Holds descriptors by their keys."""
-
-    def take(self) -> dict[int, int]:
-        """What a daemon before us stored, duplicates of it: key to descriptor.
-
-        Called once, first.  Raises StartError.
-        """
-
-    async def put(self, key: int, fd: int) -> None:
-        """Store a duplicate of `fd`; returns when it would survive us.  Raises OSError."""
-
-    def remove(self, key: int) -> None:
-        """Let go of it, soon."""
-
-    async def run(self) -> None:
-        """What has to be done meanwhile; forever."""
-
-    def close(self, *, for_good: bool) -> None:
-        """We end; with `for_good` nobody comes after us."""
-
-
-def open_store(kind: str, directory: Path, manager: Manager) -> FdStore:
-    """The store for a daemon with that run directory.
-
-    `kind`: "systemd", "keeper", or "auto" for what there is.  systemd tells of its store
-    in $FDSTORE since version 254; before, it has to be asked for.  Raises StartError.
-    """
-    here = bool(os.environ.get("NOTIFY_SOCKET"))
-    if kind == "systemd" and not here:
-        raise StartError("--fd-store=systemd, and $NOTIFY_SOCKET is not set: use Type=notify")
-    if kind == "systemd" or (kind == "auto" and here and os.environ.get("FDSTORE", "0") != "0"):
-        return SystemdStore(manager)
-    try:
-        return Keeper(directory)
-    except OSError as error:
-        log.warning(
-            "cannot start the process that keeps descriptors (%s): files that are mapped will not "
-            "survive the daemon",
-            error.strerror,
-        )
-        return NoStore()
-
-
-class NoStore:
-    """Nobody."""
-
-    def take(self) -> dict[int, int]:
-        """Nothing."""
-        return {}
-
-    async def put(self, key: int, fd: int) -> None:
-        """In vain."""
-
-    def remove(self, key: int) -> None:
-        """It was not there."""
-
-    async def run(self) -> None:
-        """Nothing to do."""
-
-    def close(self, *, for_good: bool) -> None:
-        """Nothing to do."""
-
-
-class SystemdStore:
-    """The service manager's."""
-
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
-        self._removed: list[int] = []
-        self._work = trio.Event()
-
-    def take(self) -> dict[int, int]:
-        """As sd_listen_fds_with_names(3)."""
-        count = os.environ.pop("LISTEN_FDS", "0")
-        names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-        if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdigit():
-            return {}
-        found: dict[int, int] = {}
-        for place in range(int(count)):
-            fd = _FIRST_PASSED + place
-            os.set_inheritable(fd, False)
-            match = _NAME.match(names[place]) if place < len(names) else None
-            if match is None or int(match[1]) in found:
-                # Not ours, or stored twice: it must not come back each time.
-                os.close(fd)
-                continue
-            found[int(match[1])] = fd
-        return found
-
-    async def put(self, key: int, fd: int) -> None:
-        """A regular file cannot be polled, so systemd must not try (FDPOLL)."""
-        name = f"FDNAME=msharefs-{key}"
-        while not self._manager.send("FDSTORE=1", name, "FDPOLL=0", fds=[fd]):
-            await trio.sleep(BUSY_SECONDS)
-
-    def remove(self, key: int) -> None:
-        """FDSTOREREMOVE."""
-        self._removed.append(key)
-        self._work.set()
-
-    async def run(self) -> None:
-        """Send what is to be removed."""
-        while True:
-            await self._work.wait()
-            self._work = trio.Event()
-            while self._removed:
-                name = f"FDNAME=msharefs-{self._removed[-1]}"
-                if self._manager.send("FDSTOREREMOVE=1", name):
-                    self._removed.pop()
-                else:
-                    await trio.sleep(BUSY_SECONDS)
-
-    def close(self, *, for_good: bool) -> None:
-        """Nothing: systemd drops its store when a service stops for good."""
 
 
 class Keeper:
     """A process of our own, found by its socket in the run directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Find it or start it.  Raises OSError."""
+        """Find it, if there is one; it is started for the first file."""
         self._path = directory / KEEPER_SOCKET
         self._held: dict[int, int] = {}
         """What it should have: key to a descriptor of ours that stays open meanwhile."""
@@ -164,7 +46,10 @@ class Keeper:
         self._removed: list[int] = []
         self._work = trio.Event()
         self._sending = trio.Lock()
-        self._sock = self._find() or self._start()
+        self._sock = self._find()
+        self._started = trio.Event()
+        if self._sock is not None:
+            self._started.set()
 
     def _find(self) -> socket.socket | None:
         sock = _socket()
@@ -202,6 +87,8 @@ class Keeper:
     def take(self) -> dict[int, int]:
         """What it has; it keeps it."""
         found: dict[int, int] = {}
+        if self._sock is None:
+            return found
         self._sock.settimeout(ANSWER_SECONDS)
         try:
             keeper.send(self._sock, keeper.TAKE)
@@ -223,7 +110,15 @@ class Keeper:
         return found
 
     async def put(self, key: int, fd: int) -> None:
-        """A duplicate goes over; what is sent is there, whatever happens to us."""
+        """A duplicate goes over; what is sent is there, whatever happens to us.
+
+        Raises OSError when there is no keeper to be had.
+        """
+        async with self._sending:
+            if self._sock is None:
+                self._sock = self._start()
+                self._sock.setblocking(False)
+                self._started.set()
         self._held[key] = fd
         try:
             await self._send(keeper.STORE, key, fd)
@@ -233,6 +128,7 @@ class Keeper:
 
     async def _send(self, kind: bytes, key: int, fd: int | None = None) -> None:
         async with self._sending:
+            assert self._sock is not None
             while True:
                 try:
                     keeper.send(self._sock, kind, key, fd)
@@ -259,13 +155,16 @@ class Keeper:
                         await self._send(keeper.REMOVE, self._removed.pop())
 
     async def _watch(self) -> None:
+        await self._started.wait()
         while True:
+            assert self._sock is not None
             await trio.lowlevel.wait_readable(self._sock)  # nothing comes but its end
             log.warning("the process that keeps descriptors has died: starting another")
             await self._replace()
 
     async def _replace(self) -> None:
         async with self._sending:
+            assert self._sock is not None
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
             if self._process is not None:
@@ -284,7 +183,9 @@ class Keeper:
                     await self._send(keeper.STORE, key, self._held[key])
 
     def close(self, *, for_good: bool) -> None:
-        """It stays for the next daemon, or ends."""
+        """It stays for the next pager, or ends."""
+        if self._sock is None:
+            return
         with self._sock:
             if for_good:
                 with contextlib.suppress(OSError):

@@ -9,9 +9,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Final
 
+from msharefsd.link.messages import NameRecord
 from msharefsd.linux import processes, syscalls
 from msharefsd.region.region import Region
+
+_SHARERS_HEAD: Final = "PID      UID      ACCESS     SINCE                COMMAND\n"
+
+
+def without_range(name: NameRecord, kind: str) -> str:
+    """The texts of a name that has no range, which no pager knows."""
+    if kind == "info":
+        return info(Region(name.id, name.name, name.mode, name.uid, name.gid))
+    if kind == "pagetables":
+        return "# The region has no memory yet.\n"
+    return _SHARERS_HEAD if kind == "sharers" else ""
 
 
 def info(region: Region) -> str:
@@ -61,7 +74,7 @@ def maps(region: Region) -> Iterator[str]:
 
 def sharers(region: Region) -> Iterator[str]:
     """`sharers`: one process a line."""
-    yield "PID      UID      ACCESS     SINCE                COMMAND\n"
+    yield _SHARERS_HEAD
     for sharer in list(region.sharers.values()):
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sharer.since))
         access = "read-write" if sharer.writable else "read-only"

@@ -1,0 +1,109 @@
+"""What the connections of one pager share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msharefsd.control.orphans import Orphans
+from msharefsd.control.peer import Peer
+from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.features import Capabilities
+from msharefsd.linux.processes import Deaths
+from msharefsd.memory.kept import Files
+from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.server import PageServer
+from msharefsd.region.region import INODES, Region
+from msharefsd.region.registry import Regions
+from msharefsd.telemetry.metrics import Metrics
+from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.disposal import Disposal
+from msharefsd.threads.pool import Threads
+
+
+class Front(Protocol):
+    """What a connection needs of the front; both return when it is written down there."""
+
+    async def established(self, region: Region) -> None:
+        """A name has its range and memory."""
+
+    async def unlink(self, region: Region) -> None:
+        """Its last sharer wants the name to go."""
+
+
+def _anonymous_device() -> tuple[int, int]:
+    """Of anonymous shared memory and memfds: they lie on the same kernel-internal mount."""
+    probe = os.memfd_create("msharefsd", os.MFD_CLOEXEC)
+    try:
+        identity = syscalls.identify(probe)
+    finally:
+        os.close(probe)
+    return identity.major, identity.minor
+
+
+@dataclass(slots=True)
+class Control:
+    """What the connections of one pager share."""
+
+    front: Front
+    regions: Regions
+    pages: PageServer
+    spaces: AddressSpaces
+    features: Capabilities
+    deaths: Deaths
+    metrics: Metrics
+    mount_device: tuple[int, int]
+    """Of the mount: a descriptor of a file there is a proof."""
+    disposal: Disposal
+    threads: Threads
+    """For looking at files that are about to be mapped."""
+    mapped_files: Files
+    orphans: Orphans
+    default_backing: str
+    may_have_device: Callable[[Peer], bool]
+    """Whether a user may be handed /dev/userfaultfd."""
+    seldom: Seldom = field(default_factory=Seldom)
+    anonymous_device: tuple[int, int] = field(default_factory=_anonymous_device)
+    _device: int | None = None
+
+    def is_ours(self, identity: syscalls.FileIdentity) -> bool:
+        """Whether a file is on our mount, or the backing of a region."""
+        device = (identity.major, identity.minor)
+        return (
+            device == self.mount_device
+            or self.regions.of_backing(*device, identity.inode) is not None
+        )
+
+    def region_of(self, identity: syscalls.FileIdentity) -> Region | None:
+        """The region whose file or backing that is."""
+        device = (identity.major, identity.minor)
+        if device != self.mount_device:
+            return self.regions.of_backing(*device, identity.inode)
+        number, kind = divmod(identity.inode, INODES)
+        return self.regions.with_id(number) if kind == 0 else None
+
+    def close_all(self, fds: list[int], uid: int) -> None:
+        """Close what a client of that user sent.
+
+        Closing a file of our own mount asks nobody: flush() answered ENOSYS to the front's
+        self-check, and the kernel never sends it again; and a region's backing is ours.  A
+        file of another FUSE mount waits for whoever serves that.
+        """
+        for fd in fds:
+            if self.is_ours(syscalls.identify(fd)):
+                os.close(fd)
+            else:
+                self.disposal.close_fd(fd, uid)
+
+    def device(self) -> int:
+        """/dev/userfaultfd, open."""
+        if self._device is None:
+            self._device = os.open(uffd.DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        return self._device
+
+    def close(self) -> None:
+        """Release what is not a connection's."""
+        if self._device is not None:
+            os.close(self._device)

@@ -1,0 +1,123 @@
+"""What a connection has made of its process: a sharer, a donor, or nothing yet."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from msharefsd.control.control import Control
+from msharefsd.control.peer import Peer
+from msharefsd.errors import Refused
+from msharefsd.region.region import Region, Sharer
+from msharefsd.region.registry import is_last
+
+BUILDING_SECONDS: Final = 60.0
+"""How long others wait for a donor that neither calls nor fills memory."""
+
+
+class Sharing:
+    """The state of one connection, and how it ends."""
+
+    def __init__(
+        self, control: Control, peer: Peer, region: Region | None, note: Callable[[], None]
+    ) -> None:
+        """`region`: what the connection's first message proves a right to, if anything."""
+        self.control = control
+        self.peer = peer
+        self.region = region
+        self.nursery: trio.Nursery | None = None
+        self.sharer: Sharer | None = None
+        self.building: Region | None = None
+        self._note = note
+        self._serving = trio.CancelScope()
+        self._calls = 0
+
+    # -- beginning --
+
+    def join(self, sharer: Sharer) -> None:
+        """It is a sharer from now on: serve its faults."""
+        assert self.nursery is not None
+        self.sharer = sharer
+        self._serving = trio.CancelScope()
+        self.nursery.start_soon(self._serve_faults, sharer, self._serving)
+        sharer.note = self._note
+
+    async def _serve_faults(self, sharer: Sharer, scope: trio.CancelScope) -> None:
+        with scope:
+            await self.control.pages.serve(sharer)
+
+    def build(self, region: Region) -> None:
+        """It is a donor from now on: others wait for it, though not for ever."""
+        assert self.nursery is not None
+        self.building = region
+        self.nursery.start_soon(self._watch_building, region)
+
+    def progress(self) -> None:
+        """A call has come."""
+        self._calls += 1
+
+    async def _watch_building(self, region: Region) -> None:
+        """Hang up on a donor that makes no progress.
+
+        Copying takes as long as it takes, and fills memory meanwhile.
+        """
+        before: tuple[int, int] | None = None
+        while self.building is region:
+            now = self._calls, region.allocated()
+            if now == before:
+                assert self.nursery is not None
+                self.nursery.cancel_scope.cancel()
+                return
+            before = now
+            await trio.sleep(BUILDING_SECONDS)
+
+    # -- asking --
+
+    def need_attached(self) -> Sharer:
+        """The sharer that it is.  Raises Refused(ENOTCONN)."""
+        if self.sharer is None:
+            raise Refused(errno.ENOTCONN, "this connection has attached no region")
+        return self.sharer
+
+    def need_sharer(self) -> Sharer:
+        """As need_attached(), and no donor any more."""
+        sharer = self.need_attached()
+        if self.building is not None:
+            raise Refused(errno.EINVAL, "COMMIT or hang up first")
+        return sharer
+
+    # -- ending --
+
+    async def detach_and_unlink(self) -> None:
+        """mshare_unlink() by a sharer: the last one takes the name with it.
+
+        Unless it may not: the root directory is sticky, so only the owner and root
+        remove a name (the check of the kernel's unlink(2), made here because no
+        system call does it for us).
+        """
+        sharer = self.need_attached()
+        region = sharer.region
+        may = sharer.uid in (0, region.uid)
+        if region.linked and may and is_last(sharer) and self.building is None:
+            await self.control.front.unlink(region)
+            self.control.regions.unlinked(region)
+        self.detach()
+
+    def detach(self) -> None:
+        """It is a sharer no more; what it had begun to build is not there."""
+        if self.building is not None:
+            region, self.building = self.building, None
+            self.control.regions.abandon(region)
+        sharer = self.sharer
+        if sharer is None:
+            return
+        self.sharer = None
+        self._serving.cancel()
+        self.control.pages.close(sharer)
+        if sharer.region.creator == self.peer.pid:
+            # It knows: from now on whoever says so is another.
+            self.control.regions.forget_creator(sharer.region)
+        self.control.regions.detach(sharer)

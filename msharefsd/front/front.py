@@ -1,0 +1,259 @@
+"""The front's life: what is set up in which order, and taken down again.
+
+Everything hangs on one exit stack, so whatever fails, all that was set up before it
+is undone: no mount, no shared memory, no graft stays behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import pyfuse3
+import trio
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from msharefsd.config import Config
+from msharefsd.errors import StartError
+from msharefsd.front.pagers import Pager, Pagers
+from msharefsd.front.router import Router
+from msharefsd.front.setting_up import (
+    End,
+    bind_control,
+    huge_pages,
+    locked,
+    mounted,
+    open_root,
+    raise_descriptor_limit,
+)
+from msharefsd.front.starter import Starter
+from msharefsd.journal.names import NamesJournal
+from msharefsd.life.limiting import make_limits
+from msharefsd.life.notify import Manager
+from msharefsd.life.selfcheck import SelfCheck
+from msharefsd.linux import features
+from msharefsd.linux.mounts import Mount, top_mount
+from msharefsd.mount import mounting
+from msharefsd.mount.asking import Asking
+from msharefsd.mount.filesystem import FileSystem
+from msharefsd.mount.names import Names
+from msharefsd.pager.pager import DIRECTORY, Setting
+from msharefsd.pager.pager import main as pager_main
+from msharefsd.security import privileges
+from msharefsd.telemetry.metrics import Metrics
+from msharefsd.threads.fairness import Turns
+
+log = logging.getLogger(__name__)
+
+SELF_CHECK_SECONDS: Final = 30
+ADOPT_SECONDS: Final = 1.5
+"""How long the start waits for pagers to take over what was left."""
+METRICS_SECONDS: Final = 0.5
+LAST_SECONDS: Final = 45.0
+"""How long the end waits for pagers; their files have 30 seconds to answer."""
+MOST_TASKS: Final = 1000
+"""Of file-system requests under way; pyfuse3 has one task for each."""
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT, after which nothing stays, or SIGHUP.
+
+    Raises StartError, MountError or UnsupportedError when it cannot start.
+    """
+    found = features.probe(config.without)
+    for sentence in found.missing():
+        log.warning("%s", sentence)
+    raise_descriptor_limit()
+    directory = Path(config.run_directory)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(directory))
+        # If it does not come so far that there is something to leave.
+        end = End(for_good=not (directory / NamesJournal.file).exists())
+        stack.enter_context(huge_pages(config, found, directory, end))
+        starter = Starter(partial(pager_main, Setting(config, found, directory)))
+        stack.callback(starter.close)
+        journal = NamesJournal(directory)
+        end.for_good = not journal.names()
+        stack.callback(lambda: _clear(directory, journal, end))
+        trio.run(_Front(config, end, journal, starter).serve, stack, strict_exception_groups=True)
+
+
+def _clear(directory: Path, journal: NamesJournal, end: End) -> None:
+    journal.close(remove=end.for_good)
+    if end.for_good:
+        with contextlib.suppress(OSError):
+            (directory / DIRECTORY).rmdir()
+
+
+@dataclass(slots=True)
+class _Front:
+    config: Config
+    end: End
+    journal: NamesJournal
+    starter: Starter
+
+    async def serve(self, stack: contextlib.ExitStack) -> None:
+        config, end = self.config, self.end
+        manager = Manager()
+        metrics = Metrics(lambda: ())
+        limits = make_limits(config, metrics, None)
+        names = Names(config.alignment_bytes, limits, self.journal)
+        turns = Turns()
+        asked = _Asked(metrics)
+        operations = FileSystem(names, Asking(asked), turns, config.control_group)
+        directory = Path(config.run_directory)
+        stack.enter_context(mounted(config, directory / "graft", operations, end))
+        mount = top_mount(config.mountpoint)
+        assert mount is not None, "pyfuse3.init() returned without a mount"
+        privileges.drop(privileges.FRONT)
+        # From here on there may be threads.
+        pagers = asked.pagers = Pagers(self.starter, names, mount.device)
+        router = Router(names, pagers, limits, mount.device)
+        async with trio.open_nursery() as pagers_nursery:
+            await pagers_nursery.start(pagers.run)
+            with contextlib.ExitStack() as serving:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(_stop_on_signal, nursery.cancel_scope, end)
+                    nursery.start_soon(_serve_fuse, nursery.cancel_scope)
+                    nursery.start_soon(turns.run)
+                    nursery.start_soon(_stop_when_unmounted, mount, nursery.cancel_scope, end)
+                    check = await self._check(serving)
+                    await self._adopt(pagers, directory)
+                    with trio.fail_after(SELF_CHECK_SECONDS):
+                        bound = await bind_control(config.mountpoint)
+                    listener = serving.enter_context(trio.socket.from_stdlib_socket(bound))
+                    nursery.start_soon(router.run, listener)
+                    end.for_good = False
+                    log.info(
+                        "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
+                    )
+                    status = partial(_status, config.mountpoint, names, pagers)
+                    nursery.start_soon(manager.run, status, check.answers)
+            manager.stopping()
+            if end.for_good:
+                with trio.CancelScope(shield=True):
+                    await self._remove_all(pagers)
+            pagers_nursery.cancel_scope.cancel()
+        log.info("stopped%s", "" if end.for_good else ", and left everything to the next daemon")
+
+    async def _adopt(self, pagers: Pagers, directory: Path) -> None:
+        """Have pagers take over what was left.  One that cannot keeps nobody else waiting."""
+        homes = {
+            int(name)
+            for name in (os.listdir(directory / DIRECTORY) if self._left(directory) else ())
+            if name.isdecimal()
+        }
+        started = [pagers.start(home) for home in sorted(homes)]
+        with trio.move_on_after(ADOPT_SECONDS):
+            for pager in started:
+                await pager.ready.wait()
+        for pager in started:
+            if pager.failed is not None and pager.failed.for_good:
+                raise StartError(pager.failed.reason)
+            if not pager.ready.is_set():
+                log.warning(
+                    "pager of user %d, process %d, is not ready yet (%s): its regions wait",
+                    pager.uid,
+                    pager.pid,
+                    pager.where(),
+                )
+
+    @staticmethod
+    def _left(directory: Path) -> bool:
+        return (directory / DIRECTORY).is_dir()
+
+    async def _remove_all(self, pagers: Pagers) -> None:
+        left = await pagers.stop(LAST_SECONDS)
+        for pager in left:
+            log.error(
+                "pager of user %d, process %d, does not end (%s): its memory stays",
+                pager.uid,
+                pager.pid,
+                pager.where(),
+            )
+        if left:
+            self.end.for_good = False
+
+    async def _check(self, stack: contextlib.ExitStack) -> SelfCheck:
+        """Use the mount as a client would, once.
+
+        It shows that the kernel's and our side have met.  And it closes a file: flush()
+        answers ENOSYS, and from then on the kernel closes files of this mount without
+        asking.  We rely on that when we close descriptors of it.
+        """
+        mountpoint = self.config.mountpoint
+        with trio.fail_after(SELF_CHECK_SECONDS):
+            root = await trio.to_thread.run_sync(open_root, mountpoint, abandon_on_cancel=True)
+            stack.callback(os.close, root)
+            check = stack.enter_context(contextlib.closing(SelfCheck(root)))
+            if not await check.answers(SELF_CHECK_SECONDS):
+                raise StartError(f"{mountpoint} is mounted and does not answer")
+        return check
+
+
+class _Asked:
+    """Whom the mount asks: the pagers, and the front itself."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.pagers: Pagers
+
+    async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
+        return await self.pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
+
+    async def sizes(self, home: int, numbers: list[int], seconds: float) -> list[int] | None:
+        return await self.pagers.sizes(home, numbers, seconds)
+
+    async def metrics(self) -> bytes:
+        await self.pagers.look(METRICS_SECONDS)
+        return self._metrics.render(self.pagers.samples(), [_silence(self.pagers.all())])
+
+
+def _silence(pagers: list[Pager]) -> Metric:
+    """For how long each pager has not answered: what `mshare doctor` looks at."""
+    family = GaugeMetricFamily(
+        "msharefs_pager_silent_seconds",
+        "how long a pager has not answered, by its user and process",
+        labels=["uid", "pid"],
+    )
+    for pager in pagers:
+        family.add_metric([str(pager.uid), str(pager.pid)], round(pager.silent, 3))
+    return family
+
+
+def _status(mountpoint: str, names: Names, pagers: Pagers) -> str:
+    regions = sum(1 for name in names.all() if name.size)
+    return f"serving {mountpoint}: regions {regions}, sharers {pagers.sharers()}"
+
+
+async def _serve_fuse(scope: trio.CancelScope) -> None:
+    try:
+        await pyfuse3.main(max_tasks=MOST_TASKS)
+    finally:
+        scope.cancel()  # the connection was aborted: nothing is left to serve
+
+
+async def _stop_when_unmounted(mount: Mount, scope: trio.CancelScope, end: End) -> None:
+    await mounting.until_unmounted(mount)
+    log.info("unmounted by somebody else: stopping")
+    end.for_good = True
+    scope.cancel()
+
+
+async def _stop_on_signal(
+    scope: trio.CancelScope,
+    end: End,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            end.for_good = number != signal.SIGHUP
+            scope.cancel()

@@ -1,0 +1,549 @@
+"""The pagers as the front sees them: started, spoken to, given up on.
+
+The front waits for no pager.  What it sends goes when the pager reads; what it asks is
+answered within a deadline or from what was known before; and a pager that hangs in the
+kernel, because of what its user does, keeps that user waiting and nobody else.  When it has
+not answered for SILENT_SECONDS it is killed, so that another can take its place as soon as
+the kernel lets it end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import mmap
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+import trio
+
+from msharefsd.errors import Refused, StartError
+from msharefsd.front.starter import Starter
+from msharefsd.link.channel import Channel, ChannelError, pair
+from msharefsd.link.messages import (
+    MOST_NAMES,
+    Answer,
+    Begin,
+    Changed,
+    Connection,
+    Done,
+    Emptied,
+    Ended,
+    Established,
+    FromPager,
+    Go,
+    Gone,
+    Held,
+    Question,
+    Ready,
+    Stop,
+    Unlink,
+)
+from msharefsd.linux.processes import read_proc
+from msharefsd.mount.asking import Text
+from msharefsd.mount.names import Name, Names
+from msharefsd.telemetry.metrics import Sample
+from msharefsd.telemetry.seldom import Seldom
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS: Final = 10.0
+"""How long a pager without memory and connections stays."""
+SILENT_SECONDS: Final = 30.0
+"""After how long without an answer a pager is killed."""
+LOOK_SECONDS: Final = 2.0
+AGAIN_SECONDS: Final = 0.2
+MOST_TEXT: Final = 256 << 20
+
+MOST_NUMBERS: Final = 4096
+"""Of regions, in one question."""
+
+
+class State(Enum):
+    """Where in its life a pager is."""
+
+    STARTING = "starting"
+    READY = "ready"
+    ENDING = "ending"
+    GONE = "gone"
+
+
+@dataclass(eq=False, slots=True)
+class _Handed:
+    """A connection that waits for its pager, or is served by it."""
+
+    sock: socket.socket | None
+    name: Name | None
+    over: Callable[[], None]
+    refused: Refused | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Asked:
+    """A question that was put."""
+
+    since: float
+    answered: trio.Event = field(default_factory=trio.Event)
+    answer: Answer | None = None
+    text: bytes = b""
+
+
+class Pager:
+    """One pager."""
+
+    def __init__(self, uid: int, names: Names, device: tuple[int, int]) -> None:
+        self.uid = uid
+        self._device = device
+        self.state = State.STARTING
+        self.pid = 0
+        self.pidfd = -1
+        self.ready = trio.Event()
+        self.gone = trio.Event()
+        self.failed: Held | None = None
+        """Why it could not begin."""
+        self.samples: list[Sample] = []
+        """What it had counted when it was asked last."""
+        self.heard = trio.current_time()
+        self.used = trio.current_time()
+        self._names = names
+        self._channel: Channel[FromPager] | None = None
+        self._connections: dict[int, _Handed] = {}
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, _Asked] = {}
+        self._outgoing: deque[Changed | Done] = deque()
+        self._work = trio.Event()
+        self.extents: set[int] = set()
+        """Regions of which it has said that they have memory."""
+
+    # -- life --
+
+    async def run(self, starter: Starter) -> None:
+        """From its start to its end."""
+        try:
+            ours, theirs = pair()
+            with theirs:
+                self._channel = Channel(ours, FromPager)
+                self.pid, self.pidfd = await starter.start(self.uid, theirs)
+            log.debug("pager of user %d: process %d", self.uid, self.pid)
+            await self._begin()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_changes)
+                await self._listen()
+                nursery.cancel_scope.cancel()
+        except (OSError, ChannelError) as error:
+            if self.state is not State.ENDING:
+                log.error("pager of user %d: %s", self.uid, error)
+        finally:
+            self._end()
+
+    async def _begin(self) -> None:
+        assert self._channel is not None
+        names = [name.record() for name in self._names.of_home(self.uid)]
+        for at in range(0, max(len(names), 1), MOST_NAMES):
+            last = at + MOST_NAMES >= len(names)
+            await self._channel.send(Begin(names[at : at + MOST_NAMES], last, self._device))
+
+    def _end(self) -> None:
+        self.state = State.GONE
+        if self._channel is not None:
+            self._channel.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        for handed in self._connections.values():
+            handed.over()
+        self._connections.clear()
+        for asked in self._asked.values():
+            asked.answered.set()
+        self._asked.clear()
+        for name in self._names.of_home(self.uid):
+            if not name.linked and not name.size:
+                self._names.gone(name.id)
+        self.ready.set()
+        self.gone.set()
+
+    def kill(self) -> None:
+        """SIGKILL; whether it ends is the kernel's affair."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def where(self) -> str:
+        """What it does, for people: its state, and where in the kernel it waits."""
+        status = read_proc(self.pid, "stat").rpartition(")")[2].split()
+        wchan = read_proc(self.pid, "wchan")
+        return f"{status[0] if status else '?'} {wchan or '?'}"
+
+    @property
+    def silent(self) -> float:
+        """For how long something that it was asked has not been answered, in seconds."""
+        if not self._asked or self.state is not State.READY:
+            return 0.0
+        return trio.current_time() - max(
+            self.heard, min(asked.since for asked in self._asked.values())
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do and nothing to keep."""
+        return not self._connections and not self.extents and self.state is State.READY
+
+    # -- what it says --
+
+    async def _listen(self) -> None:
+        assert self._channel is not None
+        while (got := await self._channel.receive()) is not None:
+            message, fds = got
+            self.heard = trio.current_time()
+            try:
+                self._heard(message, fds)
+            except Refused as refused:
+                log.error("pager of user %d: %s", self.uid, refused.message)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _heard(self, message: FromPager, fds: list[int]) -> None:
+        match message:
+            case Ready():
+                self._is_ready(message)
+            case Held():
+                self.failed = message
+            case Ended():
+                handed = self._connections.pop(message.number, None)
+                if handed is not None:
+                    handed.over()
+                self.used = trio.current_time()
+            case Established():
+                self._established(message)
+            case Emptied():
+                if self._is_its(message.id):
+                    self.extents.discard(message.id)
+                    self._names.emptied(message.id)
+            case Unlink():
+                self._unlink(message)
+            case Gone():
+                if self._is_its(message.id):
+                    self.extents.discard(message.id)
+                    self._names.gone(message.id)
+                self.used = trio.current_time()
+            case Answer():
+                self._answered(message, fds)
+
+    def _is_its(self, number: int) -> bool:
+        name = self._names.with_id(number)
+        if name is not None and name.home != self.uid:
+            raise ChannelError(f"speaks of a region of user {name.home}")
+        return name is not None
+
+    def _is_ready(self, message: Ready) -> None:
+        for extent in message.extents:
+            if self._names.with_id(extent.id) is None:
+                if self._names.recover(extent, self.uid) is None:
+                    continue
+                log.warning(
+                    "region %d of user %d was in no list of names: it has its name again",
+                    extent.id,
+                    self.uid,
+                )
+            if self._is_its(extent.id):
+                self.extents.add(extent.id)
+                self._names.established(extent)
+        if message.last:
+            for name in self._names.of_home(self.uid):
+                if name.id not in self.extents:
+                    self._names.gone(name.id)
+            self.state = State.READY
+            self.ready.set()
+
+    def _established(self, message: Established) -> None:
+        error = 0
+        if self._is_its(message.extent.id):
+            self.extents.add(message.extent.id)
+            try:
+                self._names.established(message.extent)
+            except Refused as refused:
+                error = refused.code
+        self.tell(Done(message.number, error))
+
+    def _unlink(self, message: Unlink) -> None:
+        error = 0
+        if self._is_its(message.id):
+            name = self._names.with_id(message.id)
+            assert name is not None
+            try:
+                self._names.unlink(name)
+            except Refused as refused:
+                error = refused.code
+        if message.number:
+            self.tell(Done(message.number, error))
+
+    # -- what it is told --
+
+    def tell(self, message: Changed | Done) -> None:
+        """Send it when it can be sent; nobody waits."""
+        if self.state is State.GONE or self._channel is None:
+            return
+        if not self._outgoing:
+            with contextlib.suppress(OSError):
+                if self._channel.send_now(message):
+                    return
+        self._outgoing.append(message)
+        self._work.set()
+
+    async def _send_changes(self) -> None:
+        assert self._channel is not None
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            while self._outgoing:
+                try:
+                    await self._channel.send(self._outgoing[0])
+                except OSError:
+                    return  # it has ended, which _listen() sees
+                self._outgoing.popleft()
+
+    async def serve(self, handed: _Handed) -> bool:
+        """Hand over a connection; False if the pager has ended, and the connection is ours."""
+        assert self._channel is not None and handed.sock is not None
+        number = next(self._numbers)
+        record = None if handed.name is None else handed.name.record()
+        code, reason = 0, ""
+        if handed.refused is not None:
+            code, reason = handed.refused.code, handed.refused.message
+        message = Connection(number, record, code, reason)
+        self._connections[number] = handed
+        try:
+            await self._channel.send(message, [handed.sock.fileno()])
+        except OSError:
+            self._connections.pop(number, None)
+            return False
+        # It has the pager's descriptor, or that of the message: this is not the last close.
+        handed.sock.close()
+        self.used = trio.current_time()
+        with contextlib.suppress(OSError):
+            await self._channel.send(Go(number))
+        return True
+
+    # -- what it is asked --
+
+    async def ask(self, kind: str, ids: list[int], seconds: float) -> tuple[Answer, bytes] | None:
+        """Its answer, and the text that came with it; None if there was none in time."""
+        if self._channel is None or self.state is State.GONE:
+            return None
+        number = next(self._numbers)
+        asked = self._asked[number] = _Asked(trio.current_time())
+        try:
+            with trio.move_on_after(seconds):
+                await self.ready.wait()
+                await self._channel.send(Question(number, kind, ids))  # type: ignore[arg-type] # of ours
+                await asked.answered.wait()
+        except OSError:
+            self._asked.pop(number, None)
+        return None if asked.answer is None else (asked.answer, asked.text)
+
+    def _answered(self, message: Answer, fds: list[int]) -> None:
+        asked = self._asked.pop(message.number, None)
+        if asked is None:
+            return
+        asked.answer = message
+        if fds and 0 < message.size <= MOST_TEXT:
+            with contextlib.suppress(OSError, ValueError):
+                # Made by the pager, sealed, of a size that we know: it cannot be cut.
+                with mmap.mmap(fds[0], message.size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+                    asked.text = memory[:]
+        asked.answered.set()
+
+    async def stop(self) -> None:
+        """Have it remove everything and end."""
+        self.state = State.ENDING
+        if self._channel is not None:
+            with contextlib.suppress(OSError):
+                await self._channel.send(Stop())
+
+
+class Pagers:
+    """All of them, by user."""
+
+    def __init__(self, starter: Starter, names: Names, device: tuple[int, int]) -> None:
+        """`device`: of the mount."""
+        self._device = device
+        self._starter = starter
+        self._names = names
+        self._pagers: dict[int, Pager] = {}
+        self._nursery: trio.Nursery | None = None
+        self._seldom = Seldom()
+        self._stopping = False
+        self.departed: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        """What pagers had counted that have ended."""
+        names.changed = self._changed
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Look after them, forever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            while True:
+                await trio.sleep(LOOK_SECONDS)
+                await self.look(LOOK_SECONDS)
+                for pager in self.all():
+                    self._look_after(pager)
+
+    def _look_after(self, pager: Pager) -> None:
+        assert self._nursery is not None
+        idle = trio.current_time() - pager.used > IDLE_SECONDS
+        if pager.idle and idle:
+            self._nursery.start_soon(pager.stop)
+        elif pager.state is State.READY and pager.silent > SILENT_SECONDS:
+            if self._seldom.now(pager.pid):
+                log.error(
+                    "pager of user %d, process %d, does not answer (%s): killed; its user's regions "
+                    "wait for its end",
+                    pager.uid,
+                    pager.pid,
+                    pager.where(),
+                )
+            pager.kill()
+
+    def all(self) -> list[Pager]:
+        """Those that live."""
+        return list(self._pagers.values())
+
+    def of(self, uid: int) -> Pager | None:
+        """A user's, if it lives."""
+        return self._pagers.get(uid)
+
+    def start(self, uid: int) -> Pager:
+        """A user's pager; a new one, if there is none."""
+        pager = self._pagers.get(uid)
+        if pager is None or pager.state is State.GONE:
+            assert self._nursery is not None, "run() is not running"
+            pager = self._pagers[uid] = Pager(uid, self._names, self._device)
+            self._nursery.start_soon(self._run, pager)
+        return pager
+
+    async def _run(self, pager: Pager) -> None:
+        try:
+            await pager.run(self._starter)
+        except StartError as error:
+            log.error("%s", error)
+            raise
+        finally:
+            if self._pagers.get(pager.uid) is pager:
+                del self._pagers[pager.uid]
+            for name, labels, value in pager.samples:
+                if name.endswith("_total"):
+                    key = name, tuple(sorted(labels.items()))
+                    self.departed[key] = self.departed.get(key, 0.0) + value
+        if pager.failed is not None and self._seldom.now((pager.uid, "failed")):
+            log.error("user %d's regions cannot be served: %s", pager.uid, pager.failed.reason)
+        # Who left memory behind is not left alone with it.
+        if self._names_have_memory(pager.uid) and not self._stopping:
+            await trio.sleep(AGAIN_SECONDS)
+            self.start(pager.uid)
+
+    def _names_have_memory(self, uid: int) -> bool:
+        return any(name.size for name in self._names.of_home(uid))
+
+    def _changed(self, name: Name) -> None:
+        pager = self._pagers.get(name.home)
+        if pager is not None:
+            pager.tell(Changed(name.record()))
+        elif not name.linked and not name.size:
+            # Nobody has ever had memory for it.
+            self._names.gone(name.id)
+
+    async def hand_over(
+        self, sock: socket.socket, home: int, name: Name | None, over: Callable[[], None]
+    ) -> None:
+        """Have a user's pager serve a connection; `over` is called when it ends.
+
+        Waits for a pager that starts, or that cannot start yet: that user's clients wait,
+        and nobody else.
+        """
+        handed = _Handed(sock, name, over)
+        while True:
+            pager = self.start(home)
+            await pager.ready.wait()
+            if pager.state is State.READY and await pager.serve(handed):
+                return
+            await pager.gone.wait()
+            await trio.sleep(AGAIN_SECONDS)
+
+    async def turn_down(
+        self, sock: socket.socket, uid: int, refused: Refused, over: Callable[[], None]
+    ) -> None:
+        """Have a connection told why it is not served, by the pager of its own user."""
+        handed = _Handed(sock, None, over, refused)
+        while True:
+            pager = self.start(uid)
+            await pager.ready.wait()
+            if pager.state is State.READY and await pager.serve(handed):
+                return
+            await pager.gone.wait()
+            await trio.sleep(AGAIN_SECONDS)
+
+    # -- what the mount shows: see mount/asking.py --
+
+    async def text(self, home: int, kind: Text, number: int, seconds: float) -> bytes | int | None:
+        """A text, or the errno that the pager gave; None if it did not answer in time."""
+        pager = self._pagers.get(home)
+        got = None if pager is None else await pager.ask(kind, [number], seconds)
+        if got is None:
+            return None
+        answer, text = got
+        return answer.error or text
+
+    async def sizes(self, home: int, numbers: list[int], seconds: float) -> list[int] | None:
+        """Bytes of memory of regions; None if the pager did not answer in time."""
+        pager = self._pagers.get(home)
+        if pager is None or pager.silent > seconds:
+            return None
+        found: list[int] = []
+        for at in range(0, len(numbers), MOST_NUMBERS):
+            part = numbers[at : at + MOST_NUMBERS]
+            got = await pager.ask("stat", part, seconds)
+            if got is None or len(got[0].values) != len(part):
+                return None
+            found += got[0].values
+        return found
+
+    async def look(self, seconds: float) -> None:
+        """Have each tell what it has counted, if it does in time."""
+
+        async def ask(pager: Pager) -> None:
+            got = await pager.ask("metrics", [], seconds)
+            if got is not None:
+                pager.samples = got[0].samples
+
+        async with trio.open_nursery() as nursery:
+            for pager in self.all():
+                if pager.state is State.READY and pager.silent < seconds:
+                    nursery.start_soon(ask, pager)
+
+    def samples(self) -> list[Sample]:
+        """What all have counted, those that have ended too."""
+        departed = [(name, dict(labels), value) for (name, labels), value in self.departed.items()]
+        return departed + [sample for pager in self.all() for sample in pager.samples]
+
+    def sharers(self) -> int:
+        """How many there were when pagers were asked last."""
+        return int(sum(value for name, _, value in self.samples() if name == "msharefs_sharers"))
+
+    async def stop(self, seconds: float) -> list[Pager]:
+        """Have all remove everything and end; those that have not after so many seconds."""
+        self._stopping = True
+        async with trio.open_nursery() as nursery:
+            for pager in self.all():
+                nursery.start_soon(pager.stop)
+        with trio.move_on_after(seconds):
+            for pager in self.all():
+                await pager.gone.wait()
+        return self.all()

@@ -1,0 +1,131 @@
+"""Connections to .control, and to whose pager each belongs.
+
+A connection's first message shows what it is about: the descriptor that comes with it is a
+region's file, or its memory.  The front looks at that message and leaves it where it is
+(MSG_PEEK): so the descriptors in it stay in the socket, a duplicate that is closed here is
+never the last, and what a client has sent is received, used and closed by a pager alone.
+Who proves no right to anything is turned down by the pager of its own user.
+
+What is asked of a client's descriptor here is statx(2) with AT_STATX_DONT_SYNC, which file
+systems answer from what they have; see linux/syscalls.py.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import logging
+import os
+import socket
+from typing import Final
+
+import trio
+
+from msharefsd.errors import Refused
+from msharefsd.front.pagers import Pagers
+from msharefsd.linux import syscalls
+from msharefsd.linux.credentials import credentials
+from msharefsd.mount.names import Name, Names
+from msharefsd.region.limits import Limits
+from msharefsd.telemetry.seldom import Seldom
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 4096
+_ROOM: Final = socket.CMSG_SPACE(12) + socket.CMSG_LEN(4)
+"""For who has sent it, and one descriptor."""
+AGAIN_SECONDS: Final = 0.1
+
+
+class Router:
+    """Accepts connections and hands each to a pager."""
+
+    def __init__(
+        self, names: Names, pagers: Pagers, limits: Limits, mount_device: tuple[int, int]
+    ) -> None:
+        """`mount_device`: the device numbers of the mount, whose files are proofs."""
+        self._names = names
+        self._pagers = pagers
+        self._limits = limits
+        self._mount_device = mount_device
+        self._seldom = Seldom()
+
+    async def run(self, listener: trio.socket.SocketType) -> None:
+        """Serve until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    sock, _ = await listener.accept()
+                except OSError as error:
+                    if self._seldom.now(error.errno):
+                        log.error("cannot accept a connection: %s", error.strerror)
+                    await trio.sleep(AGAIN_SECONDS)
+                    continue
+                nursery.start_soon(self._route, sock)
+
+    async def _route(self, accepted: trio.socket.SocketType) -> None:
+        sock = socket.socket(fileno=accepted.detach())
+        uid = credentials(sock)[1]
+        over = contextlib.ExitStack()
+        try:
+            try:
+                over.enter_context(self._limits.account(uid).connection())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+                await trio.lowlevel.wait_readable(sock)
+                first = _look(sock)
+            except Refused as refused:
+                await self._pagers.turn_down(sock, uid, refused, over.close)
+                return
+            if first is None:
+                sock.close()  # it has hung up, and there was nothing in it
+                over.close()
+                return
+            name = self._proven(first)
+            home = uid if name is None else name.home
+            await self._pagers.hand_over(sock, home, name, over.close)
+        except Exception:
+            log.exception("a connection failed")
+            broken = Refused(errno.EIO, "internal error: see the daemon's log")
+            await self._pagers.turn_down(sock, uid, broken, over.close)
+        finally:
+            # If it is we who end: not closed by us, there may be something in it.
+            if sock.fileno() >= 0:
+                sock.detach()
+
+    def _proven(self, fds: list[int]) -> Name | None:
+        """The region that the first descriptor of a message is of; closes them."""
+        try:
+            if not fds:
+                return None
+            identity = syscalls.identify(fds[0])
+            device = identity.major, identity.minor
+            if device == self._mount_device:
+                return self._names.of_inode(identity.inode)
+            return self._names.of_backing(*device, identity.inode)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _look(sock: socket.socket) -> list[int] | None:
+    """Duplicates of the first descriptors of the message that waits; None at the end.
+
+    The end reads as an empty message does; but with SO_PASSCRED each message says whose it
+    is, and the end does not.  After the peer's end the first call may say ECONNRESET, and
+    what it has sent is there nevertheless.
+    """
+    while True:
+        with contextlib.suppress(ConnectionResetError):
+            _, ancillary, _, _ = sock.recvmsg(
+                1, _ROOM, socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
+            break
+    if not ancillary:
+        return None
+    return [
+        fd
+        for level, kind, payload in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
+    ]

@@ -1,0 +1,117 @@
+"""The starter: a small process that forks pagers, made before anything else is.
+
+A pager has to be forked from a process with one thread that has neither /dev/fuse nor any
+client's descriptor, and that has still the rights which the front lets go of.  So the front
+forks the starter when it has read its settings and nothing more.  All that a pager imports is
+imported by then, and its memory is shared with the front's and among pagers (gc.freeze()
+keeps the garbage collector from writing to it).
+
+It is told a user's number and given one end of a channel, and answers with the number of the
+process and its pidfd.  It ends when the front does.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+import trio
+from setproctitle import setproctitle
+
+from msharefsd.errors import StartError
+
+_REQUEST: Final = struct.Struct("=I")
+_REPLY: Final = struct.Struct("=i")
+_FIRST: Final = 3
+_MOST: Final = 1 << 20
+
+Main = Callable[[int, socket.socket], NoReturn]
+"""What a pager does: its user, and its end of the channel."""
+
+
+class Starter:
+    """The front's side."""
+
+    def __init__(self, main: Main) -> None:
+        """Fork it, from a process with one thread.  `main` is what its children run."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        gc.collect()
+        gc.freeze()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                ours.close()
+                _run(theirs, main)
+            finally:
+                os._exit(1)
+        theirs.close()
+        ours.setblocking(False)
+        self._sock = ours
+        self._turn = trio.Lock()
+
+    async def start(self, uid: int, channel: socket.socket) -> tuple[int, int]:
+        """Start a pager for a user with that end of a channel: its pid, and a pidfd.
+
+        `channel` stays the caller's.  Raises OSError when no process can be had.
+        """
+        async with self._turn:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [channel.fileno()]))]
+            self._sock.sendmsg([_REQUEST.pack(uid)], rights)
+            await trio.lowlevel.wait_readable(self._sock)
+            data, fds, _, _ = socket.recv_fds(self._sock, _REPLY.size, 1)
+        if len(data) != _REPLY.size:
+            raise StartError("the process that starts pagers has ended")
+        (pid,) = _REPLY.unpack(data)
+        if pid < 0 or not fds:
+            raise OSError(-pid, os.strerror(-pid))
+        return pid, fds[0]
+
+    def close(self) -> None:
+        """It ends; pagers end with the front's own channels."""
+        self._sock.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+def _run(front: socket.socket, main: Main) -> None:
+    """The starter's life."""
+    # What ends the front from a terminal is not for us: we end when it does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN)
+    os.closerange(_FIRST, front.fileno())
+    os.closerange(front.fileno() + 1, _MOST)
+    setproctitle("msharefsd: starter")
+    while True:
+        data, fds, _, _ = socket.recv_fds(front, _REQUEST.size, 1)
+        if len(data) != _REQUEST.size or len(fds) != 1:
+            return
+        (uid,) = _REQUEST.unpack(data)
+        channel = socket.socket(fileno=fds[0])
+        try:
+            pid = os.fork()
+        except OSError as error:
+            front.send(_REPLY.pack(-(error.errno or 1)))
+        else:
+            if pid == 0:
+                front.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                main(uid, channel)
+            _answer(front, pid)
+        channel.close()
+
+
+def _answer(front: socket.socket, pid: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:  # no room, or it has ended already
+        front.send(_REPLY.pack(-(error.errno or 1)))
+        return
+    socket.send_fds(front, [_REPLY.pack(pid)], [pidfd])
+    os.close(pidfd)

@@ -1,0 +1,1 @@
+"""Between the front and a pager: what they say to each other."""

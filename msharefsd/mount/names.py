@@ -1,0 +1,297 @@
+"""The names of regions, as the mount shows them, and what is known of each.
+
+The front has names: who made them, who may do what, which pager has the memory.  What that
+memory is, only the pager knows; what it has said of it is remembered here.
+
+Nothing here awaits: each method runs to its end before anything else does.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass, field
+from typing import Final
+
+from msharefsd.errors import Refused
+from msharefsd.journal.names import NamesJournal
+from msharefsd.journal.rows import SavedName
+from msharefsd.link.messages import Extent, NameRecord
+from msharefsd.region.limits import Account, Limits
+from msharefsd.region.region import INODES
+from msharefsd.telemetry.labels import label
+
+NAME_MAX: Final = 255
+INFO_FILE: Final = b"mshare_info"
+
+
+def check_name(name: bytes) -> None:
+    """Raises Refused for a name that no region can have (design: EPERM, ENAMETOOLONG)."""
+    if len(name) > NAME_MAX:
+        raise Refused(errno.ENAMETOOLONG, f"a region's name has at most {NAME_MAX} bytes")
+    if name.startswith(b".") or name == INFO_FILE:
+        raise Refused(errno.EPERM, "this name is reserved by msharefs: choose another")
+
+
+@dataclass(eq=False, slots=True)
+class Name:
+    """One region, as far as the front knows it."""
+
+    id: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    home: int
+    """The user whose pager has its memory: who owned it when it got that."""
+    creator: int = 0
+    """The process that made the file."""
+    linked: bool = True
+    start: int = 0
+    size: int = 0
+    """0 as long as it has no range."""
+    backing: tuple[int, int, int] | None = None
+    """Which file its memory is: device and inode."""
+    memory: int = 0
+    """Bytes that it held when its pager was asked last."""
+    account: Account = field(default_factory=Account)
+    """Its owner's."""
+    objects: Sized = ()
+    """The pager's."""
+
+    def allocated(self) -> int:
+        """Bytes that it held when its pager was asked last."""
+        return self.memory
+
+    def label(self) -> str:
+        """The name for logs and texts: see telemetry/labels.py."""
+        return label(self.name)
+
+    def record(self) -> NameRecord:
+        """What the pager has to know."""
+        return NameRecord(
+            self.id, self.name, self.mode, self.uid, self.gid, self.linked, self.creator
+        )
+
+
+def _row(name: Name) -> SavedName:
+    return SavedName(
+        name.id,
+        name.name,
+        name.mode,
+        name.uid,
+        name.gid,
+        name.atime_ns,
+        name.mtime_ns,
+        name.ctime_ns,
+        name.linked,
+        name.creator,
+        name.home,
+        name.start,
+        name.size,
+        *(name.backing or (0, 0, 0)),
+    )
+
+
+def _from_row(row: SavedName) -> Name:
+    return Name(
+        row.id,
+        row.name,
+        row.mode,
+        row.uid,
+        row.gid,
+        row.atime_ns,
+        row.mtime_ns,
+        row.ctime_ns,
+        row.home,
+        row.creator,
+        bool(row.linked),
+        row.start,
+        row.size,
+        (row.major, row.minor, row.inode) if row.inode else None,
+    )
+
+
+class Names:
+    """All names of one mount."""
+
+    def __init__(
+        self, alignment: int, limits: Limits | None = None, journal: NamesJournal | None = None
+    ) -> None:
+        """What the journal has; `alignment` is that of regions, in bytes."""
+        self.alignment = alignment
+        self.limits = limits or Limits()
+        self._journal = journal or NamesJournal()
+        self._ids = itertools.count(self._journal.next_id())
+        self._by_name: dict[bytes, Name] = {}
+        self._by_id: dict[int, Name] = {}
+        self._by_backing: dict[tuple[int, int, int], Name] = {}
+        self.changed: Callable[[Name], None] = lambda _: None
+        """Told when a name has changed in a way that concerns its pager."""
+        for row in self._journal.names():
+            self._add(_from_row(row))
+
+    def __iter__(self) -> Iterator[Name]:
+        """Those that are seen, oldest first."""
+        return iter(sorted(self._by_name.values(), key=lambda name: name.id))
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def all(self) -> Iterator[Name]:
+        """Those that were removed and still have memory, too."""
+        return iter(list(self._by_id.values()))
+
+    def find(self, name: bytes) -> Name | None:
+        """What is seen under that name."""
+        return self._by_name.get(name)
+
+    def with_id(self, number: int) -> Name | None:
+        """The region with that id, for as long as it lives or has a name."""
+        return self._by_id.get(number)
+
+    def of_inode(self, inode: int) -> Name | None:
+        """The region whose file has that inode number in the mount."""
+        number, kind = divmod(inode, INODES)
+        return self._by_id.get(number) if kind == 0 else None
+
+    def of_backing(self, major: int, minor: int, inode: int) -> Name | None:
+        """The region whose memory is that file."""
+        return self._by_backing.get((major, minor, inode))
+
+    def homes(self) -> set[int]:
+        """The users whose pagers have memory, or had."""
+        return {name.home for name in self._by_id.values() if name.size}
+
+    def of_home(self, home: int) -> list[Name]:
+        """What a pager has or may get."""
+        return [name for name in self._by_id.values() if name.home == home]
+
+    def _add(self, name: Name) -> None:
+        name.account = self.limits.account(name.uid)
+        name.account.regions.add(name)
+        self._by_id[name.id] = name
+        if name.linked:
+            self._by_name[name.name] = name
+        if name.backing is not None:
+            self._by_backing[name.backing] = name
+
+    def create(self, name: bytes, mode: int, uid: int, gid: int, *, creator: int = 0) -> Name:
+        """A new name without a range.
+
+        Raises Refused (EEXIST, EPERM, ENAMETOOLONG, ENOSPC; EDQUOT, see limits.py).
+        """
+        check_name(name)
+        if name in self._by_name:
+            raise Refused(errno.EEXIST, "a region of that name exists")
+        self.limits.account(uid).check_regions()
+        now = time.time_ns()
+        made = Name(
+            next(self._ids), name, mode & 0o7777, uid, gid, now, now, now, uid, creator=creator
+        )
+        self._journal.save(_row(made))
+        self._add(made)
+        return made
+
+    def change(self, name: Name, **fields: int) -> None:
+        """chmod, chown, utimes.  Raises Refused, and nothing is changed."""
+        before = {key: getattr(name, key) for key in fields}
+        self._set(name, fields)
+        try:
+            self._journal.save(_row(name))
+        except Refused:
+            self._set(name, before)
+            raise
+        if not fields.keys() <= {"atime_ns", "mtime_ns", "ctime_ns"}:
+            self.changed(name)
+
+    def _set(self, name: Name, fields: dict[str, int]) -> None:
+        for key, value in fields.items():
+            setattr(name, key, value)
+        if "uid" in fields:
+            # Nothing is refused: root does that, whom no limit binds.
+            name.account.regions.discard(name)
+            name.account = self.limits.account(name.uid)
+            name.account.regions.add(name)
+            if not name.size:
+                name.home = name.uid
+
+    def unlink(self, name: Name) -> None:
+        """The name goes now, the memory when the last sharer has gone.  Raises Refused."""
+        if not name.linked:
+            return
+        self.change(name, linked=False, ctime_ns=time.time_ns())
+        del self._by_name[name.name]
+
+    # -- what pagers say --
+
+    def established(self, extent: Extent) -> None:
+        """It has its range and memory.  Raises Refused(ENOSPC), and it is known all the same."""
+        name = self._by_id.get(extent.id)
+        if name is None:
+            return
+        if name.backing is not None:
+            self._by_backing.pop(name.backing, None)
+        now = time.time_ns()
+        name.start, name.size = extent.start, extent.size
+        name.backing = extent.major, extent.minor, extent.inode
+        name.mtime_ns = name.ctime_ns = now
+        self._by_backing[name.backing] = name
+        self._journal.save(_row(name))
+
+    def emptied(self, number: int) -> None:
+        """It has no range any more."""
+        name = self._by_id.get(number)
+        if name is None:
+            return
+        if name.backing is not None:
+            self._by_backing.pop(name.backing, None)
+        name.start = name.size = name.memory = 0
+        name.backing = None
+        name.home = name.uid
+        self._journal.save(_row(name))
+
+    def gone(self, number: int) -> None:
+        """Nothing is left of it; if it still has its name, that is one without a range."""
+        name = self._by_id.get(number)
+        if name is None:
+            return
+        if name.linked:
+            self.emptied(number)
+            return
+        del self._by_id[number]
+        if name.backing is not None:
+            self._by_backing.pop(name.backing, None)
+        name.account.regions.discard(name)
+        self._journal.forget(number)
+
+    def recover(self, extent: Extent, home: int) -> Name | None:
+        """A region that a pager has and no journal of ours: it gets the name that it had.
+
+        None if there is another region with that number or name.  Raises Refused(ENOSPC).
+        """
+        record = extent.name
+        if record.id in self._by_id or (record.linked and record.name in self._by_name):
+            return None
+        now = time.time_ns()
+        made = Name(
+            record.id,
+            record.name,
+            record.mode,
+            record.uid,
+            record.gid,
+            now,
+            now,
+            now,
+            home,
+            linked=record.linked,
+        )
+        self._ids = itertools.count(max(next(self._ids), record.id + 1))
+        self._journal.save(_row(made))
+        self._add(made)
+        return made

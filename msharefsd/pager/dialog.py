@@ -1,0 +1,261 @@
+"""A pager's side of what it and the front say to each other."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import math
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+import trio
+
+from msharefsd.control.connection import Connection as ClientConnection
+from msharefsd.control.control import Control
+from msharefsd.control.receiving import drain
+from msharefsd.errors import Refused
+from msharefsd.link.channel import Channel
+from msharefsd.link.messages import (
+    MOST_NAMES,
+    Answer,
+    Begin,
+    Changed,
+    Connection,
+    Done,
+    Emptied,
+    Ended,
+    Established,
+    FromFront,
+    Go,
+    Gone,
+    NameRecord,
+    Question,
+    Ready,
+    Stop,
+    Unlink,
+)
+from msharefsd.paging.pagetables import PageTables
+from msharefsd.region import texts
+from msharefsd.region.region import Region
+from msharefsd.region.registry import Regions
+from msharefsd.telemetry.metrics import Metrics
+from msharefsd.threads.breath import Breath
+from msharefsd.threads.disposal import Disposal
+
+log = logging.getLogger(__name__)
+
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class FrontEndedError(Exception):
+    """The front is gone: there is nobody to serve for."""
+
+
+class Dialog:
+    """The channel to the front."""
+
+    def __init__(self, channel: Channel[FromFront]) -> None:
+        self._channel = channel
+        self._outgoing: deque[Ended | Emptied | Gone | Unlink] = deque()
+        self._work = trio.Event()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, trio.Event] = {}
+        self._handed: dict[int, tuple[socket.socket, Connection]] = {}
+        self._page_tables = PageTables()
+        self._stopping = False
+
+    # -- at the beginning --
+
+    async def names(self) -> tuple[list[NameRecord], tuple[int, int]]:
+        """What the front knows of our names, and the mount's device.  Raises FrontEndedError."""
+        names: list[NameRecord] = []
+        while True:
+            got = await self._channel.receive()
+            if got is None or not isinstance(got[0], Begin):
+                raise FrontEndedError
+            names += got[0].names
+            if got[0].last:
+                return names, got[0].device
+
+    async def ready(self, regions: list[Region]) -> None:
+        """Say what has memory."""
+        extents = [region.extent() for region in regions]
+        for at in range(0, max(len(extents), 1), MOST_NAMES):
+            last = at + MOST_NAMES >= len(extents)
+            await self._channel.send(Ready(extents[at : at + MOST_NAMES], last))
+
+    # -- what we say --
+
+    def tell(self, message: Ended | Emptied | Gone | Unlink) -> None:
+        """Send it when it can be sent; nobody waits."""
+        self._outgoing.append(message)
+        self._work.set()
+
+    async def send_news(self) -> None:
+        """Send what there is to tell; forever."""
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            while self._outgoing:
+                with contextlib.suppress(OSError):  # it has ended, which run() sees
+                    await self._channel.send(self._outgoing.popleft())
+
+    async def flush(self) -> None:
+        """What there was to tell is under way."""
+        while self._outgoing:
+            with contextlib.suppress(OSError):
+                await self._channel.send(self._outgoing.popleft())
+
+    async def _wait(self, number: int, message: Established | Unlink) -> None:
+        done = self._waiting[number] = trio.Event()
+        # What was to be told before goes before.
+        with trio.CancelScope(shield=True):
+            await self.flush()
+            with contextlib.suppress(OSError):
+                await self._channel.send(message)
+        try:
+            await done.wait()
+        finally:
+            self._waiting.pop(number, None)
+
+    async def established(self, region: Region) -> None:
+        """A name has its range and memory; the front has written that down."""
+        number = next(self._numbers)
+        await self._wait(number, Established(number, region.extent()))
+
+    async def unlink(self, region: Region) -> None:
+        """The name is gone, for the front too."""
+        number = next(self._numbers)
+        await self._wait(number, Unlink(number, region.id))
+
+    # -- what we are told --
+
+    async def run(
+        self, control: Control, regions: Regions, metrics: Metrics, leave: Callable[[], NoReturn]
+    ) -> None:
+        """Serve the front until it wants us to end; `leave` when it has ended itself."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.send_news)
+            while (got := await self._channel.receive()) is not None:
+                message, fds = got
+                match message:
+                    case Connection():
+                        self._handed[message.number] = socket.socket(fileno=fds.pop()), message
+                    case Go():
+                        sock, first = self._handed.pop(message.number)
+                        nursery.start_soon(self._serve, control, sock, first)
+                    case Changed():
+                        regions.changed(message.name)
+                    case Question():
+                        nursery.start_soon(self._answer, regions, metrics, message)
+                    case Done():
+                        event = self._waiting.get(message.number)
+                        if event is not None:
+                            event.set()
+                    case Stop():
+                        self._stopping = True
+                        nursery.cancel_scope.cancel()
+                        return
+                    case Begin():
+                        pass
+            leave()
+
+    async def _serve(self, control: Control, sock: socket.socket, first: Connection) -> None:
+        """One client's connection, to its end."""
+        region = None if first.name is None else control.regions.learn(first.name)
+        try:
+            try:
+                connection = ClientConnection(control, sock, region)
+            except OSError as error:
+                log.error("no room for a sharer: %s", error.strerror)
+                _turn_away(sock, control.disposal)
+                return
+            try:
+                if first.error:
+                    await connection.refuse(Refused(first.error, first.reason))
+                else:
+                    await connection.run()
+            finally:
+                # If it is we who end, what it would undo is the next pager's; unless there
+                # is none.
+                ending = trio.current_effective_deadline() == -math.inf
+                if self._stopping or not ending:
+                    connection.close()
+        except* OSError as group:
+            # Reset by the peer, or the like: its own affair.
+            log.debug("connection ended: %s", group.exceptions)
+        except* Exception:
+            log.exception("a connection failed")
+        finally:
+            self.tell(Ended(first.number))
+
+    # -- what we are asked --
+
+    async def _answer(self, regions: Regions, metrics: Metrics, question: Question) -> None:
+        answer, text = Answer(question.number), b""
+        try:
+            if question.kind == "stat":
+                answer = Answer(question.number, values=await _sizes(regions, question.ids))
+            elif question.kind == "metrics":
+                answer = Answer(question.number, samples=metrics.samples())
+            else:
+                text = await self._text(regions, question)
+                answer = Answer(question.number, size=len(text))
+        except Refused as refused:
+            answer = Answer(question.number, error=refused.code)
+        with contextlib.suppress(OSError):
+            if not text:
+                await self._channel.send(answer)
+                return
+            fd = _sealed(text)
+            try:
+                await self._channel.send(answer, [fd])
+            finally:
+                os.close(fd)
+
+    async def _text(self, regions: Regions, question: Question) -> bytes:
+        region = regions.with_id(question.ids[0]) if question.ids else None
+        if region is None:
+            return b""
+        match question.kind:
+            case "info":
+                return os.fsencode(texts.info(region))
+            case "pagetables":
+                return os.fsencode(await self._page_tables.text(region))
+        breath = Breath()
+        lines = []
+        for line in texts.maps(region) if question.kind == "maps" else texts.sharers(region):
+            lines.append(os.fsencode(line))
+            await breath.take()
+        return b"".join(lines)
+
+
+async def _sizes(regions: Regions, ids: list[int]) -> list[int]:
+    breath, sizes = Breath(), []
+    for number in ids:
+        region = regions.with_id(number)
+        sizes.append(0 if region is None else region.allocated())
+        await breath.take()
+    return sizes
+
+
+def _sealed(text: bytes) -> int:
+    """Memory with that in it, which nobody changes or cuts any more.  Raises OSError."""
+    fd = os.memfd_create("msharefsd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.write(fd, text)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _turn_away(sock: socket.socket, disposal: Disposal) -> None:
+    drain(sock, disposal.close_fd)
+    sock.close()
