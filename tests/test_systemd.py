@@ -184,8 +184,12 @@ def test_it_has_the_rights_that_it_names_and_no_mount_namespace(
         assert int(status[key], 16) == privileges.MASK
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
-    links = ("readlink", f"/proc/{service.pid}/ns/mnt", "/proc/1/ns/mnt")
-    assert len(set(machine.run(*links).stdout.split())) == 1
+    for kind, own in (("mnt", 1), ("net", 2), ("uts", 2)):
+        links = ("readlink", f"/proc/{service.pid}/ns/{kind}", f"/proc/1/ns/{kind}")
+        assert len(set(machine.run(*links).stdout.split())) == own
+    assert status["Umask"] == "0077"
+    found = machine.run("find", RUN, "-mindepth", "1", "-perm", "/077").stdout
+    assert found == ""
     if int(first["CapEff"], 16) & 1 << 24:  # CAP_SYS_RESOURCE: PID 1 may raise what it has
         limits = machine.run("cat", f"/proc/{service.pid}/limits").stdout
         assert re.search(r"^Max open files +1048576 +1048576 ", limits, re.MULTILINE)
