@@ -26,6 +26,9 @@ int raw_munmap(void *addr, size_t length);
 int raw_mprotect(void *addr, size_t length, int prot);
 int raw_msync(void *addr, size_t length, int flags);
 int raw_madvise(void *addr, size_t length, int advice);
+/* Move a mapping to an address, in place of what is there. */
+int raw_mremap(void *from, size_t length, void *to);
+void close_keeping_errno(int fd); /* -1: nothing */
 
 /* root.c */
 /* Where msharefs is mounted; -1 with ENOENT if it is nowhere.  Asks the daemon nothing. */
@@ -73,10 +76,7 @@ int uffd_write_protect(int uffd, void *addr, size_t length);
 #define UFFD_MISSING 1u
 #define UFFD_WRITE_PROTECT 2u
 
-/* Move a mapping to an address, in place of what is there. */
-int raw_mremap(void *from, size_t length, void *to);
-
-/* attachment.c */
+/* attachment.c: the list; but for the lock itself, its functions want the lock held. */
 struct attachment {
 	struct attachment *next;
 	char name[NAME_MAX + 1];
@@ -92,18 +92,82 @@ struct attachment {
 	struct waiting waiting;
 };
 
+void attachment_lock(void);
+void attachment_unlock(void);
+struct attachment *attachment_first(void);
+/* The attachment that has the address, or NULL. */
+struct attachment *attachment_at(const char *address);
+/* The lowest start of an attachment above the address, or NULL. */
+char *attachment_above(const char *address);
+/* Where the attachment of a name hangs in the list, or its end. */
+struct attachment **attachment_find(const char *name);
+void attachment_add(struct attachment *attachment);
+void attachment_remove(struct attachment **link);
+/* Close its connection and userfaultfd; and all its descriptors.  Async-signal-safe. */
+void attachment_hang_up(struct attachment *attachment);
+void attachment_drop(struct attachment *attachment);
+
 /* rejoin.c: async-signal-safe. */
 /* As connection_call() on its connection; if that is lost, on one to the next daemon. */
 int attachment_call(struct attachment *attachment, const struct mshare_wire_request *request,
 		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
 		    struct mshare_wire_reply *reply, int *reply_fd);
 
-/* The attachment that has the address, or NULL; the lock must be held. */
-struct attachment *attachment_at(const char *address);
-/* The lowest start of an attachment above the address, or NULL. */
-char *attachment_above(const char *address);
-void attachment_lock(void);
-void attachment_unlock(void);
+/* fork.c */
+/* From now on a child attaches what its parent has attached. */
+void fork_handle(void);
+
+/* names.c */
+/* Whether a region may have the name: 0, or -1 with errno. */
+int name_check(const char *name);
+/*
+ * root_find() for a call that may wait: between two daemons the mount is not there for
+ * a moment, and only who knows that there was one can tell that from no msharefs at all.
+ */
+int name_root(char root[PATH_MAX], const struct waiting *waiting);
+/* Open a region's file as mshare() has to; *made: it is new. */
+int name_open(const char *path, int oflags, mode_t mode, bool repeated, bool *made);
+/* Remove the name of a region that this process has not attached. */
+int name_unlink(const char *name);
+
+/* What a donor has mapped in the range of a region to be. */
+struct vma {
+	char *vma_start, *vma_end; /* as /proc/self/maps has it */
+	char *start, *end;         /* its part in the region */
+	int prot;
+	bool shared;
+	bool mapped;  /* of a file, not anonymous */
+	off_t offset; /* of vma_start in the file */
+	int file;     /* the file, or that of shared anonymous memory; or -1 */
+};
+
+struct donation {
+	struct attachment *attachment;
+	struct vma *vmas;
+	size_t count, capacity;
+	char *start;
+	int backing;
+	int memory; /* /proc/self/mem, for what is not readable, and for huge pages */
+	size_t page;
+	size_t huge; /* the backing's pages, if it is of huge pages; or 0 */
+	bool counting;
+	size_t counted; /* huge pages that will be needed */
+	uintptr_t last_counted;
+};
+
+/* maps.c: fill in donation->vmas, with the files of those that are of files. */
+int maps_find(struct donation *donation, char *end);
+
+/* copy.c */
+/* Stop writers of a range that exists, then copy it; or count it (donation->counting). */
+int copy_frozen(struct donation *donation, int freezer, const struct vma *vma, char *from,
+		char *to);
+
+/* present.c */
+/* How many huge pages it takes, into donation->counted. */
+int present_count(struct donation *donation);
+/* Copies everything; *freezer holds back writers from then on, until it is closed. */
+int present_copy(struct donation *donation, char *end, bool files_known, int *freezer);
 
 /*
  * donate.c: make what is mapped in its range the region's memory.

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 long raw_syscall(long number, long a, long b, long c, long d, long e, long f)
@@ -88,4 +89,13 @@ int raw_msync(void *addr, size_t length, int flags)
 int raw_madvise(void *addr, size_t length, int advice)
 {
 	return (int)checked(raw_syscall(SYS_madvise, (long)addr, (long)length, advice, 0, 0, 0));
+}
+
+void close_keeping_errno(int fd)
+{
+	int saved = errno;
+
+	if (fd >= 0)
+		close(fd);
+	errno = saved;
 }

@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Names: which there may be, the mount that they lead into, and what can be done to a
+ * region by its name alone.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+int name_check(const char *name)
+{
+	if (!name) {
+		errno = EFAULT;
+		return -1;
+	}
+	if (*name == '\0')
+		errno = ENOENT;
+	else if (strchr(name, '/'))
+		errno = EINVAL;
+	else if (strlen(name) > NAME_MAX)
+		errno = ENAMETOOLONG;
+	else if (*name == '.' || strcmp(name, "mshare_info") == 0)
+		errno = EPERM;
+	else
+		return 0;
+	return -1;
+}
+
+/*
+ * O_CREAT without O_EXCL is never passed on: in a sticky directory the kernel
+ * refuses it for another user's file (fs.protected_regular, proc_sys_fs(5)), but
+ * an existing region is to be attached.
+ *
+ * repeated: if there is one, O_EXCL or not, this process may have made it itself
+ * just before a daemon died; the daemon judges.
+ */
+int name_open(const char *path, int oflags, mode_t mode, bool repeated, bool *made)
+{
+	int access = (oflags & O_ACCMODE) | O_CLOEXEC;
+	int fd;
+
+	*made = false;
+	for (int tries = 0; tries < 100; tries++) {
+		if (!(oflags & O_EXCL)) {
+			fd = open(path, access);
+			if (fd >= 0 || errno != ENOENT || !(oflags & O_CREAT))
+				return fd;
+		}
+		fd = open(path, access | O_CREAT | O_EXCL, mode);
+		*made = fd >= 0;
+		if (fd < 0 && errno == EEXIST && (oflags & O_EXCL) && repeated)
+			fd = open(path, access);
+		if (fd >= 0 || errno != EEXIST || (oflags & O_EXCL))
+			return fd;
+	}
+	errno = EAGAIN; /* somebody creates and removes it all the time */
+	return -1;
+}
+
+int name_root(char root[PATH_MAX], const struct waiting *waiting)
+{
+	bool gone = waiting->pause != 0;
+
+	if (root_find(root) == 0)
+		return 0;
+	if (errno != ENOENT)
+		return -1;
+	for (struct attachment *each = attachment_first(); each && !gone; each = each->next)
+		gone = root_check(each->root) < 0;
+	errno = gone ? ENOTCONN : ENOENT;
+	return -1;
+}
+
+int name_unlink(const char *name)
+{
+	struct waiting waiting = { 0 };
+	char root[PATH_MAX], path[PATH_MAX];
+	bool asked = false;
+
+	do {
+		if (name_root(root, &waiting) == 0) {
+			if (root_join(root, name, path) < 0)
+				return -1;
+			if (unlink(path) == 0 || (errno == ENOENT && asked))
+				return 0;
+			asked |= errno == ECONNABORTED; /* it was under way */
+		}
+	} while (daemon_is_gone(errno) && wait_again(&waiting));
+	return -1;
+}
+
+static int read_info(const char *name, struct mshare_info *info, const struct waiting *waiting)
+{
+	char root[PATH_MAX], path[PATH_MAX];
+	ssize_t got;
+	int fd;
+
+	if (name_root(root, waiting) < 0 || root_join(root, name, path) < 0)
+		return -1;
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	got = read(fd, info, sizeof *info);
+	close_keeping_errno(fd);
+	if (got < 0)
+		return -1;
+	if (got != sizeof *info || info->size == 0) {
+		errno = got == sizeof *info ? ENOENT : EPROTO;
+		return -1;
+	}
+	return 0;
+}
+
+MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
+{
+	struct waiting waiting = { 0 };
+	int result;
+
+	if (name_check(name) < 0)
+		return -1;
+	if (!info) {
+		errno = EFAULT;
+		return -1;
+	}
+	attachment_lock();
+	do
+		result = read_info(name, info, &waiting);
+	while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
+	attachment_unlock();
+	return result;
+}
+
+MSHARE_EXPORT int mshare_root(char *path, size_t size)
+{
+	char root[PATH_MAX];
+	size_t length;
+
+	if (!path) {
+		errno = EFAULT;
+		return -1;
+	}
+	if (root_find(root) < 0)
+		return -1;
+	length = strlen(root);
+	if (length >= size) {
+		errno = ERANGE;
+		return -1;
+	}
+	memcpy(path, root, length + 1);
+	return 0;
+}
