@@ -25,7 +25,7 @@ static void unmake(int connection, uint16_t op)
  *
  * An attachment without a size takes the region where it lies, which the reply says.
  */
-static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind)
+static int attach(struct attachment *attachment, int root, int oflags, mode_t mode, uint32_t kind)
 {
 	struct mshare_wire_request request = {
 		.op = MSHARE_WIRE_ATTACH,
@@ -35,13 +35,10 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 		.backing = kind,
 	};
 	struct mshare_wire_reply reply;
-	char path[PATH_MAX];
 	int region = -1, mapped = -1, result, saved, fds[2];
 	bool made = false, building = false, complete = false;
 	bool as_it_lies = attachment->size == 0;
 
-	if (root_join(attachment->root, attachment->name, path) < 0)
-		return -1;
 	if (attachment->size == 0) {
 		request.flags = MSHARE_WIRE_AS_IT_LIES;
 	} else {
@@ -51,13 +48,13 @@ static int attach(struct attachment *attachment, int oflags, mode_t mode, uint32
 		if (mapped)
 			request.flags = MSHARE_WIRE_HAS_MAPPINGS;
 	}
-	attachment->connection = connection_open(attachment->root);
+	attachment->connection = connection_open(root);
 	if (attachment->connection < 0)
 		goto fail;
 	attachment->uffd = uffd_open(attachment->connection);
 	if (attachment->uffd < 0)
 		goto fail;
-	region = name_open(path, oflags, mode, attachment->repeated, &made);
+	region = name_open(root, attachment->name, oflags, mode, attachment->repeated, &made);
 	if (region < 0) {
 		saved = errno;
 		/* The mount may be gone: that is no word about the region. */
@@ -121,10 +118,13 @@ fail:
 
 static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind)
 {
-	if (name_root(attachment->root, &attachment->waiting) < 0)
+	const struct root *root = name_root(&attachment->waiting);
+
+	if (!root)
 		return -1;
+	strcpy(attachment->root, root->path);
 	if (oflags & O_CREAT) {
-		size_t alignment = root_alignment(attachment->root);
+		size_t alignment = root_alignment(root->fd);
 
 		if (alignment == 0)
 			return -1;
@@ -133,7 +133,7 @@ static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint3
 			return -1;
 		}
 	}
-	return attach(attachment, oflags, mode, kind);
+	return attach(attachment, root->fd, oflags, mode, kind);
 }
 
 /* Takes the lock.  On success *info, if it is given, tells where the region lies. */

@@ -13,14 +13,6 @@
 #define CONTROL "/.control"
 #define MOST_FDS 2
 
-static char *append(char *end, const char *text)
-{
-	size_t length = strlen(text);
-
-	memcpy(end, text, length + 1);
-	return end + length;
-}
-
 /* snprintf() is not async-signal-safe. */
 static char *append_number(char *end, unsigned number)
 {
@@ -31,55 +23,22 @@ static char *append_number(char *end, unsigned number)
 	return end;
 }
 
-/*
- * connect(2) takes 107 bytes of path.  A longer mount path is reached through a
- * descriptor of the directory.
- */
-static int set_address(struct sockaddr_un *address, const char *root_path, int *directory)
+/* connect(2) has no directory to begin from, and 107 bytes for a path. */
+int connection_open(int root)
 {
-	size_t length = strlen(root_path);
-	char *end;
+	struct sockaddr_un address = { .sun_family = AF_UNIX, .sun_path = "/proc/self/fd/" };
+	int connection, result;
 
-	memset(address, 0, sizeof *address);
-	address->sun_family = AF_UNIX;
-	*directory = -1;
-	if (length + sizeof CONTROL <= sizeof address->sun_path) {
-		memcpy(address->sun_path, root_path, length);
-		memcpy(address->sun_path + length, CONTROL, sizeof CONTROL);
-		return 0;
-	}
-	*directory = open(root_path, O_PATH | O_DIRECTORY | O_CLOEXEC);
-	if (*directory < 0)
-		return -1;
-	end = append(address->sun_path, "/proc/self/fd/");
-	end = append_number(end, (unsigned)*directory);
-	append(end, CONTROL);
-	return 0;
-}
-
-int connection_open(const char *root_path)
-{
-	struct sockaddr_un address;
-	int directory, connection, result, saved;
-
-	if (set_address(&address, root_path, &directory) < 0)
-		return -1;
+	strcat(append_number(strchr(address.sun_path, '\0'), (unsigned)root), CONTROL);
 	connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	if (connection >= 0) {
-		do
-			result = connect(connection, (struct sockaddr *)&address, sizeof address);
-		while (result < 0 && errno == EINTR);
-		if (result < 0) {
-			saved = errno;
-			close(connection);
-			errno = saved;
-			connection = -1;
-		}
-	}
-	if (directory >= 0) {
-		saved = errno;
-		close(directory);
-		errno = saved;
+	if (connection < 0)
+		return -1;
+	do
+		result = connect(connection, (struct sockaddr *)&address, sizeof address);
+	while (result < 0 && errno == EINTR);
+	if (result < 0) {
+		close_keeping_errno(connection);
+		return -1;
 	}
 	return connection;
 }

@@ -34,6 +34,7 @@ static void attach_again(struct attachment *attachment)
 		.oflags = attachment->writable ? O_RDWR : O_RDONLY,
 	};
 	struct mshare_wire_reply reply;
+	const struct root *root;
 	int fds[2], backing;
 
 	attachment_hang_up(attachment);
@@ -41,7 +42,9 @@ static void attach_again(struct attachment *attachment)
 	if (window_reserve(attachment->start, attachment->size) != 0)
 		return;
 	for (;;) {
-		attachment->connection = connection_open(attachment->root);
+		root = root_use_again(attachment->root);
+		if (root)
+			attachment->connection = connection_open(root->fd);
 		if (attachment->connection >= 0)
 			attachment->uffd = uffd_open(attachment->connection);
 		fds[0] = attachment->backing;

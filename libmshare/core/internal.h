@@ -31,17 +31,33 @@ int raw_mremap(void *from, size_t length, void *to);
 void close_keeping_errno(int fd); /* -1: nothing */
 
 /* root.c */
-/* Where msharefs is mounted; -1 with ENOENT if it is nowhere.  Asks the daemon nothing. */
-int root_find(char root[PATH_MAX]);
-/* Whether a directory is the root of an msharefs: 0, or -1 with errno. */
-int root_check(const char *root);
+/* The root of a msharefs that is to be trusted. */
+struct root {
+	int fd; /* what everything in it is reached by; O_PATH */
+	dev_t device;
+	ino_t inode;
+	bool searched;       /* nobody said where it is */
+	char path[PATH_MAX]; /* what led there: to look again, and to show */
+};
+
+/*
+ * Where msharefs is mounted; -1 with ENOENT if it is nowhere, EPERM if there is none but
+ * what others have mounted.  Asks the daemon nothing.  The caller closes it.
+ */
+int root_find(struct root *root);
+void root_close(struct root *root);
+/*
+ * The same for the library's calls, found anew only if it has to be: until the next call
+ * of one of these two.  The lock of the list is held.  NULL with errno.
+ */
+const struct root *root_use(void);
+/* What its path leads to by now.  Async-signal-safe. */
+const struct root *root_use_again(const char *path);
 /* What addresses and sizes of its regions are multiples of (bytes); 0 with errno. */
-size_t root_alignment(const char *root);
-/* ROOT/NAME into out; -1 with ENAMETOOLONG. */
-int root_join(const char *root, const char *name, char out[PATH_MAX]);
+size_t root_alignment(int root);
 
 /* connection.c: all async-signal-safe. */
-int connection_open(const char *root_path);
+int connection_open(int root);
 /*
  * Send one request and wait for its reply.  *reply_fd gets the descriptor that
  * came with it, or -1.  Returns 0, or -1 with the daemon's errno, or CONNECTION_LOST
@@ -80,7 +96,7 @@ int uffd_write_protect(int uffd, void *addr, size_t length);
 struct attachment {
 	struct attachment *next;
 	char name[NAME_MAX + 1];
-	char root[PATH_MAX];
+	char root[PATH_MAX]; /* the path that led to it */
 	char *start;
 	size_t size;
 	bool writable;
@@ -121,12 +137,12 @@ void fork_handle(void);
 /* Whether a region may have the name: 0, or -1 with errno. */
 int name_check(const char *name);
 /*
- * root_find() for a call that may wait: between two daemons the mount is not there for
+ * root_use() for a call that may wait: between two daemons the mount is not there for
  * a moment, and only who knows that there was one can tell that from no msharefs at all.
  */
-int name_root(char root[PATH_MAX], const struct waiting *waiting);
+const struct root *name_root(const struct waiting *waiting);
 /* Open a region's file as mshare() has to; *made: it is new. */
-int name_open(const char *path, int oflags, mode_t mode, bool repeated, bool *made);
+int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made);
 /* Remove the name of a region that this process has not attached. */
 int name_unlink(const char *name);
 

@@ -36,7 +36,7 @@ int name_check(const char *name)
  * repeated: if there is one, O_EXCL or not, this process may have made it itself
  * just before a daemon died; the daemon judges.
  */
-int name_open(const char *path, int oflags, mode_t mode, bool repeated, bool *made)
+int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made)
 {
 	int access = (oflags & O_ACCMODE) | O_CLOEXEC;
 	int fd;
@@ -44,14 +44,14 @@ int name_open(const char *path, int oflags, mode_t mode, bool repeated, bool *ma
 	*made = false;
 	for (int tries = 0; tries < 100; tries++) {
 		if (!(oflags & O_EXCL)) {
-			fd = open(path, access);
+			fd = openat(root, name, access);
 			if (fd >= 0 || errno != ENOENT || !(oflags & O_CREAT))
 				return fd;
 		}
-		fd = open(path, access | O_CREAT | O_EXCL, mode);
+		fd = openat(root, name, access | O_CREAT | O_EXCL, mode);
 		*made = fd >= 0;
 		if (fd < 0 && errno == EEXIST && (oflags & O_EXCL) && repeated)
-			fd = open(path, access);
+			fd = openat(root, name, access);
 		if (fd >= 0 || errno != EEXIST || (oflags & O_EXCL))
 			return fd;
 	}
@@ -59,31 +59,31 @@ int name_open(const char *path, int oflags, mode_t mode, bool repeated, bool *ma
 	return -1;
 }
 
-int name_root(char root[PATH_MAX], const struct waiting *waiting)
+/* Somebody else's mount is no better and no worse than none: while ours is away we wait. */
+const struct root *name_root(const struct waiting *waiting)
 {
+	const struct root *root = root_use();
 	bool gone = waiting->pause != 0;
+	int why = errno;
 
-	if (root_find(root) == 0)
-		return 0;
-	if (errno != ENOENT)
-		return -1;
+	if (root || (why != ENOENT && why != EPERM))
+		return root;
 	for (struct attachment *each = attachment_first(); each && !gone; each = each->next)
-		gone = root_check(each->root) < 0;
-	errno = gone ? ENOTCONN : ENOENT;
-	return -1;
+		gone = !root_use_again(each->root);
+	errno = gone ? ENOTCONN : why;
+	return NULL;
 }
 
 int name_unlink(const char *name)
 {
 	struct waiting waiting = { 0 };
-	char root[PATH_MAX], path[PATH_MAX];
+	const struct root *root;
 	bool asked = false;
 
 	do {
-		if (name_root(root, &waiting) == 0) {
-			if (root_join(root, name, path) < 0)
-				return -1;
-			if (unlink(path) == 0 || (errno == ENOENT && asked))
+		root = name_root(&waiting);
+		if (root) {
+			if (unlinkat(root->fd, name, 0) == 0 || (errno == ENOENT && asked))
 				return 0;
 			asked |= errno == ECONNABORTED; /* it was under way */
 		}
@@ -93,13 +93,13 @@ int name_unlink(const char *name)
 
 static int read_info(const char *name, struct mshare_info *info, const struct waiting *waiting)
 {
-	char root[PATH_MAX], path[PATH_MAX];
+	const struct root *root = name_root(waiting);
 	ssize_t got;
 	int fd;
 
-	if (name_root(root, waiting) < 0 || root_join(root, name, path) < 0)
+	if (!root)
 		return -1;
-	fd = open(path, O_RDONLY | O_CLOEXEC);
+	fd = openat(root->fd, name, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return -1;
 	got = read(fd, info, sizeof *info);
@@ -134,20 +134,21 @@ MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 
 MSHARE_EXPORT int mshare_root(char *path, size_t size)
 {
-	char root[PATH_MAX];
+	struct root root;
 	size_t length;
 
 	if (!path) {
 		errno = EFAULT;
 		return -1;
 	}
-	if (root_find(root) < 0)
+	if (root_find(&root) < 0)
 		return -1;
-	length = strlen(root);
+	root_close(&root);
+	length = strlen(root.path);
 	if (length >= size) {
 		errno = ERANGE;
 		return -1;
 	}
-	memcpy(path, root, length + 1);
+	memcpy(path, root.path, length + 1);
 	return 0;
 }
