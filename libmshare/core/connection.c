@@ -77,7 +77,7 @@ static int receive_reply(int connection, struct mshare_wire_reply *reply, int *f
 {
 	union {
 		struct cmsghdr header;
-		char space[CMSG_SPACE(sizeof(int))];
+		char space[CMSG_SPACE(sizeof(int))]; /* rounded up: room for two */
 	} control;
 	struct iovec part = { reply, sizeof *reply };
 	struct msghdr message = {
@@ -87,6 +87,7 @@ static int receive_reply(int connection, struct mshare_wire_reply *reply, int *f
 		.msg_controllen = sizeof control,
 	};
 	struct cmsghdr *header;
+	const unsigned char *at;
 	ssize_t got;
 
 	*fd = -1;
@@ -100,9 +101,19 @@ static int receive_reply(int connection, struct mshare_wire_reply *reply, int *f
 		return -1;
 	}
 	for (header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
-		if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
-		    header->cmsg_len == CMSG_LEN(sizeof(int)))
-			memcpy(fd, CMSG_DATA(header), sizeof *fd);
+		if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS)
+			continue;
+		at = CMSG_DATA(header);
+		for (size_t left = header->cmsg_len - CMSG_LEN(0); left >= sizeof(int);
+		     left -= sizeof(int), at += sizeof(int)) {
+			int each;
+
+			memcpy(&each, at, sizeof each);
+			if (*fd < 0)
+				*fd = each;
+			else
+				close(each);
+		}
 	}
 	if ((size_t)got != sizeof *reply || reply->magic != MSHARE_WIRE_MAGIC ||
 	    reply->version != MSHARE_WIRE_VERSION) {
@@ -141,6 +152,8 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 		if (reply->op != MSHARE_WIRE_NOTE)
 			break;
 		noted = MSHARE_WIRE_PROTECTED;
+		if (*reply_fd >= 0)
+			close(*reply_fd);
 	}
 	reply->flags |= noted;
 	if (reply->error != 0) {
