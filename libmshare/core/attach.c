@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /*
  * mshare() fails after it has begun to make a region, or made it: it goes before the
@@ -21,7 +22,8 @@ static void unmake(int connection, uint16_t op)
 
 /*
  * Everything that can fail without a trace comes before the file is created; what
- * comes later is undone.
+ * comes later is undone.  If it takes the daemon to have a userfaultfd, that comes later:
+ * the file is what gives the right to it.
  *
  * An attachment without a size takes the region where it lies, which the reply says.
  */
@@ -51,8 +53,8 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	attachment->connection = connection_open(root);
 	if (attachment->connection < 0)
 		goto fail;
-	attachment->uffd = uffd_open(attachment->connection);
-	if (attachment->uffd < 0)
+	attachment->uffd = uffd_open_unaided();
+	if (attachment->uffd < 0 && attachment->uffd != UFFD_ASK)
 		goto fail;
 	region = name_open(root, attachment->name, oflags, mode, attachment->repeated, &made);
 	if (region < 0) {
@@ -64,6 +66,13 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
 	}
+	if (attachment->uffd == UFFD_ASK) {
+		attachment->uffd = uffd_ask(attachment->connection, region);
+		if (attachment->uffd < 0) {
+			attachment->repeated |= daemon_is_gone(errno);
+			goto fail;
+		}
+	}
 	if (made)
 		request.flags |= MSHARE_WIRE_MADE_FILE;
 	if (attachment->repeated)
@@ -73,10 +82,11 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	fds[1] = attachment->uffd;
 	result = connection_call(attachment->connection, &request, NULL, fds, 2, &reply,
 				 &attachment->backing);
-	close_keeping_errno(region);
 	attachment->repeated |= result == CONNECTION_LOST;
 	if (result < 0)
 		goto fail;
+	close(region);
+	region = -1;
 	building = reply.flags & MSHARE_WIRE_DONATE;
 	complete = !building && (reply.flags & MSHARE_WIRE_CREATED);
 	if (attachment->backing < 0) {
@@ -107,6 +117,9 @@ fail:
 		unmake(attachment->connection, MSHARE_WIRE_UNLINK);
 	else if (building)
 		unmake(attachment->connection, MSHARE_WIRE_DETACH);
+	else if (made && region >= 0 && !daemon_is_gone(saved))
+		name_unmake(root, attachment->name, region);
+	close_keeping_errno(region);
 	attachment_drop(attachment);
 	if (as_it_lies) {
 		attachment->start = NULL;

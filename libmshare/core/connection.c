@@ -13,23 +13,14 @@
 #define CONTROL "/.control"
 #define MOST_FDS 2
 
-/* snprintf() is not async-signal-safe. */
-static char *append_number(char *end, unsigned number)
-{
-	if (number >= 10)
-		end = append_number(end, number / 10);
-	*end++ = (char)('0' + number % 10);
-	*end = '\0';
-	return end;
-}
-
 /* connect(2) has no directory to begin from, and 107 bytes for a path. */
 int connection_open(int root)
 {
-	struct sockaddr_un address = { .sun_family = AF_UNIX, .sun_path = "/proc/self/fd/" };
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	int connection, result;
 
-	strcat(append_number(strchr(address.sun_path, '\0'), (unsigned)root), CONTROL);
+	path_of(root, address.sun_path);
+	strcat(address.sun_path, CONTROL);
 	connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (connection < 0)
 		return -1;

@@ -46,7 +46,7 @@ static void attach_again(struct attachment *attachment)
 		if (root)
 			attachment->connection = connection_open(root->fd);
 		if (attachment->connection >= 0)
-			attachment->uffd = uffd_open(attachment->connection);
+			attachment->uffd = uffd_open(attachment->connection, attachment->backing);
 		fds[0] = attachment->backing;
 		fds[1] = attachment->uffd;
 		request.userfaultfd = (uint32_t)attachment->uffd;

@@ -28,6 +28,9 @@ int raw_msync(void *addr, size_t length, int flags);
 int raw_madvise(void *addr, size_t length, int advice);
 /* Move a mapping to an address, in place of what is there. */
 int raw_mremap(void *from, size_t length, void *to);
+/* What a descriptor is reached by where a path is wanted.  Threads may have tables of their own. */
+#define FD_PATH_MAX 40
+void path_of(int fd, char path[FD_PATH_MAX]);
 void close_keeping_errno(int fd); /* -1: nothing */
 
 /* root.c */
@@ -83,8 +86,15 @@ bool daemon_is_gone(int error);
 bool wait_again(struct waiting *waiting);
 
 /* uffd.c: all async-signal-safe. */
-/* A new userfaultfd of this process; asks the daemon for the device if it must. */
-int uffd_open(int connection);
+/*
+ * A new userfaultfd of this process; asks the daemon for the device if it must.  proof:
+ * of the right to the region, as for ATTACH.
+ */
+int uffd_open(int connection, int proof);
+/* The same in two steps, for who has no proof yet: UFFD_ASK if the second is needed. */
+#define UFFD_ASK (-2)
+int uffd_open_unaided(void);
+int uffd_ask(int connection, int proof);
 int uffd_handshake(int uffd, uint64_t features);
 int uffd_register(int uffd, void *addr, size_t length, uint64_t mode);
 int uffd_unregister(int uffd, void *addr, size_t length);
@@ -143,6 +153,8 @@ int name_check(const char *name);
 const struct root *name_root(const struct waiting *waiting);
 /* Open a region's file as mshare() has to; *made: it is new. */
 int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made);
+/* Remove the name that name_open() has made, unless somebody has given it a range. */
+void name_unmake(int root, const char *name, int region);
 /* Remove the name of a region that this process has not attached. */
 int name_unlink(const char *name);
 

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 int name_check(const char *name)
@@ -57,6 +58,20 @@ int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated
 	}
 	errno = EAGAIN; /* somebody creates and removes it all the time */
 	return -1;
+}
+
+/* By its number: whoever has removed it meanwhile may have made another one. */
+void name_unmake(int root, const char *name, int region)
+{
+	struct stat made, found;
+	struct mshare_info info;
+	int saved = errno;
+
+	if (pread(region, &info, sizeof info, 0) == sizeof info && info.size == 0 &&
+	    fstat(region, &made) == 0 && fstatat(root, name, &found, AT_SYMLINK_NOFOLLOW) == 0 &&
+	    made.st_ino == found.st_ino)
+		unlinkat(root, name, 0);
+	errno = saved;
 }
 
 /* Somebody else's mount is no better and no worse than none: while ours is away we wait. */

@@ -3,16 +3,16 @@
  * Which of a donor's pages exist: those are copied, and all of them.
  *
  * The region may be 512 GiB of which a few pages were touched.  For private memory
- * /proc/self/pagemap tells exactly which pages exist.  For shared anonymous memory it does not: a page
- * populated by a relative, or swapped out, has no entry in our page table.  The
- * memory is a file of the kernel's own, and the daemon opens it for us by
- * /proc/PID/map_files (that takes CAP_CHECKPOINT_RESTORE); SEEK_DATA then tells.
- * A daemon without that right (an ordinary user's) leaves us to find out.  mincore(2)
- * tells which pages are in memory, whoever populated them; a page that is swapped out
- * is absent for it.  So it will do as long as nothing of ours is swapped out (the VMA's
- * Swap in /proc/self/smaps) and nobody's is meanwhile (/proc/vmstat).  Otherwise each
- * page is tried: with UFFD_FEATURE_SIGBUS a system call on an absent page fails instead
- * of sleeping.  That takes minutes for 512 GiB.
+ * /proc/self/pagemap tells exactly which pages exist.  For shared anonymous memory it does
+ * not: a page populated by a relative, or swapped out, has no entry in our page table.
+ * The memory is a file of the kernel's own, and the daemon opens it for us by
+ * /proc/PID/map_files (that takes CAP_CHECKPOINT_RESTORE); SEEK_DATA then tells.  A daemon
+ * without that right (an ordinary user's) leaves us to find out.  mincore(2) tells which
+ * pages are in memory, whoever populated them; a page that is swapped out is absent for
+ * it.  So it will do as long as nothing of ours is swapped out (the VMA's Swap in
+ * /proc/self/smaps) and nobody's is meanwhile (/proc/vmstat).  Otherwise each page is
+ * tried: with UFFD_FEATURE_SIGBUS a system call on an absent page fails instead of
+ * sleeping.  That takes minutes for 512 GiB.
  */
 #include "internal.h"
 
@@ -242,7 +242,7 @@ int present_copy(struct donation *donation, char *end, bool files_known, int *fr
 	for (;; finding = BY_TRYING) {
 		uint64_t features = finding == BY_TRYING ? UFFD_FEATURE_SIGBUS : 0;
 
-		*freezer = uffd_open(donation->attachment->connection);
+		*freezer = uffd_open(donation->attachment->connection, donation->backing);
 		if (*freezer < 0 || uffd_handshake(*freezer, features) < 0 ||
 		    copy_contents(donation, *freezer, finding) < 0)
 			return -1;

@@ -14,7 +14,8 @@
  * fusermount3 takes from its caller comes before it in other fields, with its spaces
  * escaped).  From then on the descriptor is the mount: regions are opened from it, and
  * .control is reached by /proc/self/fd.  Until then nothing in it is looked at: its server
- * may be one that never answers.  (Where there is no /proc there is no msharefs.)
+ * may be one that never answers.  (Where there is no /proc there is no msharefs.  It is read
+ * as thread-self: a thread may have mounts and descriptors of its own.)
  *
  * User namespaces.  The kernel prints user_id as a number of the namespace of who mounted
  * (fs/fuse/inode.c: from_kuid_munged(fc->user_ns, ...)).
@@ -157,7 +158,7 @@ static bool same_outside(uid_t user)
 	struct table map;
 	int count = 0, byte;
 
-	if (table_open(&map, "/proc/self/uid_map") < 0)
+	if (table_open(&map, "/proc/thread-self/uid_map") < 0)
 		return errno == ENOENT; /* a kernel without user namespaces */
 	while ((byte = next_byte(&map)) >= 0) {
 		if (byte >= '0' && byte <= '9') {
@@ -255,7 +256,7 @@ static int judge(dev_t device)
 	struct mount mount;
 	int why = ENOENT;
 
-	if (table_open(&table, "/proc/self/mountinfo") < 0)
+	if (table_open(&table, "/proc/thread-self/mountinfo") < 0)
 		return -1;
 	while (why == ENOENT && next_msharefs(&table, &mount, NULL)) {
 		if (mount.device == device)
@@ -351,7 +352,7 @@ static int search_mounts(struct root *root, int why)
 	struct mount mount;
 	int found = -1;
 
-	if (table_open(&table, "/proc/self/mountinfo") < 0)
+	if (table_open(&table, "/proc/thread-self/mountinfo") < 0)
 		return -1;
 	while (found < 0 && next_msharefs(&table, &mount, target)) {
 		errno = EPERM;
