@@ -25,7 +25,16 @@ def library_directory() -> Path | None:
 def _load() -> ctypes.CDLL:
     directory = library_directory()
     path = LIBRARY if directory is None else str(directory / LIBRARY)
-    return ctypes.CDLL(path, use_errno=True)
+    try:
+        return ctypes.CDLL(path, use_errno=True)
+    except OSError:
+        # To take the installed library from here would mix two versions.
+        if directory is not None or not (PACKAGE / "meson.build").exists():
+            raise
+        raise ImportError(
+            f"{PACKAGE} is source code and hides the installed package: `make setup` installs it, "
+            "and PYTHONSAFEPATH=1, python -P or another working directory finds it"
+        ) from None
 
 
 class _Info(ctypes.Structure):

@@ -13,73 +13,23 @@
 #define CONTROL "/.control"
 #define MOST_FDS 2
 
-static char *append(char *end, const char *text)
+/* connect(2) has no directory to begin from, and 107 bytes for a path. */
+int connection_open(int root)
 {
-	size_t length = strlen(text);
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int connection, result;
 
-	memcpy(end, text, length + 1);
-	return end + length;
-}
-
-/* snprintf() is not async-signal-safe. */
-static char *append_number(char *end, unsigned number)
-{
-	if (number >= 10)
-		end = append_number(end, number / 10);
-	*end++ = (char)('0' + number % 10);
-	*end = '\0';
-	return end;
-}
-
-/*
- * connect(2) takes 107 bytes of path.  A longer mount path is reached through a
- * descriptor of the directory.
- */
-static int set_address(struct sockaddr_un *address, const char *root_path, int *directory)
-{
-	size_t length = strlen(root_path);
-	char *end;
-
-	memset(address, 0, sizeof *address);
-	address->sun_family = AF_UNIX;
-	*directory = -1;
-	if (length + sizeof CONTROL <= sizeof address->sun_path) {
-		memcpy(address->sun_path, root_path, length);
-		memcpy(address->sun_path + length, CONTROL, sizeof CONTROL);
-		return 0;
-	}
-	*directory = open(root_path, O_PATH | O_DIRECTORY | O_CLOEXEC);
-	if (*directory < 0)
-		return -1;
-	end = append(address->sun_path, "/proc/self/fd/");
-	end = append_number(end, (unsigned)*directory);
-	append(end, CONTROL);
-	return 0;
-}
-
-int connection_open(const char *root_path)
-{
-	struct sockaddr_un address;
-	int directory, connection, result, saved;
-
-	if (set_address(&address, root_path, &directory) < 0)
-		return -1;
+	path_of(root, address.sun_path);
+	strcat(address.sun_path, CONTROL);
 	connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	if (connection >= 0) {
-		do
-			result = connect(connection, (struct sockaddr *)&address, sizeof address);
-		while (result < 0 && errno == EINTR);
-		if (result < 0) {
-			saved = errno;
-			close(connection);
-			errno = saved;
-			connection = -1;
-		}
-	}
-	if (directory >= 0) {
-		saved = errno;
-		close(directory);
-		errno = saved;
+	if (connection < 0)
+		return -1;
+	do
+		result = connect(connection, (struct sockaddr *)&address, sizeof address);
+	while (result < 0 && errno == EINTR);
+	if (result < 0) {
+		close_keeping_errno(connection);
+		return -1;
 	}
 	return connection;
 }
@@ -118,7 +68,7 @@ static int receive_reply(int connection, struct mshare_wire_reply *reply, int *f
 {
 	union {
 		struct cmsghdr header;
-		char space[CMSG_SPACE(sizeof(int))];
+		char space[CMSG_SPACE(sizeof(int))]; /* rounded up: room for two */
 	} control;
 	struct iovec part = { reply, sizeof *reply };
 	struct msghdr message = {
@@ -128,6 +78,7 @@ static int receive_reply(int connection, struct mshare_wire_reply *reply, int *f
 		.msg_controllen = sizeof control,
 	};
 	struct cmsghdr *header;
+	const unsigned char *at;
 	ssize_t got;
 
 	*fd = -1;
@@ -141,9 +92,19 @@ static int receive_reply(int connection, struct mshare_wire_reply *reply, int *f
 		return -1;
 	}
 	for (header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
-		if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
-		    header->cmsg_len == CMSG_LEN(sizeof(int)))
-			memcpy(fd, CMSG_DATA(header), sizeof *fd);
+		if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS)
+			continue;
+		at = CMSG_DATA(header);
+		for (size_t left = header->cmsg_len - CMSG_LEN(0); left >= sizeof(int);
+		     left -= sizeof(int), at += sizeof(int)) {
+			int each;
+
+			memcpy(&each, at, sizeof each);
+			if (*fd < 0)
+				*fd = each;
+			else
+				close(each);
+		}
 	}
 	if ((size_t)got != sizeof *reply || reply->magic != MSHARE_WIRE_MAGIC ||
 	    reply->version != MSHARE_WIRE_VERSION) {
@@ -182,6 +143,8 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 		if (reply->op != MSHARE_WIRE_NOTE)
 			break;
 		noted = MSHARE_WIRE_PROTECTED;
+		if (*reply_fd >= 0)
+			close(*reply_fd);
 	}
 	reply->flags |= noted;
 	if (reply->error != 0) {

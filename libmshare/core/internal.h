@@ -26,19 +26,41 @@ int raw_munmap(void *addr, size_t length);
 int raw_mprotect(void *addr, size_t length, int prot);
 int raw_msync(void *addr, size_t length, int flags);
 int raw_madvise(void *addr, size_t length, int advice);
+/* Move a mapping to an address, in place of what is there. */
+int raw_mremap(void *from, size_t length, void *to);
+/* What a descriptor is reached by where a path is wanted.  Threads may have tables of their own. */
+#define FD_PATH_MAX 40
+void path_of(int fd, char path[FD_PATH_MAX]);
+void close_keeping_errno(int fd); /* -1: nothing */
 
 /* root.c */
-/* Where msharefs is mounted; -1 with ENOENT if it is nowhere.  Asks the daemon nothing. */
-int root_find(char root[PATH_MAX]);
-/* Whether a directory is the root of an msharefs: 0, or -1 with errno. */
-int root_check(const char *root);
+/* The root of a msharefs that is to be trusted. */
+struct root {
+	int fd; /* what everything in it is reached by; O_PATH */
+	dev_t device;
+	ino_t inode;
+	bool searched;       /* nobody said where it is */
+	char path[PATH_MAX]; /* what led there: to look again, and to show */
+};
+
+/*
+ * Where msharefs is mounted; -1 with ENOENT if it is nowhere, EPERM if there is none but
+ * what others have mounted.  Asks the daemon nothing.  The caller closes it.
+ */
+int root_find(struct root *root);
+void root_close(struct root *root);
+/*
+ * The same for the library's calls, found anew only if it has to be: until the next call
+ * of one of these two.  The lock of the list is held.  NULL with errno.
+ */
+const struct root *root_use(void);
+/* What its path leads to by now.  Async-signal-safe. */
+const struct root *root_use_again(const char *path);
 /* What addresses and sizes of its regions are multiples of (bytes); 0 with errno. */
-size_t root_alignment(const char *root);
-/* ROOT/NAME into out; -1 with ENAMETOOLONG. */
-int root_join(const char *root, const char *name, char out[PATH_MAX]);
+size_t root_alignment(int root);
 
 /* connection.c: all async-signal-safe. */
-int connection_open(const char *root_path);
+int connection_open(int root);
 /*
  * Send one request and wait for its reply.  *reply_fd gets the descriptor that
  * came with it, or -1.  Returns 0, or -1 with the daemon's errno, or CONNECTION_LOST
@@ -64,8 +86,15 @@ bool daemon_is_gone(int error);
 bool wait_again(struct waiting *waiting);
 
 /* uffd.c: all async-signal-safe. */
-/* A new userfaultfd of this process; asks the daemon for the device if it must. */
-int uffd_open(int connection);
+/*
+ * A new userfaultfd of this process; asks the daemon for the device if it must.  proof:
+ * of the right to the region, as for ATTACH.
+ */
+int uffd_open(int connection, int proof);
+/* The same in two steps, for who has no proof yet: UFFD_ASK if the second is needed. */
+#define UFFD_ASK (-2)
+int uffd_open_unaided(void);
+int uffd_ask(int connection, int proof);
 int uffd_handshake(int uffd, uint64_t features);
 int uffd_register(int uffd, void *addr, size_t length, uint64_t mode);
 int uffd_unregister(int uffd, void *addr, size_t length);
@@ -73,14 +102,11 @@ int uffd_write_protect(int uffd, void *addr, size_t length);
 #define UFFD_MISSING 1u
 #define UFFD_WRITE_PROTECT 2u
 
-/* Move a mapping to an address, in place of what is there. */
-int raw_mremap(void *from, size_t length, void *to);
-
-/* attachment.c */
+/* attachment.c: the list; but for the lock itself, its functions want the lock held. */
 struct attachment {
 	struct attachment *next;
 	char name[NAME_MAX + 1];
-	char root[PATH_MAX];
+	char root[PATH_MAX]; /* the path that led to it */
 	char *start;
 	size_t size;
 	bool writable;
@@ -92,18 +118,84 @@ struct attachment {
 	struct waiting waiting;
 };
 
+void attachment_lock(void);
+void attachment_unlock(void);
+struct attachment *attachment_first(void);
+/* The attachment that has the address, or NULL. */
+struct attachment *attachment_at(const char *address);
+/* The lowest start of an attachment above the address, or NULL. */
+char *attachment_above(const char *address);
+/* Where the attachment of a name hangs in the list, or its end. */
+struct attachment **attachment_find(const char *name);
+void attachment_add(struct attachment *attachment);
+void attachment_remove(struct attachment **link);
+/* Close its connection and userfaultfd; and all its descriptors.  Async-signal-safe. */
+void attachment_hang_up(struct attachment *attachment);
+void attachment_drop(struct attachment *attachment);
+
 /* rejoin.c: async-signal-safe. */
 /* As connection_call() on its connection; if that is lost, on one to the next daemon. */
 int attachment_call(struct attachment *attachment, const struct mshare_wire_request *request,
 		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
 		    struct mshare_wire_reply *reply, int *reply_fd);
 
-/* The attachment that has the address, or NULL; the lock must be held. */
-struct attachment *attachment_at(const char *address);
-/* The lowest start of an attachment above the address, or NULL. */
-char *attachment_above(const char *address);
-void attachment_lock(void);
-void attachment_unlock(void);
+/* fork.c */
+/* From now on a child attaches what its parent has attached. */
+void fork_handle(void);
+
+/* names.c */
+/* Whether a region may have the name: 0, or -1 with errno. */
+int name_check(const char *name);
+/*
+ * root_use() for a call that may wait: between two daemons the mount is not there for
+ * a moment, and only who knows that there was one can tell that from no msharefs at all.
+ */
+const struct root *name_root(const struct waiting *waiting);
+/* Open a region's file as mshare() has to; *made: it is new. */
+int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made);
+/* Remove the name that name_open() has made, unless somebody has given it a range. */
+void name_unmake(int root, const char *name, int region);
+/* Remove the name of a region that this process has not attached. */
+int name_unlink(const char *name);
+
+/* What a donor has mapped in the range of a region to be. */
+struct vma {
+	char *vma_start, *vma_end; /* as /proc/self/maps has it */
+	char *start, *end;         /* its part in the region */
+	int prot;
+	bool shared;
+	bool mapped;  /* of a file, not anonymous */
+	off_t offset; /* of vma_start in the file */
+	int file;     /* the file, or that of shared anonymous memory; or -1 */
+};
+
+struct donation {
+	struct attachment *attachment;
+	struct vma *vmas;
+	size_t count, capacity;
+	char *start;
+	int backing;
+	int memory; /* /proc/self/mem, for what is not readable, and for huge pages */
+	size_t page;
+	size_t huge; /* the backing's pages, if it is of huge pages; or 0 */
+	bool counting;
+	size_t counted; /* huge pages that will be needed */
+	uintptr_t last_counted;
+};
+
+/* maps.c: fill in donation->vmas, with the files of those that are of files. */
+int maps_find(struct donation *donation, char *end);
+
+/* copy.c */
+/* Stop writers of a range that exists, then copy it; or count it (donation->counting). */
+int copy_frozen(struct donation *donation, int freezer, const struct vma *vma, char *from,
+		char *to);
+
+/* present.c */
+/* How many huge pages it takes, into donation->counted. */
+int present_count(struct donation *donation);
+/* Copies everything; *freezer holds back writers from then on, until it is closed. */
+int present_copy(struct donation *donation, char *end, bool files_known, int *freezer);
 
 /*
  * donate.c: make what is mapped in its range the region's memory.

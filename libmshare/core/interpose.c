@@ -51,15 +51,17 @@ MSHARE_EXPORT long syscall(long number, ...)
  */
 static bool like_a_region(void *addr, size_t length, int flags)
 {
-	char root[PATH_MAX];
-	size_t alignment;
+	struct root root;
+	size_t alignment = 0;
 	int saved = errno;
-	bool like = (flags & MAP_ANONYMOUS) && (flags & MAP_SHARED) && !(flags & MAP_NORESERVE) &&
-		    addr && root_find(root) == 0 && (alignment = root_alignment(root)) != 0 &&
-		    (((uintptr_t)addr | length) & (alignment - 1)) == 0;
 
+	if ((flags & MAP_ANONYMOUS) && (flags & MAP_SHARED) && !(flags & MAP_NORESERVE) && addr &&
+	    root_find(&root) == 0) {
+		alignment = root_alignment(root.fd);
+		root_close(&root);
+	}
 	errno = saved;
-	return like;
+	return alignment != 0 && (((uintptr_t)addr | length) & (alignment - 1)) == 0;
 }
 
 MSHARE_EXPORT void *mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset)

@@ -12,6 +12,7 @@
 
 #include <errno.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
@@ -134,6 +135,30 @@ static int on_each_part(char *start, size_t length, int argument, in_region insi
 
 /* ---- mmap ---- */
 
+/*
+ * The daemon reads and writes a mapped file by its descriptor, at any offset and of any
+ * length.  By the program's own it cannot where that was opened to append (pwrite(2) then
+ * appends) or to bypass the page cache; and whether it could open the file itself, only
+ * the program's rights tell.  So such a file is opened once more, here, and -1 says that
+ * the program's descriptor will do, or has to: mmap(2) takes it as well.
+ */
+static int open_plainly(int fd)
+{
+	int flags = fcntl(fd, F_GETFL), saved = errno, opened;
+	char path[FD_PATH_MAX];
+	struct stat status;
+
+	/* Opening anything but a regular file may wait, or do something. */
+	if (flags < 0 || (flags & O_PATH) || !(flags & (O_APPEND | O_DIRECT)) ||
+	    fstat(fd, &status) < 0 || !S_ISREG(status.st_mode))
+		return -1;
+	path_of(fd, path);
+	opened = open(path, (flags & (O_ACCMODE | O_SYNC | O_NOATIME)) | O_CLOEXEC);
+	if (opened < 0)
+		errno = saved;
+	return opened;
+}
+
 static void *map_in(struct attachment *in, char *start, size_t length, int prot, int flags, int fd,
 		    off_t offset)
 {
@@ -147,15 +172,20 @@ static void *map_in(struct attachment *in, char *start, size_t length, int prot,
 			 ((uint32_t)flags & (MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE)),
 	};
 
+	int plain, result;
+
 	if (flags & MAP_FIXED_NOREPLACE)
 		object.flags &= ~(uint32_t)MAP_FIXED;
-	if (!(flags & MAP_ANONYMOUS) && fd < 0) {
+	if (flags & MAP_ANONYMOUS)
+		return call(in, MSHARE_WIRE_MMAP, &object, -1) < 0 ? MAP_FAILED : start;
+	if (fd < 0) {
 		errno = EBADF;
 		return MAP_FAILED;
 	}
-	if (call(in, MSHARE_WIRE_MMAP, &object, flags & MAP_ANONYMOUS ? -1 : fd) < 0)
-		return MAP_FAILED;
-	return start;
+	plain = open_plainly(fd);
+	result = call(in, MSHARE_WIRE_MMAP, &object, plain < 0 ? fd : plain);
+	close_keeping_errno(plain);
+	return result < 0 ? MAP_FAILED : start;
 }
 
 static int check_flags(size_t length, int flags, off_t offset)

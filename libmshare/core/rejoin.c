@@ -18,10 +18,13 @@ static int rejoin(struct attachment *attachment)
 {
 	struct mshare_wire_request request = { .op = MSHARE_WIRE_REJOIN };
 	struct mshare_wire_reply reply;
-	int result, ignored, saved;
+	const struct root *root;
+	int result, ignored;
 
 	do {
-		attachment->connection = connection_open(attachment->root);
+		root = root_use_again(attachment->root);
+		if (root)
+			attachment->connection = connection_open(root->fd);
 		if (attachment->connection < 0) {
 			/* ENOENT: the old mount is down and the new one not up yet. */
 			if (!daemon_is_gone(errno) && errno != ENOENT)
@@ -32,10 +35,8 @@ static int rejoin(struct attachment *attachment)
 					 1, &reply, &ignored);
 		if (result == 0)
 			return 0;
-		saved = errno;
-		close(attachment->connection);
+		close_keeping_errno(attachment->connection);
 		attachment->connection = -1;
-		errno = saved;
 		if (result != CONNECTION_LOST)
 			return -1;
 	} while (wait_again(&attachment->waiting));

@@ -8,8 +8,10 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 long raw_syscall(long number, long a, long b, long c, long d, long e, long f)
@@ -88,4 +90,31 @@ int raw_msync(void *addr, size_t length, int flags)
 int raw_madvise(void *addr, size_t length, int advice)
 {
 	return (int)checked(raw_syscall(SYS_madvise, (long)addr, (long)length, advice, 0, 0, 0));
+}
+
+/* snprintf() is not async-signal-safe. */
+static char *append_number(char *end, unsigned number)
+{
+	if (number >= 10)
+		end = append_number(end, number / 10);
+	*end++ = (char)('0' + number % 10);
+	*end = '\0';
+	return end;
+}
+
+void path_of(int fd, char path[FD_PATH_MAX])
+{
+	static const char directory[] = "/proc/thread-self/fd/";
+
+	memcpy(path, directory, sizeof directory);
+	append_number(path + sizeof directory - 1, (unsigned)fd);
+}
+
+void close_keeping_errno(int fd)
+{
+	int saved = errno;
+
+	if (fd >= 0)
+		close(fd);
+	errno = saved;
 }

@@ -45,30 +45,48 @@ static int by_device(int from)
  * page fails with EFAULT, so it is the last resort and the daemon must allow it
  * (a daemon of an ordinary user has nothing better to give).
  */
-int uffd_open(int connection)
+int uffd_open_unaided(void)
 {
-	struct mshare_wire_request request = { .op = MSHARE_WIRE_USERFAULTFD };
-	struct mshare_wire_reply reply;
-	int fd, opened;
+	int fd;
 
 	if (device >= 0)
 		return by_device(device);
 	fd = by_system_call(O_CLOEXEC | O_NONBLOCK);
 	if (fd >= 0 || (errno != EPERM && errno != ENOSYS))
 		return fd;
-	opened = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	return device >= 0 ? by_device(device) : UFFD_ASK;
+}
+
+/*
+ * Who may have a full userfaultfd holds up system calls of the kernel at will, so the
+ * daemon wants to see first that we may have the region for which we need it.
+ */
+int uffd_ask(int connection, int proof)
+{
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_USERFAULTFD };
+	struct mshare_wire_reply reply;
+	int opened;
+
+	if (connection_call(connection, &request, NULL, &proof, 1, &reply, &opened) < 0)
+		return -1;
+	if (reply.flags & MSHARE_WIRE_USER_MODE_ONLY) {
+		close_keeping_errno(opened);
+		return by_system_call(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	}
 	if (opened < 0) {
-		if (connection_call(connection, &request, NULL, NULL, 0, &reply, &opened) < 0)
-			return -1;
-		if (reply.flags & MSHARE_WIRE_USER_MODE_ONLY)
-			return by_system_call(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
-		if (opened < 0) {
-			errno = EMFILE; /* there was no room for it: recvmsg(2) */
-			return -1;
-		}
+		errno = EMFILE; /* there was no room for it: recvmsg(2) */
+		return -1;
 	}
 	device = opened;
 	return by_device(device);
+}
+
+int uffd_open(int connection, int proof)
+{
+	int fd = uffd_open_unaided();
+
+	return fd == UFFD_ASK ? uffd_ask(connection, proof) : fd;
 }
 
 int uffd_handshake(int uffd, uint64_t features)

@@ -34,7 +34,10 @@ enum mshare_wire_op {
 	MSHARE_WIRE_DETACH = 3,
 	/* The same, and the name goes with the last sharer. */
 	MSHARE_WIRE_UNLINK = 4,
-	/* Reply fd: /dev/userfaultfd, for who may not open it. */
+	/*
+	 * fd: proof of the right to a region, as with ATTACH.  Reply fd: /dev/userfaultfd,
+	 * for who may not open it.
+	 */
 	MSHARE_WIRE_USERFAULTFD = 5,
 	/*
 	 * start, size: a shared anonymous VMA of the caller.  Reply fd: its memory,

@@ -47,7 +47,8 @@ struct mshare_info {
  * EEXIST  O_CREAT | O_EXCL, and the region exists
  * EACCES  the file's mode denies it
  * EPERM   the region was created O_RDONLY and O_RDWR is asked; the name is
- *         reserved; or this process may not have a userfaultfd
+ *         reserved; this process may not have a userfaultfd; or msharefs is mounted
+ *         by another user only, see mshare_root()
  * ENAMETOOLONG, ENOMEM, ENOSPC, EMFILE, ENFILE as usual
  * EOPNOTSUPP  a mapping in the range cannot become the region's
  * ENOTCONN, ECONNREFUSED  the daemon has died
@@ -100,7 +101,12 @@ int mshare_stat(const char *name, struct mshare_info *info);
  * Where msharefs is mounted: MSHARE_ROOT, else /sys/fs/mshare, else the first mount of
  * type fuse.msharefs.  path is an array of size bytes; PATH_MAX is enough.
  *
+ * The daemon of a mount is given this process's memory to fill, so mounts of users other
+ * than root and the effective user of this process are passed over.  A set-user-ID
+ * program, or one with file capabilities, takes /sys/fs/mshare, of root's, and no other.
+ *
  * ENOENT    msharefs is not mounted, or MSHARE_ROOT is no msharefs
+ * EPERM     it is mounted, by another user
  * ENOTCONN  it is, and its daemon has died (the daemon is not asked: a call may find
  *           that out that this one did not)
  * ERANGE    the path does not fit

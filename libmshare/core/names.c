@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Names: which there may be, the mount that they lead into, and what can be done to a
+ * region by its name alone.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+int name_check(const char *name)
+{
+	if (!name) {
+		errno = EFAULT;
+		return -1;
+	}
+	if (*name == '\0')
+		errno = ENOENT;
+	else if (strchr(name, '/'))
+		errno = EINVAL;
+	else if (strlen(name) > NAME_MAX)
+		errno = ENAMETOOLONG;
+	else if (*name == '.' || strcmp(name, "mshare_info") == 0)
+		errno = EPERM;
+	else
+		return 0;
+	return -1;
+}
+
+/*
+ * O_CREAT without O_EXCL is never passed on: in a sticky directory the kernel
+ * refuses it for another user's file (fs.protected_regular, proc_sys_fs(5)), but
+ * an existing region is to be attached.
+ *
+ * repeated: if there is one, O_EXCL or not, this process may have made it itself
+ * just before a daemon died; the daemon judges.
+ */
+int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made)
+{
+	int access = (oflags & O_ACCMODE) | O_CLOEXEC;
+	int fd;
+
+	*made = false;
+	for (int tries = 0; tries < 100; tries++) {
+		if (!(oflags & O_EXCL)) {
+			fd = openat(root, name, access);
+			if (fd >= 0 || errno != ENOENT || !(oflags & O_CREAT))
+				return fd;
+		}
+		fd = openat(root, name, access | O_CREAT | O_EXCL, mode);
+		*made = fd >= 0;
+		if (fd < 0 && errno == EEXIST && (oflags & O_EXCL) && repeated)
+			fd = openat(root, name, access);
+		if (fd >= 0 || errno != EEXIST || (oflags & O_EXCL))
+			return fd;
+	}
+	errno = EAGAIN; /* somebody creates and removes it all the time */
+	return -1;
+}
+
+/* By its number: whoever has removed it meanwhile may have made another one. */
+void name_unmake(int root, const char *name, int region)
+{
+	struct stat made, found;
+	struct mshare_info info;
+	int saved = errno;
+
+	if (pread(region, &info, sizeof info, 0) == sizeof info && info.size == 0 &&
+	    fstat(region, &made) == 0 && fstatat(root, name, &found, AT_SYMLINK_NOFOLLOW) == 0 &&
+	    made.st_ino == found.st_ino)
+		unlinkat(root, name, 0);
+	errno = saved;
+}
+
+/* Somebody else's mount is no better and no worse than none: while ours is away we wait. */
+const struct root *name_root(const struct waiting *waiting)
+{
+	const struct root *root = root_use();
+	bool gone = waiting->pause != 0;
+	int why = errno;
+
+	if (root || (why != ENOENT && why != EPERM))
+		return root;
+	for (struct attachment *each = attachment_first(); each && !gone; each = each->next)
+		gone = !root_use_again(each->root);
+	errno = gone ? ENOTCONN : why;
+	return NULL;
+}
+
+int name_unlink(const char *name)
+{
+	struct waiting waiting = { 0 };
+	const struct root *root;
+	bool asked = false;
+
+	do {
+		root = name_root(&waiting);
+		if (root) {
+			if (unlinkat(root->fd, name, 0) == 0 || (errno == ENOENT && asked))
+				return 0;
+			asked |= errno == ECONNABORTED; /* it was under way */
+		}
+	} while (daemon_is_gone(errno) && wait_again(&waiting));
+	return -1;
+}
+
+static int read_info(const char *name, struct mshare_info *info, const struct waiting *waiting)
+{
+	const struct root *root = name_root(waiting);
+	ssize_t got;
+	int fd;
+
+	if (!root)
+		return -1;
+	fd = openat(root->fd, name, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	got = read(fd, info, sizeof *info);
+	close_keeping_errno(fd);
+	if (got < 0)
+		return -1;
+	if (got != sizeof *info || info->size == 0) {
+		errno = got == sizeof *info ? ENOENT : EPROTO;
+		return -1;
+	}
+	return 0;
+}
+
+MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
+{
+	struct waiting waiting = { 0 };
+	int result;
+
+	if (name_check(name) < 0)
+		return -1;
+	if (!info) {
+		errno = EFAULT;
+		return -1;
+	}
+	attachment_lock();
+	do
+		result = read_info(name, info, &waiting);
+	while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
+	attachment_unlock();
+	return result;
+}
+
+MSHARE_EXPORT int mshare_root(char *path, size_t size)
+{
+	struct root root;
+	size_t length;
+
+	if (!path) {
+		errno = EFAULT;
+		return -1;
+	}
+	if (root_find(&root) < 0)
+		return -1;
+	root_close(&root);
+	length = strlen(root.path);
+	if (length >= size) {
+		errno = ERANGE;
+		return -1;
+	}
+	memcpy(path, root.path, length + 1);
+	return 0;
+}
