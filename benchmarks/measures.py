@@ -23,10 +23,8 @@ from typing import Final
 from benchmarks.huge_pages import HUGE, NoHugePagesError, free_huge_pages, huge_pages
 from benchmarks.table import Row
 from benchmarks.worker import SHM_DIRECTORY, Side, Worker, WorkerError, Workers
-from msharefsd.linux import syscalls
-from msharefsd.linux import uffd
-from msharefsd.memory.buffers import BUFFER
-from msharefsd.memory.buffers import Buffer
+from msharefsd.linux import syscalls, uffd
+from msharefsd.memory.buffers import BUFFER, Buffer
 
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20

@@ -36,8 +36,7 @@ class Backing(StrEnum):
 
 def _bytes(text: str) -> int:
     """A size or an address: 512G, 4096, 0x20000000000."""
-    from msharefsd.config import ConfigError
-    from msharefsd.config import parse_size
+    from msharefsd.config import ConfigError, parse_size
 
     try:
         value = int(text, 16) if text.lower().startswith("0x") else parse_size(text)

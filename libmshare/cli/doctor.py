@@ -18,11 +18,8 @@ from libmshare.cli import output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import CommandError, explain
 from libmshare.cli.output import Column, printable
-from msharefsd.config import ConfigError
-from msharefsd.config import load
-from msharefsd.linux import features
-from msharefsd.linux import hugepages
-from msharefsd.linux import mounts
+from msharefsd.config import ConfigError, load
+from msharefsd.linux import features, hugepages, mounts
 from msharefsd.linux.uffd import DEVICE
 from msharefsd.memory.hugetlb import Pool
 from msharefsd.memory.shm import SHM_DIRECTORY

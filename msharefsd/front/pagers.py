@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import mmap
 import os
 import signal
 import socket
@@ -41,6 +40,7 @@ from msharefsd.link.messages import (
     Go,
     Gone,
     Held,
+    Kind,
     Question,
     Ready,
     Stop,
@@ -210,7 +210,7 @@ class Pager:
                 for fd in fds:
                     os.close(fd)
 
-    def _heard(self, message: FromPager, fds: list[int]) -> None:
+    def _heard(self, message: FromPager, fds: list[int]) -> None:  # noqa: C901 - a case each
         match message:
             case Ready():
                 self._is_ready(message)
@@ -312,7 +312,8 @@ class Pager:
 
     async def serve(self, handed: _Handed) -> bool:
         """Hand over a connection; False if the pager has ended, and the connection is ours."""
-        assert self._channel is not None and handed.sock is not None
+        assert self._channel is not None
+        assert handed.sock is not None
         number = next(self._numbers)
         record = None if handed.name is None else handed.name.record()
         code, reason = 0, ""
@@ -334,7 +335,7 @@ class Pager:
 
     # -- what it is asked --
 
-    async def ask(self, kind: str, ids: list[int], seconds: float) -> tuple[Answer, bytes] | None:
+    async def ask(self, kind: Kind, ids: list[int], seconds: float) -> tuple[Answer, bytes] | None:
         """Its answer, and the text that came with it; None if there was none in time."""
         if self._channel is None or self.state is State.GONE:
             return None
@@ -343,7 +344,7 @@ class Pager:
         try:
             with trio.move_on_after(seconds):
                 await self.ready.wait()
-                await self._channel.send(Question(number, kind, ids))  # type: ignore[arg-type] # of ours
+                await self._channel.send(Question(number, kind, ids))
                 await asked.answered.wait()
         except OSError:
             self._asked.pop(number, None)
@@ -355,10 +356,8 @@ class Pager:
             return
         asked.answer = message
         if fds and 0 < message.size <= MOST_TEXT:
-            with contextlib.suppress(OSError, ValueError):
-                # Made by the pager, sealed, of a size that we know: it cannot be cut.
-                with mmap.mmap(fds[0], message.size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
-                    asked.text = memory[:]
+            # Made by the pager and sealed: it cannot be cut, or changed.
+            asked.text = os.pread(fds[0], message.size, 0)
         asked.answered.set()
 
     async def stop(self) -> None:

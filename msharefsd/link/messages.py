@@ -38,6 +38,10 @@ MOST_NAMES: Final = 128
 """In one message: a name has at most 255 bytes."""
 
 
+Kind = Literal["stat", "info", "maps", "sharers", "pagetables", "metrics"]
+"""Of a question."""
+
+
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """One message."""
 
@@ -117,7 +121,7 @@ class Question(_Message, frozen=True):
     """
 
     number: int
-    kind: Literal["stat", "info", "maps", "sharers", "pagetables", "metrics"]
+    kind: Kind
     ids: list[int]
 
 

@@ -34,7 +34,9 @@ from conftest import (
 )
 from test_mount import BECOME_NOBODY
 
-from msharefsd import kernel, mounting, wire
+from msharefsd.control import wire
+from msharefsd.linux import syscalls
+from msharefsd.mount import mounting
 
 SIZE = 2 * ALIGNMENT
 PAGE = 4096
@@ -124,7 +126,7 @@ def mounted(place: Path, user: int, more: str = ",allow_other") -> Iterator[None
     fd = os.open("/dev/fuse", os.O_RDWR)
     try:
         options = f"fd={fd},rootmode=40000,user_id={user},group_id={user}{more}"
-        kernel.mount("msharefs", str(place), mounting.FSTYPE, 0, options)
+        syscalls.mount("msharefs", str(place), mounting.FSTYPE, 0, options)
     finally:
         if sys.exc_info()[0] is not None:
             os.close(fd)
@@ -132,16 +134,16 @@ def mounted(place: Path, user: int, more: str = ",allow_other") -> Iterator[None
         yield
     finally:
         os.close(fd)  # whoever waits for an answer has one
-        kernel.umount(str(place), kernel.MNT_DETACH)
+        syscalls.umount(str(place), syscalls.MNT_DETACH)
 
 
 @contextlib.contextmanager
 def bound(source: Path, target: Path) -> Iterator[None]:
-    kernel.mount(str(source), str(target), None, kernel.MS_BIND)
+    syscalls.mount(str(source), str(target), None, syscalls.MS_BIND)
     try:
         yield
     finally:
-        kernel.umount(str(target), kernel.MNT_DETACH)
+        syscalls.umount(str(target), syscalls.MNT_DETACH)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_mount_by_fusermount_is_its_users_alone(
         assert attach(client_program, said(place), **AS_MALLORY) == failure(errno.EPERM)
     finally:
         os.close(fd)
-        kernel.umount(str(place), kernel.MNT_DETACH)
+        syscalls.umount(str(place), syscalls.MNT_DETACH)
 
 
 def test_a_server_of_others_is_not_waited_for(
