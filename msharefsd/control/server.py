@@ -44,6 +44,7 @@ from msharefsd.memory.hugetlb import HugetlbBacking
 from msharefsd.memory.kept import Files
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State, writes
@@ -441,7 +442,8 @@ class _Connection:
             case Op.NEED:
                 self._need(request.size)
             case Op.READY:
-                protection.admit(self._need_sharer())
+                sharer = self._need_sharer()
+                protection.admit(pages_of(sharer.region), sharer)
             case Op.DETACH | Op.UNLINK:
                 self._need_attached()
                 regions = self._control.regions
@@ -569,7 +571,7 @@ class _Connection:
         self._control.metrics.attaches.inc()
         self._join(sharer)
         assert region.backing is not None
-        if region.armed:
+        if pages_of(region).armed:
             flags |= ReplyFlag.PROTECTED
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
@@ -713,7 +715,7 @@ class _Connection:
         region = sharer.region
         assert region.backing is not None
         fd = None if sharer.writable else region.backing.descriptor(writable=False)
-        flags = ReplyFlag.PROTECTED if region.armed else wire.NO_FLAGS
+        flags = ReplyFlag.PROTECTED if pages_of(region).armed else wire.NO_FLAGS
         return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
 
     def _userfaultfd(self, request: Request) -> tuple[Reply, int | None]:
