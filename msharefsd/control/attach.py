@@ -17,6 +17,7 @@ from msharefsd.errors import Refused
 from msharefsd.linux import processes, syscalls
 from msharefsd.memory import hugetlb
 from msharefsd.memory.hugetlb import HugetlbBacking
+from msharefsd.paging.pages import pages_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State, writes
 
@@ -120,7 +121,7 @@ class Attaching:
         self._control.metrics.attaches.inc()
         self._state.join(sharer)
         assert region.backing is not None
-        if region.armed:
+        if pages_of(region).armed:
             flags |= ReplyFlag.PROTECTED
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
@@ -253,7 +254,7 @@ class Attaching:
         region = sharer.region
         assert region.backing is not None
         fd = None if sharer.writable else region.backing.descriptor(writable=False)
-        flags = ReplyFlag.PROTECTED if region.armed else wire.NO_FLAGS
+        flags = ReplyFlag.PROTECTED if pages_of(region).armed else wire.NO_FLAGS
         return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
 
     async def vma_file(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:

@@ -12,6 +12,7 @@ from msharefsd.errors import Refused
 from msharefsd.linux import syscalls
 from msharefsd.memory import files
 from msharefsd.paging import protection
+from msharefsd.paging.pages import pages_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Sharer
 
@@ -35,7 +36,8 @@ class Calls:
 
     async def ready(self) -> None:
         """The window is mapped and not open yet: protect in it what is protected."""
-        protection.admit(self._state.need_sharer())
+        sharer = self._state.need_sharer()
+        protection.admit(pages_of(sharer.region), sharer)
 
     async def change(self, request: Request, fds: list[int]) -> None:
         """Carry out one of them; takes a mapped file out of `fds`."""

@@ -43,7 +43,9 @@ from msharefsd.memory.kept import Files
 from msharefsd.memory.names import MemoryNames
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
+from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
@@ -194,9 +196,10 @@ async def adopt_sharers(
     adopted = _reach_all(journal, regions)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
-        sharer.poisoned.update(journal.poisoned(sharer.number))
-        if sharer.poisoned:
-            sharer.region.refused.add(sharer)
+        window = window_of(sharer)
+        window.poisoned.update(journal.poisoned(sharer.number))
+        if window.poisoned:
+            pages_of(sharer.region).refused.add(window)
     barrier("recovery.sharers")
     for region in list(regions.alive()):
         await _put_right(journal, region, pages, spaces)
@@ -295,15 +298,16 @@ def _reach(sharer: Sharer) -> int:
 
 
 async def _put_right(
-    journal: Journal, region: Region, pages: PageServer, spaces: AddressSpaces
+    journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
 ) -> None:
+    pages = pages_of(region)
     for item in list(region.objects):
         try:
             if not item.accessible:
                 await spaces.hide(region, item)
             elif item.guarded:
-                protection.arm(region, item.offset, item.end)
-                await protection.protect_present(region, item.offset, item.end)
+                protection.arm(pages, item.offset, item.end)
+                await protection.protect_present(pages, item.offset, item.end)
         except Refused as refused:
             log.error(
                 "region %s: cannot protect %d bytes at %#x: %s",
@@ -315,9 +319,9 @@ async def _put_right(
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
         if found is not None and found.written_back:
-            region.dirty[page] = set()
-    await pages.clear_poison(region, 0, region.size)
-    for sharer in list(region.refused):
-        for page in sharer.poisoned:
+            pages.dirty[page] = set()
+    await server.poison.clear(pages, 0, region.size)
+    for window in list(pages.refused):
+        for page in window.poisoned:
             if region.objects.find(page) is not None:
-                pages.starve(sharer, page)
+                server.starve(window, page)

@@ -6,7 +6,7 @@ everywhere), a new object needs nothing but the region's map, and protection is
 protection.py's.  So a sharer that is stopped delays nobody.
 
 What a call is about to do is written down before memory changes, so that the next
-daemon finishes it should this one be killed in the middle (state.py).
+daemon finishes it should this one be killed in the middle (journal.py).
 
 Each call holds the region's `change` lock to its end; page faults do not, so
 between two awaits the map, the memory and the protection must fit together.
@@ -30,10 +30,10 @@ from msharefsd.linux import syscalls
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.paging import protection
+from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.writeback import Writeback
 from msharefsd.region.objects import MOST_OBJECTS, Object
-from msharefsd.region.ranges import Ranges
 from msharefsd.region.record import save_objects
 from msharefsd.region.region import Region, Sharer
 
@@ -51,11 +51,11 @@ class AddressSpaces:
     """
 
     def __init__(
-        self, capabilities: Capabilities, pages: PageServer, writeback: Writeback, journal: Journal
+        self, capabilities: Capabilities, server: PageServer, writeback: Writeback, journal: Journal
     ) -> None:
         self._journal = journal
         self._capabilities = capabilities
-        self._pages = pages
+        self._server = server
         self._writeback = writeback
 
     def check(self, region: Region, offset: int, length: int) -> None:
@@ -87,7 +87,7 @@ class AddressSpaces:
                 raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
             _check_objects(region, 1 + _splits(region, new.offset, new.end))
             if new.guarded and new.accessible:
-                protection.arm(region, new.offset, new.end)
+                protection.arm(pages_of(region), new.offset, new.end)
             with _leaving(region, new.offset, new.end):
                 if occupied:
                     await self._write_back(region, new.offset, new.end)
@@ -98,7 +98,9 @@ class AddressSpaces:
                     # A page that was there before, or is poison, must not show through.
                     await self._finish_removal(region, new.offset, new.length, removed)
                     _alive(region)
-                    await self._pages.clear_poison(region, new.offset, new.length, empty=True)
+                    await self._server.poison.clear(
+                        pages_of(region), new.offset, new.length, empty=True
+                    )
                     _alive(region)
                     self._journal.cleared(region.id)
 
@@ -126,9 +128,10 @@ class AddressSpaces:
             raise
         if new is not None and new.file is not None:
             new.file.hold()
-        lost = list(region.dirty.irange(offset, offset + length, inclusive=(True, False)))
+        dirty = pages_of(region).dirty
+        lost = list(dirty.irange(offset, offset + length, inclusive=(True, False)))
         for page in lost:
-            del region.dirty[page]
+            del dirty[page]
         if lost:  # as in the kernel, munmap() succeeds all the same
             log.error(
                 "region %s: unmapped %d bytes that a file did not take",
@@ -144,7 +147,7 @@ class AddressSpaces:
         await _discard(region, offset, length)
         # Punching leaves the protection where a page was mapped.
         if any(item.guarded for item in removed):
-            await protection.unprotect(region, offset, offset + length)
+            await protection.unprotect(pages_of(region), offset, offset + length)
 
     async def donate(self, region: Region, new: Object) -> None:
         """Put an object in whose contents the donor has copied into the backing."""
@@ -155,7 +158,7 @@ class AddressSpaces:
                 raise Refused(errno.EINVAL, "the donor's mappings overlap")
             _check_objects(region, 1)
             if new.guarded and new.accessible:
-                protection.arm(region, new.offset, new.end)
+                protection.arm(pages_of(region), new.offset, new.end)
             region.objects.insert(new)
 
     async def hide_donated(self, region: Region) -> None:
@@ -233,7 +236,7 @@ class AddressSpaces:
             raise
         barrier("mprotect")
         if not new.accessible:
-            await self._pages.clear_poison(region, new.offset, new.length)
+            await self._server.poison.clear(pages_of(region), new.offset, new.length)
             _alive(region)
             try:
                 await self.hide(region, new)
@@ -241,20 +244,20 @@ class AddressSpaces:
                 region.objects.protect(item.offset, item.length, item.prot)
                 save_objects(self._journal, region)
                 if not item.guarded:
-                    await protection.unprotect(region, item.offset, item.end)
+                    await protection.unprotect(pages_of(region), item.offset, item.end)
                 raise
         elif new.guarded:
-            await protection.protect_present(region, new.offset, new.end)
+            await protection.protect_present(pages_of(region), new.offset, new.end)
         else:
-            await protection.unprotect(region, new.offset, new.end)
+            await protection.unprotect(pages_of(region), new.offset, new.end)
         if new.accessible and not item.accessible:
             _alive(region)
-            await self._pages.clear_poison(region, new.offset, new.length)
+            await self._server.poison.clear(pages_of(region), new.offset, new.length)
 
     def _prepare_to_protect(self, region: Region, new: Object) -> None:
         assert region.backing is not None
         if new.accessible:
-            protection.arm(region, new.offset, new.end)
+            protection.arm(pages_of(region), new.offset, new.end)
         elif not self._capabilities.write_protect and (
             region.backing.next_data(new.offset) < new.end
         ):
@@ -264,8 +267,8 @@ class AddressSpaces:
         """PROT_NONE: nobody can reach the pages, and their contents stay."""
         runs = await protection.present(region, item.offset, item.end)
         for start, end in runs:
-            protection.arm(region, start, end)
-        await protection.protect_present(region, item.offset, item.end)
+            protection.arm(pages_of(region), start, end)
+        await protection.protect_present(pages_of(region), item.offset, item.end)
         for start, end in runs:
             step = max(HUGE_PAGE, region.page)
             for at in range(start, end, step):
@@ -310,7 +313,8 @@ class AddressSpaces:
                 )
                 for item in private:
                     _alive(region)
-                    self._pages.read_anew(region, item.offset, item.end)
+                    for fill in pages_of(region).fills(item.offset, item.end):
+                        fill.stale = True
                     await _discard(region, item.offset, item.length)
                 _alive(region)
                 self._journal.cleared(region.id)
@@ -330,13 +334,14 @@ def _to_the_end() -> trio.CancelScope:
 @contextlib.contextmanager
 def _leaving(region: Region, start: int, end: int) -> Iterator[None]:
     """Whoever faults in [start, end) waits until what is there has been replaced."""
-    region.leaving.add(start, end)
+    pages = pages_of(region)
+    pages.leaving.add(start, end)
     try:
         yield
     finally:
-        region.leaving = Ranges()
-        if region.held:
-            region.held = False
+        pages.leaving.clear()
+        if pages.held:
+            pages.held = False
             protection.wake(region, start, end)
 
 
@@ -346,11 +351,12 @@ async def _discard(region: Region, offset: int, length: int) -> None:
     await region.backing.discard(offset, length)
     region.account.freed()
     first = offset - offset % HUGE_PAGE
-    if length // HUGE_PAGE < len(region.collapsed):
-        region.collapsed.difference_update(range(first, offset + length, HUGE_PAGE))
+    pages = pages_of(region)
+    if length // HUGE_PAGE < len(pages.collapsed):
+        pages.collapsed.difference_update(range(first, offset + length, HUGE_PAGE))
     else:
-        region.collapsed = {
-            chunk for chunk in region.collapsed if not first <= chunk < offset + length
+        pages.collapsed = {
+            chunk for chunk in pages.collapsed if not first <= chunk < offset + length
         }
 
 

@@ -32,6 +32,7 @@ from msharefsd.barriers import barrier
 from msharefsd.linux import syscalls
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.paging.pages import pages_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.telemetry.metrics import Metrics
 
@@ -87,19 +88,20 @@ class Collapser:
                 os.close(fd)
             for chunk in chunks:
                 offset = chunk + HUGE_PAGE
-                if chunk not in region.collapsed:
+                if chunk not in pages_of(region).collapsed:
                     await self._chunk(region, chunk)
             if len(chunks) < BATCH:
                 return
 
     async def _chunk(self, region: Region, chunk: int) -> None:
+        pages = pages_of(region)
         sharer = _in_whose_name(region, chunk)
-        armed = any(True for _ in region.armed.within(chunk, chunk + HUGE_PAGE))
+        armed = any(True for _ in pages.armed.within(chunk, chunk + HUGE_PAGE))
         if sharer is None or sharer.pidfd is None or armed:
             return
         pidfd = os.dup(sharer.pidfd)
         address = region.start + chunk
-        region.collapsed.add(chunk)  # before: what changes it meanwhile takes it out again
+        pages.collapsed.add(chunk)  # before: what changes it meanwhile takes it out again
         since = time.monotonic()
         barrier("collapse")
         try:
@@ -108,7 +110,7 @@ class Collapser:
             )
             self._metrics.collapsed.inc()
         except OSError as error:
-            region.collapsed.discard(chunk)
+            pages.collapsed.discard(chunk)
             if error.errno == errno.EPERM:
                 raise
             if error.errno not in _LATER:
@@ -124,7 +126,7 @@ class Collapser:
 
 def _in_whose_name(region: Region, chunk: int) -> Sharer | None:
     """Who pays for a chunk: who populated it, or the oldest sharer that writes."""
-    payer = region.sharers.get(region.payers.get(chunk, 0))
+    payer = region.sharers.get(pages_of(region).payers.get(chunk, 0))
     return payer or next((each for each in region.sharers.values() if each.writable), None)
 
 

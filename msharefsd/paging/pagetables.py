@@ -29,6 +29,7 @@ from msharefsd.linux import processes
 from msharefsd.linux.pagemap import Category, Pagemap, TableCounts
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.hugetlb import SLOT, HugetlbBacking
+from msharefsd.paging.pages import Pages, pages_of
 from msharefsd.region.region import Region, Sharer
 
 TABLE: Final = 4096
@@ -188,25 +189,25 @@ def _look_at(region: Region) -> _Measurement:
     backing = region.backing
     assert backing is not None
     is_hugetlb = isinstance(backing, HugetlbBacking)
-    armed = list(region.armed)
+    pages = pages_of(region)
     return _Measurement(
         region=region,
         page=backing.page,
         present=backing.allocated(),
         hugetlb=is_hugetlb,
-        slots=_slots(region, armed) if is_hugetlb and backing.page < SLOT else [],
+        slots=_slots(region, pages) if is_hugetlb and backing.page < SLOT else [],
         processes=[_Process(sharer) for sharer in region.sharers.values()],
         host=backing.mapped_at,
-        collapsed=len(region.collapsed),
-        protected=sum(end - start for start, end in armed),
+        collapsed=len(pages.collapsed),
+        protected=pages.armed.length,
     )
 
 
-def _slots(region: Region, armed: Sequence[tuple[int, int]]) -> list[_Slot]:
+def _slots(region: Region, pages: Pages) -> list[_Slot]:
     slots = []
     for start in range(-(region.start % SLOT), region.size, SLOT):
         low, high = max(start, 0), min(start + SLOT, region.size)
-        protected = any(first < high and low < last for first, last in armed)
+        protected = any(True for _ in pages.armed.within(low, high))
         slots.append(_Slot(low, high, high - low == SLOT, protected))
     return slots
 

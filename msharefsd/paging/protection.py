@@ -24,20 +24,16 @@ the window or the ioctl, nothing is missed, and in the usual case nobody waits.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from msharefsd.errors import Refused
-from msharefsd.linux import uffd
 from msharefsd.linux.uffd import Mode
 from msharefsd.memory.sparse import AT_ONCE
+from msharefsd.paging.pages import Pages
+from msharefsd.paging.window import Window, window_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
-
-
-def _writers(region: Region) -> Iterator[Sharer]:
-    return (sharer for sharer in region.sharers.values() if sharer.writable)
-
 
 # ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL, EBUSY, EPERM: it
 # has mapped something else there, or registered it elsewhere.  EAGAIN: it moves its
@@ -47,58 +43,58 @@ _HARMLESS: Final = frozenset(
 )
 
 
-def _try(call: Callable[[int, int, int], None], sharer: Sharer, start: int, end: int) -> None:
+def _try(call: Callable[[int, int], None], start: int, end: int) -> None:
     try:
-        call(sharer.uffd, sharer.region.start + start, end - start)
+        call(start, end)
     except OSError as error:
         if error.errno not in _HARMLESS:
             raise
 
 
-def _tell(sharer: Sharer) -> None:
-    if not sharer.ready:
-        sharer.note()
+def _tell(window: Window) -> None:
+    if not window.ready:
+        window.sharer.note()
 
 
-def arm(region: Region, start: int, end: int) -> None:
+def arm(pages: Pages, start: int, end: int) -> None:
     """Make it possible to protect [start, end); offsets in the region.
 
     Raises Refused(ENOMEM) when a sharer has no room for another VMA.
     """
-    if any(low <= start and end <= high for low, high in region.armed):
+    if pages.armed.covers(start, end):
         return
-    for sharer in _writers(region):
-        _tell(sharer)
-        _arm(sharer, start, end)
-    region.armed.add(start, end)
+    for window in pages.writers():
+        _tell(window)
+        _arm(window, start, end)
+    pages.armed.add(start, end)
 
 
-def _arm(sharer: Sharer, start: int, end: int) -> None:
+def _arm(window: Window, start: int, end: int) -> None:
+    def register(first: int, last: int) -> None:
+        window.register(first, last, Mode.MISSING | Mode.WP)
+
     try:
-        _try(_register, sharer, start, end)
+        _try(register, start, end)
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
-        if not uffd.is_gone(sharer.uffd):
+        if not window.is_gone():
             raise Refused(
-                errno.ENOMEM, f"process {sharer.pid} has no room for a VMA: see vm.max_map_count"
+                errno.ENOMEM,
+                f"process {window.sharer.pid} has no room for a VMA: see vm.max_map_count",
             ) from error
 
 
-def _register(fd: int, start: int, length: int) -> None:
-    uffd.register(fd, start, length, Mode.MISSING | Mode.WP)
-
-
-def protect(region: Region, start: int, end: int, sharers: Iterable[Sharer] | None = None) -> None:
+def protect(pages: Pages, start: int, end: int, windows: Iterable[Window] | None = None) -> None:
     """Have writes to pages in [start, end) reported, whoever makes them.
 
-    The range must be armed.  `sharers` says where, if not everywhere.
+    The range must be armed.  `windows` says where, if not everywhere.
     """
-    for sharer in _writers(region) if sharers is None else sharers:
+    for window in pages.writers() if windows is None else windows:
         # One that has been detached has no userfaultfd any more.
-        if sharer.number in region.sharers:
-            _tell(sharer)
-            _try(uffd.write_protect, sharer, start, end)
+        if window.sharer.number in pages.region.sharers:
+            _tell(window)
+            _try(window.protect, start, end)
 
 
 async def present(region: Region, start: int, end: int) -> list[tuple[int, int]]:
@@ -106,52 +102,52 @@ async def present(region: Region, start: int, end: int) -> list[tuple[int, int]]
     return await region.backing.runs(start, end) if region.backing else []
 
 
-async def protect_present(region: Region, start: int, end: int) -> None:
+async def protect_present(pages: Pages, start: int, end: int) -> None:
     """Protect the pages in [start, end) that are there; the others follow when they come.
 
     Their object must say already that they are to be protected, because pages come
     and sharers attach meanwhile.
     """
     breath = Breath()
-    for first, last in await present(region, start, end):
-        for sharer in list(_writers(region)):
-            protect(region, first, last, [sharer])
+    for first, last in await present(pages.region, start, end):
+        for window in list(pages.writers()):
+            protect(pages, first, last, [window])
             await breath.take()
 
 
-async def unprotect(region: Region, start: int, end: int) -> None:
+async def unprotect(pages: Pages, start: int, end: int) -> None:
     """Let writes through in every sharer, and wake who waits to write."""
     breath = Breath()
-    for low, high in list(region.armed.within(start, end)):
-        step = max(AT_ONCE, region.page)
+    for low, high in list(pages.armed.within(start, end)):
+        step = max(AT_ONCE, pages.region.page)
         for first in range(low, high, step):
             last = min(first + step, high)
-            for sharer in list(_writers(region)):
-                if sharer.number in region.sharers:
-                    _try(uffd.write_unprotect, sharer, first, last)
+            for window in list(pages.writers()):
+                if window.sharer.number in pages.region.sharers:
+                    _try(window.unprotect, first, last)
                 await breath.take()
 
 
-def admit(sharer: Sharer) -> None:
+def admit(pages: Pages, sharer: Sharer) -> None:
     """A sharer's window is mapped and not open yet: protect in it what is protected."""
-    region = sharer.region
-    sharer.ready = True
+    region, window = pages.region, window_of(sharer)
+    window.ready = True
     if not sharer.writable or region.backing is None:
         return
-    for start, end in region.armed:
-        _arm(sharer, start, end)
+    for start, end in pages.armed:
+        _arm(window, start, end)
     for item in region.objects:
         if item.guarded:  # also what is being hidden just now
             for first, last in region.backing.data(item.offset, item.length):
-                protect(region, first, last, [sharer])
+                protect(pages, first, last, [window])
 
 
 def wake(region: Region, start: int, end: int) -> None:
     """Let every sharer's threads that wait in [start, end) look again."""
     for sharer in region.sharers.values():
-        _try(uffd.wake, sharer, start, end)
+        _try(window_of(sharer).wake, start, end)
 
 
 def wake_sharer(sharer: Sharer) -> None:
     """Let all threads of a sharer that wait in the region look again."""
-    _try(uffd.wake, sharer, 0, sharer.region.size)
+    _try(window_of(sharer).wake, 0, sharer.region.size)

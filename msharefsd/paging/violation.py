@@ -1,9 +1,9 @@
-"""What happens to a thread that touches what it may not.
+"""What happens to a thread that touches what it may not, or what a file does not have.
 
 The kernel's own answer is SIGSEGV for code and EFAULT for a system call, and it is
 given here by other means: a signal to the thread, which leaves the fault to handle
-it; and for a system call see PageServer._fail_system_call, because the kernel's own
-access to memory goes on trying whatever signal comes, unless it kills.
+it; and a page that is poisoned for a moment, because the kernel's own access to memory
+goes on trying whatever signal comes, unless it kills.
 """
 
 from __future__ import annotations
@@ -11,114 +11,123 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal as signals
-from enum import Enum
+import signal
 from typing import Final
 
-from msharefsd.linux import processes, syscalls
-from msharefsd.region.region import Sharer
+import trio
+
+from msharefsd.barriers import barrier
+from msharefsd.linux import syscalls
+from msharefsd.linux.features import Capabilities
+from msharefsd.linux.uffd import Fault, Outcome
+from msharefsd.paging import thread
+from msharefsd.paging.background import Background
+from msharefsd.paging.pages import pages_of
+from msharefsd.paging.poison import Poison
+from msharefsd.paging.thread import Where
+from msharefsd.paging.window import Window
 
 log = logging.getLogger(__name__)
 
 SYSTEM_CALL_SECONDS: Final = 0.002
 """How long a page is kept poisoned for a system call to meet it.  If it was not
 scheduled in that time, it faults again."""
-_LOOKS: Final = 5
 
 
-def _thread(pid: int, number: int) -> int | None:
-    """The thread that has `number` in its own pid namespace, as we number it.
+class Violations:
+    """Answers them."""
 
-    None if it is no thread of that process: somebody else (a debugger) touches its
-    memory.
-    """
-    own = _field(pid, pid, "NSpid").split()
-    if len(own) <= 1:
-        return number if os.path.exists(f"/proc/{pid}/task/{number}") else None
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/task"):
-            inner = _field(pid, int(name), "NSpid").split()
-            if inner and inner[-1] == str(number):
-                return int(name)
-    return None
+    def __init__(self, capabilities: Capabilities, poison: Poison, background: Background) -> None:
+        self._capabilities = capabilities
+        self._poison = poison
+        self._background = background
 
+    def forbidden(self, window: Window, offset: int, fault: Fault) -> Outcome:
+        """A touch that the object's protection does not allow."""
+        sharer = window.sharer
+        if not thread.may_signal(sharer):
+            return self._poison.fleeting(window, offset)
+        where = thread.where(sharer.pid, fault.thread)
+        if where is Where.SYSTEM_CALL:
+            self._background.start(self._fail_system_call, window, offset)
+        elif where is Where.USER:
+            thread.signal(sharer.pid, fault.thread, signal.SIGSEGV, fault.address)
+        else:
+            window.wake(offset, offset + window.region.page)
+        return Outcome.DONE
 
-def _field(pid: int, thread: int, key: str) -> str:
-    for line in processes.read_proc(pid, f"task/{thread}/status").splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return value
-    return ""
+    def beyond_the_end(self, window: Window, offset: int, fault: Fault) -> None:
+        """A page that the file does not have, or does not give.
 
+        Code has a signal and no poison: the file may grow.
+        """
+        sharer = window.sharer
+        where = thread.where(sharer.pid, fault.thread)
+        if where is Where.SYSTEM_CALL:
+            self.sigbus(window, offset, fault.thread)
+        elif not thread.may_signal(sharer):
+            self._poison.fleeting(window, offset)
+        elif where is Where.USER:
+            thread.signal(sharer.pid, fault.thread, signal.SIGBUS, fault.address)
+        else:
+            window.wake(offset, offset + window.region.page)
 
-class Where(Enum):
-    """Where a thread is whose fault has been read."""
+    def sigbus(self, window: Window, offset: int, number: int | None) -> Outcome:
+        """A page that there is not: by poison, and without it by hand."""
+        if self._capabilities.poison:
+            return self._poison.known(window, offset)
+        return _signal(window, offset, number)
 
-    USER = "waits in a fault that its code made"
-    SYSTEM_CALL = "waits in a fault that a system call made"
-    ELSEWHERE = "does not wait"
+    async def _fail_system_call(self, window: Window, offset: int) -> None:
+        """Have a system call that touches what it may not fail with EFAULT.
 
-
-def where(pid: int, number: int) -> Where:
-    """Where a thread is now.
-
-    /proc/PID/task/TID/syscall begins with the call's number, with -1 outside of one, or
-    is "running" (proc_pid_syscall(5)).  It takes the right to ptrace(2); without that
-    right the thread is taken for being in user mode.
-
-    A signal ends the wait for a fault that code made, and the thread comes back to it
-    with a fault of its own: the one that we know is over, and a signal for it would
-    hit whatever the thread does by then.
-    """
-    thread = _thread(pid, number)
-    if thread is None:
-        return Where.SYSTEM_CALL
-    first = ""
-    for _ in range(_LOOKS):  # it tells of a fault a moment before it sleeps
-        first = processes.read_proc(pid, f"task/{thread}/syscall").split(" ")[0].strip()
-        if first != "running":
-            break
-    if first == "running":
-        return Where.ELSEWHERE
-    return Where.SYSTEM_CALL if first.isdigit() else Where.USER
-
-
-def may_signal(sharer: Sharer) -> bool:
-    """Whether a sharer's user might send its process signals.
-
-    We could send any process any signal.  But the faults come from whoever made the
-    userfaultfd, and the process from whoever made the connection; that may be no
-    process that we see, one that has ended, or a set-user-ID program by now.
-    /proc/PID belongs to the process's effective user (proc(5)).
-    """
-    if sharer.pid <= 0:
-        return False
-    try:
-        owner = os.stat(f"/proc/{sharer.pid}").st_uid
-    except OSError:
-        return False
-    return sharer.uid in (0, owner) and not sharer.ended()
-
-
-def signal(pid: int, number: int, which: signals.Signals, address: int) -> None:
-    """SIGSEGV or SIGBUS for the thread, at `address`.
-
-    The kernel kills a process that blocks or ignores one of its own making; one
-    that is sent would only wait, and the thread with it.
-    """
-    thread = _thread(pid, number) or pid
-    bit = 1 << (which - 1)
-    masks = (_field(pid, thread, key).strip() for key in ("SigBlk", "SigIgn"))
-    if any(int(mask or "0", 16) & bit for mask in masks):
-        log.info("process %d does not take %s: killed", pid, which.name)
-        kill(pid)
-        return
-    # An error means that it is gone.
-    with contextlib.suppress(OSError):
-        syscalls.signal_fault(pid, thread, which, address)
+        Nothing but an error of the page itself ends the kernel's own access, so the
+        page is poisoned in this sharer until the call has met it.  What the page
+        holds is in the stash meanwhile, from where anybody's touch brings it back.
+        Another thread that has the right to read the page, and does in this
+        moment, has SIGBUS: in the process with the defect, and in no other.
+        """
+        region = window.region
+        end = offset + region.page
+        async with region.change:
+            if not window.attached or region.backing is None:
+                return
+            found = region.objects.find(offset)
+            if found is not None and found.writable:
+                window.wake(offset, end)  # allowed meanwhile
+                return
+            if not self._capabilities.poison:
+                if thread.may_signal(window.sharer):
+                    thread.kill(window.sharer.pid)  # it would try again for ever
+                return
+            try:
+                if found is not None:
+                    region.backing.stash_pages(offset, region.page)
+                barrier("violation.stashed")
+                with contextlib.suppress(OSError):
+                    window.unprotect(offset, end, wake=False)
+                self._poison.known(window, offset)
+                barrier("violation.poisoned")
+                await trio.sleep(SYSTEM_CALL_SECONDS)
+                if window.attached:
+                    await self._poison.clear(pages_of(region), offset, region.page)
+            except OSError as error:
+                log.warning("process %d: cannot fail a system call: %s", window.sharer.pid, error)
 
 
-def kill(pid: int) -> None:
-    """End a process that can be helped in no other way."""
-    with contextlib.suppress(OSError):
-        os.kill(pid, signals.SIGKILL)
+def _signal(window: Window, offset: int, number: int | None) -> Outcome:
+    """SIGBUS by hand.  A thread in user mode gets it instead of the page."""
+    sharer = window.sharer
+    if thread.may_signal(sharer):
+        try:
+            if number is None:
+                os.kill(sharer.pid, signal.SIGBUS)
+            else:
+                address = window.start + offset
+                syscalls.signal_fault(sharer.pid, number, signal.SIGBUS, address)
+        except OSError:
+            # The thread's number is one of its own pid namespace: tell the process.
+            with contextlib.suppress(OSError):
+                os.kill(sharer.pid, signal.SIGBUS)
+    window.wake(offset, offset + window.region.page)
+    return Outcome.DONE

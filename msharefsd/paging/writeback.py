@@ -27,7 +27,9 @@ from msharefsd.journal.journal import Journal
 from msharefsd.memory.buffers import BUFFER
 from msharefsd.memory.files import MappedFile
 from msharefsd.paging import protection
-from msharefsd.region.region import Region, Sharer
+from msharefsd.paging.pages import pages_of
+from msharefsd.paging.window import Window
+from msharefsd.region.region import Region
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.pool import Threads
@@ -48,9 +50,9 @@ class _Run:
     offset: int
     length: int
     file_offset: int
-    writers: set[Sharer]
+    writers: set[Window]
 
-    def extend(self, page: int, size: int, file_offset: int, writers: set[Sharer]) -> bool:
+    def extend(self, page: int, size: int, file_offset: int, writers: set[Window]) -> bool:
         """Take in a page of `size` bytes, if it lies behind it and there is room."""
         behind = (self.offset + self.length, self.file_offset + self.length)
         if (page, file_offset) != behind or self.length >= BUFFER:
@@ -151,7 +153,7 @@ class Writeback:
         backing = region.backing
         if backing is None:
             return None
-        for page in region.dirty.irange(start, end, inclusive=(True, False)):
+        for page in pages_of(region).dirty.irange(start, end, inclusive=(True, False)):
             item = region.objects.find(page)
             if item is None or not item.written_back or not backing.holds(page):
                 clean.append(page)  # replaced after the fault that we were told of
@@ -161,10 +163,10 @@ class Writeback:
             file_offset = item.file_offset + page - item.offset
             if run is None:
                 run = _Run(file, page, 0, file_offset, set())
-            if not run.extend(page, region.page, file_offset, region.dirty[page]):
+            if not run.extend(page, region.page, file_offset, pages_of(region).dirty[page]):
                 break
         for page in clean:
-            del region.dirty[page]
+            del pages_of(region).dirty[page]
         if clean:
             self._journal.clean(region.id, clean)
         return run
@@ -174,9 +176,9 @@ class Writeback:
         if backing is None:
             return
         pages = range(run.offset, run.offset + run.length, region.page)
-        protection.protect(region, run.offset, run.offset + run.length, run.writers)
+        protection.protect(pages_of(region), run.offset, run.offset + run.length, run.writers)
         for page in pages:
-            region.dirty.pop(page, None)
+            pages_of(region).dirty.pop(page, None)
         content = backing.read(run.offset, run.length)
         barrier("writeback.read")
         run.file.hold()
@@ -184,7 +186,7 @@ class Writeback:
             await self._threads.run(run.file.uid, partial(run.file.write, content, run.file_offset))
         except BaseException as error:
             for page in pages:
-                region.dirty.setdefault(page, set())
+                pages_of(region).dirty.setdefault(page, set())
             if isinstance(error, OSError) and self._seldom.now(region.id):
                 log.error(
                     "region %s: cannot write back to %s: %s",
@@ -197,7 +199,9 @@ class Writeback:
             run.file.let_go()
         barrier("writeback.written")
         # What was written to meanwhile is dirty again.
-        self._journal.clean(region.id, [page for page in pages if page not in region.dirty])
+        self._journal.clean(
+            region.id, [page for page in pages if page not in pages_of(region).dirty]
+        )
         self._metrics.written_back.inc(run.length)
 
     async def sync(self, region: Region, start: int, end: int) -> None:
@@ -224,7 +228,7 @@ class Writeback:
 
     def release(self, region: Region) -> None:
         """Close the memory of a region that is gone, when all of it is written."""
-        if region.dirty:
+        if pages_of(region).dirty:
             self._released.append(region)
             self._wanted.set()
         else:
@@ -239,7 +243,9 @@ class Writeback:
                     await self._wanted.wait()
                 self._wanted = trio.Event()
                 for region in regions():
-                    for file in _written_back(region, 0, region.size) if region.dirty else ():
+                    for file in (
+                        _written_back(region, 0, region.size) if pages_of(region).dirty else ()
+                    ):
                         if not file.flushing.locked():
                             nursery.start_soon(self._round, region, file)
                 while self._released:
@@ -260,11 +266,11 @@ class Writeback:
     async def _last(self, region: Region) -> None:
         try:
             await self._everything(region)
-            if region.dirty:
+            if pages_of(region).dirty:
                 log.error(
                     "region %s is gone with %d bytes that its files did not take",
                     region.label(),
-                    len(region.dirty) * region.page,
+                    len(pages_of(region).dirty) * region.page,
                 )
         finally:
             if region.backing is not None:
@@ -276,7 +282,7 @@ class Writeback:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 for region in [*regions, *self._released]:
-                    if region.dirty:
+                    if pages_of(region).dirty:
                         nursery.start_soon(self._everything, region)
         for region in self._released:
             region.close_memory()

@@ -26,7 +26,6 @@ from enum import Enum
 from typing import Final
 
 import trio
-from sortedcontainers import SortedDict
 
 from msharefsd.link.messages import Extent, NameRecord
 from msharefsd.linux import syscalls
@@ -34,7 +33,6 @@ from msharefsd.memory.backing import Backing
 from msharefsd.memory.names import MemoryNames
 from msharefsd.region.limits import Account
 from msharefsd.region.objects import ObjectMap
-from msharefsd.region.ranges import Ranges
 from msharefsd.telemetry.labels import label
 
 INODES: Final = 8
@@ -54,7 +52,7 @@ class State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Sharer:
-    """A process that has attached a region.  The page server owns `starved`."""
+    """A process that has attached a region."""
 
     number: int
     region: Region
@@ -70,12 +68,8 @@ class Sharer:
     account: Account = field(default_factory=Account)
     """Its user's."""
     since: float = field(default_factory=time.time)
-    poisoned: set[int] = field(default_factory=set)
-    """Offsets of pages that raise SIGBUS in this process without asking us."""
-    starved: set[int] = field(default_factory=set)
-    """Those of them that were poisoned for want of memory, to be mended."""
-    ready: bool = False
-    """It has asked for what is protected since it mapped its window."""
+    paging: object = None
+    """What paging knows of it: see paging/window.py."""
     uffd_number: int = -1
     """What `uffd` is in the process itself: how the next daemon gets it."""
     started: int = 0
@@ -122,21 +116,8 @@ class Region:
     """Set when BUILDING ends, one way or the other."""
     change: trio.Lock = field(default_factory=trio.Lock)
     """Held while objects change: what mmap_lock is to an mm.  Faults do without."""
-    payers: dict[int, int] = field(default_factory=dict)
-    """Offset of a 2 MiB chunk: number of the sharer that populated of it last."""
-    collapsed: set[int] = field(default_factory=set)
-    """Offsets of chunks that are huge pages."""
-    refused: set[Sharer] = field(default_factory=set)
-    """Sharers that have poisoned pages."""
-    armed: Ranges = field(default_factory=Ranges)
-    """Where windows are registered for write protection."""
-    dirty: SortedDict[int, set[Sharer]] = field(default_factory=SortedDict)
-    """Pages of shared file mappings to be written back, and who may write them
-    without our noticing again."""
-    held: bool = False
-    """Whether somebody waits in what is leaving."""
-    leaving: Ranges = field(default_factory=Ranges)
-    """Ranges that are being replaced: who faults there waits until that is done."""
+    paging: object = None
+    """What paging knows of it: see paging/pages.py.  It goes with the memory."""
 
     @property
     def page(self) -> int:
@@ -152,8 +133,7 @@ class Region:
         for file in self.objects.files():
             file.let_go()
         self.objects = ObjectMap()
-        self.armed = Ranges()
-        self.dirty.clear()
+        self.paging = None
         if self.backing is not None:
             self.backing.release()
             self.backing = None

@@ -292,7 +292,6 @@ class Regions:
         region = sharer.region
         del region.sharers[sharer.number]
         sharer.account.sharers.discard(sharer)
-        region.refused.discard(sharer)
         self.journal.forget_sharer(sharer.number)
         self.reap(region)
 

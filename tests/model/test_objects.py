@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from msharefsd.memory.files import MappedFile
 from msharefsd.region.objects import Object, ObjectMap
-from msharefsd.region.ranges import Ranges
 
 PAGE = 4096
 PAGES = 32
@@ -103,19 +102,6 @@ class Maps(RuleBasedStateMachine):
 
 
 TestMaps = Maps.TestCase
-
-
-def test_ranges_merge_where_they_touch() -> None:
-    ranges = Ranges()
-    ranges.add(10, 20)
-    ranges.add(30, 40)
-    ranges.add(12, 20)
-    assert list(ranges) == [(10, 20), (30, 40)]
-    ranges.add(20, 30)
-    assert list(ranges) == [(10, 40)]
-    assert list(ranges.within(0, 15)) == [(10, 15)]
-    assert list(ranges.within(40, 50)) == []
-    assert [ranges.contains(at) for at in (9, 10, 39, 40)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(

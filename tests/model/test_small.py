@@ -24,7 +24,8 @@ from msharefsd.linux import features, processes, syscalls, uffd
 from msharefsd.linux.uffd import Feature, Mode, Outcome
 from msharefsd.memory import files
 from msharefsd.memory.files import MappedFile, check_mappable
-from msharefsd.paging.server import PageServer, Window
+from msharefsd.paging.chunks import Chunks
+from msharefsd.paging.server import PageServer
 from msharefsd.region import texts
 from msharefsd.region.objects import Object
 from msharefsd.telemetry import seldom
@@ -180,7 +181,7 @@ def _backing() -> Any:
 
 
 def test_a_window_grows_while_a_thread_goes_on() -> None:
-    window = Window(64 << 10, 2 << 20)
+    window = Chunks(64 << 10, 2 << 20)
     at, lengths = 0, []
     for _ in range(8):
         start, length = window.chunk(at)
@@ -193,7 +194,7 @@ def test_a_window_grows_while_a_thread_goes_on() -> None:
 
 
 def test_a_window_is_wider_for_what_is_read_ahead() -> None:
-    window = Window(64 << 10, 2 << 20)
+    window = Chunks(64 << 10, 2 << 20)
     at, lengths = 0, []
     for _ in range(9):
         start, length = window.chunk(at, 8 << 20)
@@ -204,7 +205,7 @@ def test_a_window_is_wider_for_what_is_read_ahead() -> None:
 
 
 def test_many_threads_have_each_their_window() -> None:
-    window = Window(64 << 10, 2 << 20)
+    window = Chunks(64 << 10, 2 << 20)
     runs = [number << 30 for number in range(16)]
     for _ in range(4):
         runs = [sum(window.chunk(at)) for at in runs]
@@ -396,7 +397,11 @@ def test_a_sharer_that_is_detached_while_its_server_wakes_is_no_failure(
     pages = PageServer(anything, anything, None, anything, anything)
     backing = SimpleNamespace(smallest_chunk=PAGE, largest_chunk=PAGE)
     sharer: Any = Thing(
-        uffd=os.eventfd(1), pid=1, uid=0, starved=set(), region=SimpleNamespace(backing=backing)
+        uffd=os.eventfd(1),
+        pid=1,
+        uid=0,
+        region=SimpleNamespace(backing=backing, start=0, size=PAGE),
+        paging=None,
     )
     seen = []
 

@@ -20,7 +20,10 @@ from msharefsd.linux import uffd
 from msharefsd.linux.uffd import Feature, Outcome
 from msharefsd.memory.files import MappedFile
 from msharefsd.paging import protection
-from msharefsd.paging.server import PageServer, _Waiting
+from msharefsd.paging.hunger import mend
+from msharefsd.paging.pages import Pages, Waiting, pages_of
+from msharefsd.paging.populate import Populate
+from msharefsd.paging.window import Window, window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer
 
@@ -94,7 +97,7 @@ def shared(start: int, end: int, file: MappedFile) -> Object:
 def dirty(region: Region, page: int, content: bytes, *writers: Sharer) -> None:
     assert region.backing is not None
     os.pwrite(region.backing.fd, content * PAGE, page)
-    region.dirty[page] = set(writers)
+    pages_of(region).dirty[page] = {window_of(each) for each in writers}
 
 
 def some_sharer(region: Region, number: int, *, writable: bool = True, fd: int = -1) -> Sharer:
@@ -108,9 +111,9 @@ async def test_who_begins_to_write_while_another_page_is_written_back_is_not_for
 ) -> None:
     path = directory / "file"
     path.write_bytes(bytes(3 * PAGE))
-    protected: dict[int, set[Sharer]] = {}
+    protected: dict[int, set[Window]] = {}
 
-    def protect(_: Region, start: int, end: int, writers: set[Sharer]) -> None:
+    def protect(_: Pages, start: int, end: int, writers: set[Window]) -> None:
         assert end == start + PAGE
         protected[start] = writers
 
@@ -125,9 +128,10 @@ async def test_who_begins_to_write_while_another_page_is_written_back_is_not_for
         async with trio.open_nursery() as calls:
             calls.start_soon(spaces.msync, region, 0, 3 * PAGE)
             await slow_write.wait()
-            region.dirty[2 * PAGE].add(second)
+            pages_of(region).dirty[2 * PAGE].add(window_of(second))
             slow_write.opened.set()
-        assert protected == {0: {first}, 2 * PAGE: {first, second}}
+        one, two = window_of(first), window_of(second)
+        assert protected == {0: {one}, 2 * PAGE: {one, two}}
         nursery.cancel_scope.cancel()
 
 
@@ -154,7 +158,7 @@ async def test_a_page_that_is_in_the_stash_is_written_back(
                 region.backing.stash_pages(2 * PAGE, PAGE)
             slow_write.opened.set()
         assert path.read_bytes() == b"1" * PAGE + bytes(PAGE) + b"3" * PAGE
-        assert not region.dirty
+        assert not pages_of(region).dirty
         nursery.cancel_scope.cancel()
 
 
@@ -190,24 +194,24 @@ async def test_what_was_read_before_memory_starts_fresh_is_not_used(
     path = directory / "file"
     path.write_bytes(b"1" * PAGE)
     with some_region() as (spaces, region, _):
-        pages = spaces._pages
-        await nursery.start(pages.run)
+        server = spaces._server
+        await nursery.start(server.run)
         file = Object(0, PAGE, BOTH, private=True, file=mapped(path))
         await spaces.mmap(region, file, replace=True)
         fd = uffd.open_own()
         uffd.handshake(fd, Feature(0))
         reader = some_sharer(region, 1, writable=False, fd=fd)
-        pages._read_file(file, 0, PAGE, _Waiting(reader, 0, None))
+        server.fills.read(file, 0, PAGE, Waiting(window_of(reader), 0, None))
         await slow_read.wait()
         path.write_bytes(b"2" * PAGE)
         await spaces.discard(region, 0, PAGE)
         slow_read.opened.set()
-        while pages._fills:
+        while pages_of(region).reading:
             await trio.sleep(0.001)
         assert region.backing is not None
         assert region.backing.next_data(0) > 0
-        pages._read_file(file, 0, PAGE, _Waiting(reader, 0, None))
-        while pages._fills:
+        server.fills.read(file, 0, PAGE, Waiting(window_of(reader), 0, None))
+        while pages_of(region).reading:
             await trio.sleep(0.001)
         assert os.pread(region.backing.fd, PAGE, 0) == b"2" * PAGE
         del region.sharers[1]
@@ -223,14 +227,15 @@ async def test_poison_that_could_not_be_cleared_is_not_forgotten(
     with some_region() as (spaces, region, _):
         region.objects.insert(Object(0, 2 * PAGE, BOTH, private=False))
         sharer = some_sharer(region, 1)
-        sharer.poisoned = {PAGE}
-        region.refused = {sharer}
-        monkeypatch.setattr(PageServer, "_put", lambda *_, **__: outcome)
-        await spaces._pages.clear_poison(region, 0, region.size, empty=empty)
-        assert sharer.poisoned == sharer.starved == {PAGE}
-        monkeypatch.setattr(PageServer, "_put", lambda *_, **__: Outcome.DONE)
-        spaces._pages._mend(sharer)
-        assert sharer.poisoned == sharer.starved == set()
+        window = window_of(sharer)
+        window.poisoned = {PAGE}
+        pages_of(region).refused = {window}
+        monkeypatch.setattr(Populate, "put", lambda *_, **__: outcome)
+        await spaces._server.poison.clear(pages_of(region), 0, region.size, empty=empty)
+        assert window.poisoned == window.starved == {PAGE}
+        monkeypatch.setattr(Populate, "put", lambda *_, **__: Outcome.DONE)
+        mend(window, spaces._server.poison.repair)
+        assert window.poisoned == window.starved == set()
         del region.sharers[1]
 
 
@@ -242,10 +247,11 @@ async def test_a_hole_that_one_was_refused_shows_nobody_anything(
 
     with some_region() as (spaces, region, _):
         sharer = some_sharer(region, 1)
-        sharer.poisoned = {PAGE}
-        region.refused = {sharer}
-        monkeypatch.setattr(PageServer, "_put", put)
-        await spaces._pages.clear_poison(region, 0, region.size)
-        assert sharer.poisoned == {PAGE}
-        assert region.refused == {sharer}
+        window = window_of(sharer)
+        window.poisoned = {PAGE}
+        pages_of(region).refused = {window}
+        monkeypatch.setattr(Populate, "put", put)
+        await spaces._server.poison.clear(pages_of(region), 0, region.size)
+        assert window.poisoned == {PAGE}
+        assert pages_of(region).refused == {window}
         del region.sharers[1]

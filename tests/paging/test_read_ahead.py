@@ -12,7 +12,7 @@ import pytest
 from conftest import BASE, PAGE, Client, Daemon, MiB, clients, eventually
 
 from msharefsd.memory.buffers import BUFFER
-from msharefsd.paging.server import READ_AHEAD
+from msharefsd.paging.fills import READ_AHEAD
 
 SIZE = 64 * MiB
 FILE = 40 * MiB + PAGE // 2

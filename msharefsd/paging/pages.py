@@ -1,0 +1,123 @@
+"""What paging knows of a region: the pages behind its objects.
+
+Pages are made when the region has memory and somebody first asks, and go with it
+(Region.close_memory).  A Region itself has but a place where they hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sortedcontainers import SortedDict
+
+from msharefsd.linux.uffd import Fault
+from msharefsd.memory.buffers import BUFFER
+from msharefsd.memory.files import MappedFile
+from msharefsd.paging.window import Window, window_of
+from msharefsd.region.ranges import Ranges
+from msharefsd.region.region import Region
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A sharer that wants a page, and the fault if a thread waits in one."""
+
+    window: Window
+    offset: int
+    fault: Fault | None
+
+
+@dataclass(eq=False, slots=True)
+class Fill:
+    """A piece of a chunk that is being read from a file, and who waits for it."""
+
+    file: MappedFile
+    start: int
+    end: int
+    file_offset: int
+    window: Window
+    """Whose fault it was."""
+    rest: Iterator[tuple[int, int]]
+    """The further pieces of the chunk."""
+    waiting: list[Waiting] = field(default_factory=list)
+    stale: bool = False
+    """What it has read may be older than the call by which memory starts fresh."""
+
+
+@dataclass(eq=False, slots=True)
+class Pages:
+    """The pages of one region.  Offsets are bytes from its start."""
+
+    region: Region
+    armed: Ranges = field(default_factory=Ranges)
+    """Where windows are registered for write protection."""
+    dirty: SortedDict[int, set[Window]] = field(default_factory=SortedDict)
+    """Pages of shared file mappings to be written back, and who may write them
+    without our noticing again."""
+    leaving: Ranges = field(default_factory=Ranges)
+    """Ranges that are being replaced: who faults there waits until that is done."""
+    held: bool = False
+    """Whether somebody waits in what is leaving."""
+    payers: dict[int, int] = field(default_factory=dict)
+    """Offset of a 2 MiB chunk: number of the sharer that populated of it last."""
+    collapsed: set[int] = field(default_factory=set)
+    """Offsets of chunks that are huge pages."""
+    refused: set[Window] = field(default_factory=set)
+    """Windows that have poisoned pages."""
+    reading: int = 0
+    """Bytes that are being read from files just now."""
+    _fills: dict[int, list[Fill]] = field(default_factory=dict)
+    """What is being read, by the piece of the region that it lies in."""
+
+    @property
+    def piece(self) -> int:
+        """How much of a file is read at one time at the most, in bytes."""
+        return max(BUFFER, self.region.page)
+
+    def writers(self) -> Iterator[Window]:
+        """The windows that need protection: readers' are read-only mappings."""
+        return (window_of(each) for each in self.region.sharers.values() if each.writable)
+
+    # -- what is being read: each fill lies in one piece --
+
+    def begin(self, fill: Fill) -> None:
+        """It is being read from now on."""
+        self._fills.setdefault(fill.start // self.piece, []).append(fill)
+        self.reading += fill.end - fill.start
+
+    def done(self, fill: Fill) -> None:
+        """It has been read."""
+        number = fill.start // self.piece
+        self._fills[number].remove(fill)
+        if not self._fills[number]:
+            del self._fills[number]
+        self.reading -= fill.end - fill.start
+
+    def filling(self, file: MappedFile | None, offset: int) -> Fill | None:
+        """What reads the page at `offset` of that file just now, if anything does."""
+        for fill in self._fills.get(offset // self.piece, ()):
+            if fill.start <= offset < fill.end and fill.file is file and not fill.stale:
+                return fill
+        return None
+
+    def fills(self, start: int, end: int) -> Iterator[Fill]:
+        """What is being read of [start, end) just now."""
+        first, last = start // self.piece, -(-end // self.piece)
+        numbers = (
+            range(first, last)
+            if last - first < len(self._fills)
+            else [number for number in self._fills if first <= number < last]
+        )
+        for number in numbers:
+            for fill in self._fills.get(number, ()):
+                if fill.start < end and start < fill.end:
+                    yield fill
+
+
+def pages_of(region: Region) -> Pages:
+    """The pages of a region."""
+    pages = region.paging
+    if not isinstance(pages, Pages):
+        pages = region.paging = Pages(region)
+    return pages
