@@ -403,8 +403,8 @@ class Pagers:
         elif pager.state is State.READY and pager.silent > SILENT_SECONDS:
             if self._seldom.now(pager.pid):
                 log.error(
-                    "pager of user %d, process %d, does not answer (%s): killed; its user's regions "
-                    "wait for its end",
+                    "pager of user %d, process %d, does not answer (%s): killed; its user's "
+                    "regions wait for its end",
                     pager.uid,
                     pager.pid,
                     pager.where(),

@@ -86,8 +86,8 @@ class Database:
         (tables,) = execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if tables and version != self.schema:
             raise StartError(
-                f"{self._path} has schema {version}, and this msharefsd writes {self.schema}: start "
-                "the version that wrote it, or remove the file to start without its regions"
+                f"{self._path} has schema {version}, and this msharefsd writes {self.schema}: "
+                "start the version that wrote it, or remove the file to start without its regions"
             )
         if tables:
             (verdict,) = execute("PRAGMA quick_check(1)").fetchone()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from become import BECOME_NOBODY
 from conftest import (
     ALIGNMENT,
     BASE,
@@ -32,7 +33,6 @@ from conftest import (
     clients,
     compile_c,
 )
-from test_mount import BECOME_NOBODY
 
 from msharefsd.control import wire
 from msharefsd.linux import syscalls

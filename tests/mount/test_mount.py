@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from become import BECOME_NOBODY
 from conftest import ALIGNMENT, BASE, BIN, Daemon, clients
 
 from msharefsd.linux import mounts, syscalls
@@ -20,18 +21,6 @@ NOBODY = 65534
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
 SYS = Path("/sys/fs/mshare")
-
-BECOME_NOBODY = f"""
-# The interpreter may lie where only root can read: import first, then become the
-# user, and be dumpable again (prctl(2)), as a program that the user started is.
-import ctypes, os, sys
-import msharefsd.__main__
-os.setgroups([])
-os.setgid({NOBODY})
-os.setuid({NOBODY})
-ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
-sys.exit(msharefsd.__main__.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(params=["private", "shared"])
