@@ -284,6 +284,31 @@ def test_a_users_own_mount_is_theirs_alone(
         daemon.process = None
 
 
+def test_who_acts_for_a_user_for_a_while_is_not_theirs(directory: Path) -> None:
+    place = directory / "nobodys"
+    script = f"""
+        import os
+        from libmshare import core
+        os.seteuid({NOBODY})
+        try:
+            core.mshare_root()
+        except PermissionError:
+            print("refused")
+    """
+    with mounted(place, NOBODY):
+        for root in ("", str(place)):
+            found = subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(script)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=15,
+                env={"MSHARE_ROOT": root},
+                cwd="/",
+            )
+            assert found.stdout == "refused\n"
+
+
 @pytest.mark.parametrize(
     ("owner", "why"), [(MALLORY, errno.EPERM), (0, errno.ENOENT)], ids=["others", "roots"]
 )
