@@ -324,6 +324,19 @@ def test_what_is_where_the_table_says_is_looked_at_itself(
         assert fake.heard == []
 
 
+def test_paths_of_every_kind_are_read(
+    daemon: Daemon, directory: Path, client_program: Path
+) -> None:
+    make_region(client_program, daemon)
+    place = directory.joinpath("a b\t\\040", "-", " - ", "line\n36 21 0:1", *["d" * 250] * 14)
+    place.mkdir(parents=True)
+    (directory / "plain").mkdir()
+    with bound(daemon.mount, place), bound(directory / "plain", daemon.mount):
+        # The first line's path leads elsewhere, and this one leads there.
+        assert attach(client_program) == "0"
+        assert attach(client_program, place) == "0"
+
+
 @pytest.mark.usefixtures("fuse_for_everybody")
 def test_root_of_a_user_namespace_of_ones_own(directory: Path, client_program: Path) -> None:
     """Its mounts say user_id=0.  They are seen where its owner rules, and the kernel
