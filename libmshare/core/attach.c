@@ -171,6 +171,8 @@ static int add(const char *name, char *start, size_t size, int oflags, mode_t mo
 		int saved = errno;
 
 		free(attachment);
+		if (!attachment_first()) /* what fails leaves nothing behind */
+			root_forget();
 		errno = saved;
 	} else {
 		fork_handle();

@@ -56,6 +56,7 @@ void root_close(struct root *root);
 const struct root *root_use(void);
 /* What its path leads to by now.  Async-signal-safe. */
 const struct root *root_use_again(const char *path);
+void root_forget(void);
 /* What addresses and sizes of its regions are multiples of (bytes); 0 with errno. */
 size_t root_alignment(int root);
 

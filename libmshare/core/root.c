@@ -10,12 +10,15 @@
  * Only the kernel's word counts.  The root directory is opened once, by O_PATH, which asks
  * nobody anything.  The descriptor keeps the file system, so the number of its device is
  * nobody else's any more, and /proc/self/mountinfo is asked for that number: it has to be
- * a fuse.msharefs, mounted by root or by ourselves (`user_id=`, which the kernel prints; what
- * fusermount3 takes from its caller comes before it in other fields, with its spaces
+ * a fuse.msharefs, mounted by root or by ourselves (`user_id=`, which the kernel prints;
+ * what fusermount3 takes from its caller comes before it in other fields, with its spaces
  * escaped).  From then on the descriptor is the mount: regions are opened from it, and
  * .control is reached by /proc/self/fd.  Until then nothing in it is looked at: its server
- * may be one that never answers.  (Where there is no /proc there is no msharefs.  It is read
- * as thread-self: a thread may have mounts and descriptors of its own.)
+ * may be one that never answers.  (Where there is no /proc there is no msharefs.  It is
+ * read as thread-self: a thread may have mounts and descriptors of its own.)
+ *
+ * Ourselves: by the real, the effective and the saved number, as FUSE has it, too.  What
+ * acts for a user for a while (seteuid(2)) is not that user's.
  *
  * User namespaces.  The kernel prints user_id as a number of the namespace of who mounted
  * (fs/fuse/inode.c: from_kuid_munged(fc->user_ns, ...)).
@@ -184,6 +187,7 @@ static bool same_outside(uid_t user)
 /* By the options that the kernel prints; see above. */
 static bool is_trusted(const char *options)
 {
+	uid_t real, effective, saved;
 	bool allow_other = false;
 	long long owner = -1;
 	int owners = 0;
@@ -200,9 +204,11 @@ static bool is_trusted(const char *options)
 		return false;
 	if (owner == 0)
 		return true;
-	if (getauxval(AT_SECURE))
+	if (getauxval(AT_SECURE) || getresuid(&real, &effective, &saved) < 0)
 		return false;
-	return same_outside(geteuid()) ? owner == geteuid() : !allow_other;
+	if (!same_outside(effective))
+		return !allow_other;
+	return owner == real && owner == effective && owner == saved;
 }
 
 struct mount {
@@ -396,6 +402,11 @@ static bool is_current(const char *path)
 	return current.fd >= 0 && strcmp(current.path, path) == 0 &&
 	       leads_to(&current, current.fd, "", AT_EMPTY_PATH) &&
 	       leads_to(&current, AT_FDCWD, path, 0);
+}
+
+void root_forget(void)
+{
+	root_close(&current);
 }
 
 /* Whether looking for it again would find it: one in the usual place would come first. */

@@ -102,7 +102,7 @@ int mshare_stat(const char *name, struct mshare_info *info);
  * type fuse.msharefs.  path is an array of size bytes; PATH_MAX is enough.
  *
  * The daemon of a mount is given this process's memory to fill, so mounts of users other
- * than root and the effective user of this process are passed over.  A set-user-ID
+ * than root and the one this process runs as are passed over.  A set-user-ID
  * program, or one with file capabilities, takes /sys/fs/mshare, of root's, and no other.
  *
  * ENOENT    msharefs is not mounted, or MSHARE_ROOT is no msharefs

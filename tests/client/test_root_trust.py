@@ -286,6 +286,31 @@ def test_a_users_own_mount_is_theirs_alone(
         daemon.process = None
 
 
+def test_who_acts_for_a_user_for_a_while_is_not_theirs(directory: Path) -> None:
+    place = directory / "nobodys"
+    script = f"""
+        import os
+        from libmshare import core
+        os.seteuid({NOBODY})
+        try:
+            core.mshare_root()
+        except PermissionError:
+            print("refused")
+    """
+    with mounted(place, NOBODY):
+        for root in ("", str(place)):
+            found = subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(script)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=15,
+                env={"MSHARE_ROOT": root},
+                cwd="/",
+            )
+            assert found.stdout == "refused\n"
+
+
 @pytest.mark.parametrize(
     ("owner", "why"), [(MALLORY, errno.EPERM), (0, errno.ENOENT)], ids=["others", "roots"]
 )
@@ -299,6 +324,19 @@ def test_what_is_where_the_table_says_is_looked_at_itself(
             assert attach(client_program) == failure(why)
             assert attach(client_program, place) == failure(errno.ENOENT)
         assert fake.heard == []
+
+
+def test_paths_of_every_kind_are_read(
+    daemon: Daemon, directory: Path, client_program: Path
+) -> None:
+    make_region(client_program, daemon)
+    place = directory.joinpath("a b\t\\040", "-", " - ", "line\n36 21 0:1", *["d" * 250] * 14)
+    place.mkdir(parents=True)
+    (directory / "plain").mkdir()
+    with bound(daemon.mount, place), bound(directory / "plain", daemon.mount):
+        # The first line's path leads elsewhere, and this one leads there.
+        assert attach(client_program) == "0"
+        assert attach(client_program, place) == "0"
 
 
 @pytest.mark.usefixtures("fuse_for_everybody")
