@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define MSHARE_WIRE_MAGIC 0x4d534852u /* "MSHR", the patches' super block magic */
-#define MSHARE_WIRE_VERSION 2
+#define MSHARE_WIRE_VERSION 3
 #define MSHARE_WIRE_MAX_OBJECTS 1024
 
 enum mshare_wire_op {
