@@ -68,10 +68,14 @@ UNLIMITED: Final = unlimited(8)
 class LimitSettings(Allowance, frozen=True, kw_only=True):
     """`[limits]`, and in `[limits.user.NAME]` what differs for one user."""
 
+    reserve: str = "5%"
+    """What there is for regions in all, of which this much is only for users who hold less."""
+
     user: dict[str, dict[str, int | str]] = {}
 
     def users(self) -> dict[int, Allowance]:
         """The users that have limits of their own.  Raises ConfigError."""
+        share_of(self.reserve, 0)
         base = {name: getattr(self, name) for name in Allowance.__struct_fields__}
         found = {}
         for name, own in self.user.items():

@@ -27,6 +27,7 @@ from msharefsd.mount import mounting
 
 _DESCRIPTORS_A_SHARER: Final = 3
 """In the daemon: see msharefsd(8)."""
+_SILENT_SECONDS: Final = 3.0
 _GIB: Final = 1 << 30
 _USUAL_MAP_COUNT: Final = 65530
 _COLUMNS: Final = (Column(""), Column("CHECK"), Column("FOUND"))
@@ -130,11 +131,46 @@ def _mounts(timeout: float) -> Iterator[Finding]:
         unit = bounded(lambda: _ask(root), timeout)
         found = f"{printable(root)}, alignment {output.size(unit)}; its daemon answers"
         yield Finding("mount", Status.OK, found)
+        yield from _pagers(bounded(lambda: _silence(root), timeout))
     except CommandError as failure:
         yield Finding("mount", Status.FAIL, printable(root) if root else "none", str(failure))
     others = {mount.target for mount in mounts.mounts() if mount.fstype == mounting.FSTYPE}
     for target in sorted(others - {root}):
         yield _other_mount(target, timeout)
+
+
+def _silence(root: str) -> list[tuple[str, str, float]]:
+    """User, process and seconds without an answer of each pager.  Raises CommandError."""
+    from prometheus_client.openmetrics.parser import (  # noqa: PLC0415 - it takes its time
+        text_string_to_metric_families,
+    )
+
+    try:
+        with open(f"{root}/.metrics", encoding="utf-8") as file:
+            families = list(text_string_to_metric_families(file.read()))  # type: ignore[no-untyped-call] # theirs
+    except OSError as error:
+        raise explain(error, b".metrics") from None
+    return [
+        (sample.labels["uid"], sample.labels["pid"], sample.value)
+        for family in families
+        if family.name == "msharefs_pager_silent_seconds"
+        for sample in family.samples
+    ]
+
+
+def _pagers(pagers: list[tuple[str, str, float]]) -> Iterator[Finding]:
+    """Each user's memory is served by a process, and may keep that process waiting."""
+    silent = [each for each in pagers if each[2] > _SILENT_SECONDS]
+    for uid, pid, seconds in silent:
+        yield Finding(
+            f"pager of user {uid}",
+            Status.FAIL,
+            f"process {pid} has not answered for {seconds:.0f} seconds",
+            f"/proc/{pid}/stack says what it waits for: something that a process of user {uid} "
+            "holds; nobody else's regions are concerned",
+        )
+    if not silent:
+        yield Finding("pagers", Status.OK, f"{len(pagers)}, all answer")
 
 
 def _ask(root: str) -> int:

@@ -159,6 +159,16 @@ class Database:
                     os.unlink(f"{self._path}{suffix}")
 
 
+def signed(number: int) -> int:
+    """An unsigned number of 64 bits as SQLite keeps it: inode numbers may be any."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def unsigned(number: int) -> int:
+    """What `signed` was given."""
+    return number % (1 << 64)
+
+
 def marks(row: tuple[object, ...]) -> str:
     """As many question marks as the row has fields."""
     return ", ".join("?" * len(row))

@@ -26,4 +26,7 @@ def make_limits(config: Config, metrics: Metrics, pool: Pool | None) -> Limits:
         if seldom.now(message):
             log.warning("%s", message)
 
-    return Limits(config.limits, memory, hit)
+    def free() -> int:
+        return shm.free_bytes() + (pool.free() * pool.page if pool else 0)
+
+    return Limits(config.limits, memory, hit, free)

@@ -22,6 +22,8 @@ import trio
 
 from msharefsd.errors import Refused
 from msharefsd.linux import syscalls
+from msharefsd.memory.shm import MARK, SHM_DIRECTORY
+from msharefsd.telemetry.labels import label
 from msharefsd.threads.pool import Threads
 
 _OTHERWISE: Final = os.O_APPEND | os.O_DIRECT
@@ -68,6 +70,10 @@ class MappedFile:
             with contextlib.suppress(OSError):
                 # readlink asks the dentry cache, not the file system.
                 self.path = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def label(self) -> str:
+        """Its path for logs: a file's name may hold anything."""
+        return label(self.path)
 
     @property
     def in_use(self) -> bool:
@@ -151,6 +157,8 @@ def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
     may_write = flags & os.O_ACCMODE == os.O_RDWR
     if shared and write and not may_write:
         raise Refused(errno.EACCES, "a shared writable mapping needs a file opened O_RDWR")
+    if _is_memory_of_ours(fd):
+        raise Refused(errno.ENODEV, "a region's own memory cannot be mapped in a region")
     mode = syscalls.identify(fd).mode
     if mode == 0:
         raise Refused(errno.EACCES, "the daemon may not see it: mount that FUSE with allow_other")
@@ -166,6 +174,15 @@ def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
                 raise Refused(errno.EPERM, "the memfd is sealed against writing")
             may_write = False
     return may_write
+
+
+def _is_memory_of_ours(fd: int) -> bool:
+    """Whether a file has a name that memory of a region has, of any user's or daemon's."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{fd}")  # asks the dentry cache
+    except OSError:
+        return False
+    return path.startswith(f"{SHM_DIRECTORY}/{MARK}")
 
 
 async def check_mapping(threads: Threads, uid: int, fd: int) -> None:

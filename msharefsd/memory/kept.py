@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import os
 import stat
 from functools import partial
 from typing import Final, Protocol
 
 from msharefsd.errors import Refused
+from msharefsd.journal.database import unsigned
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedFile
 from msharefsd.linux import syscalls
 from msharefsd.memory.files import MappedFile
+from msharefsd.telemetry.labels import label
 from msharefsd.threads.disposal import Disposal
 
 log = logging.getLogger(__name__)
@@ -61,10 +62,10 @@ class Files:
 
     def restore(self, saved: SavedFile, fd: int) -> MappedFile:
         """A file that another daemon had; `fd` is -1 if its descriptor was lost."""
-        path = os.fsdecode(saved.path)
+        path, inode = label(saved.path), unsigned(saved.inode)
         if fd >= 0:
             found = syscalls.identify(fd)
-            if (found.major, found.minor, found.inode) != (saved.major, saved.minor, saved.inode):
+            if found.inode != inode or (found.major, found.minor) != (saved.major, saved.minor):
                 log.error("what was kept of %s is another file: not used", path)
                 self._disposal.close_fd(fd, saved.uid)
                 fd = -1
@@ -80,7 +81,7 @@ class Files:
             may_write=bool(saved.may_write),
             close=partial(self._close, saved.key, saved.uid),
             key=saved.key,
-            identity=syscalls.FileIdentity(saved.major, saved.minor, saved.inode, stat.S_IFREG),
+            identity=syscalls.FileIdentity(saved.major, saved.minor, inode, stat.S_IFREG),
             path=saved.path,
         )
 

@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from msharefsd.memory.shm import SHM_DIRECTORY, unlink_shm
+from msharefsd.memory.shm import MARK, SHM_DIRECTORY, unlink_shm
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class MemoryNames:
 
 def prefix(run_directory: Path) -> str:
     """What names of the daemon with that run directory begin with, in /dev/shm."""
-    return f"/msharefs-{hashlib.sha256(os.fsencode(run_directory)).hexdigest()[:8]}-"
+    return f"/{MARK}{hashlib.sha256(os.fsencode(run_directory)).hexdigest()[:8]}-"
 
 
 def new(run_directory: Path, huge: Path | None = None) -> MemoryNames:

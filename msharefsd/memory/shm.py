@@ -15,6 +15,8 @@ from msharefsd.memory.sparse import SparseFile, open_left
 
 log = logging.getLogger(__name__)
 
+MARK: Final = "msharefs-"
+"""What names of ours begin with, in /dev/shm."""
 SHM_DIRECTORY: Final = "/dev/shm"  # noqa: S108 - where shm_open(3) has its objects
 
 
@@ -22,6 +24,12 @@ def pool_bytes() -> int:
     """How much memory there is for all regions: the size of /dev/shm."""
     memory = os.statvfs(SHM_DIRECTORY)
     return memory.f_blocks * memory.f_frsize
+
+
+def free_bytes() -> int:
+    """How much of that nobody has."""
+    memory = os.statvfs(SHM_DIRECTORY)
+    return memory.f_bavail * memory.f_frsize
 
 
 def _create_shm(name: str, size: int) -> int:

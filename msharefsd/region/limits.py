@@ -56,8 +56,9 @@ class Account:
         allowance: Allowance = config.UNLIMITED,
         pool: Callable[[], int] = lambda: 0,
         hit: Callable[[str, str], None] = lambda _limit, _message: None,
+        keep: Callable[[int], int] = lambda _: config.LARGEST_SIZE,
     ) -> None:
-        """`pool`, `hit`: see Limits."""
+        """`pool`, `hit`: see Limits; `keep(held)`: how much who holds so much may have more."""
         self.uid = uid
         self.allowance = allowance
         self.regions: set[Holding] = set()
@@ -65,6 +66,7 @@ class Account:
         self.connections = 0
         self._pool = pool
         self._hit = hit
+        self._keep = keep
         self._credit: float = math.inf if allowance.memory == config.NO_LIMIT else 0
         self._look_again = 0.0
 
@@ -122,7 +124,8 @@ class Account:
 
     def _look(self, wanted: int) -> None:
         since = time.monotonic()
-        left = self._memory_limit() - self.memory()
+        held = self.memory()
+        left = min(self._memory_limit() - held, self._keep(held))
         self._credit = max(0, min(left, max(LOOK, wanted)))  # a page may have 1 GiB
         if left < syscalls.PAGE:
             # Somebody with many regions and no room must not cost others their faults.
@@ -154,25 +157,39 @@ class Limits:
         settings: LimitSettings | None = None,
         pool: Callable[[], int] = lambda: 0,
         hit: Callable[[str, str], None] = lambda _limit, _message: None,
+        free: Callable[[], int] = lambda: config.LARGEST_SIZE,
     ) -> None:
         """Without `settings` nothing is limited.
 
         `pool()` is how much memory there is for regions in all, in bytes: what a
-        percentage is of.  `hit(limit, message)` is told of each refusal.
+        percentage is of; `free()` is how much of it nobody has.  `hit(limit, message)` is
+        told of each refusal.
         """
         self._settings = settings
         self._users = {} if settings is None else settings.users()
         self._pool = pool
         self._hit = hit
+        self._free = free
         self._accounts: WeakValueDictionary[int, Account] = WeakValueDictionary()
 
     def account(self, uid: int) -> Account:
         """The account of a user; keep it as long as it is to remember anything."""
         account = self._accounts.get(uid)
         if account is None:
-            account = Account(uid, self._allowance(uid), self._pool, self._hit)
+            account = Account(uid, self._allowance(uid), self._pool, self._hit, self._keep)
             self._accounts[uid] = account
         return account
+
+    def _keep(self, held: int) -> int:
+        """How much who holds `held` bytes may have more, so that others find something.
+
+        The last part of what there is goes to those who hold less than that part: who has
+        much cannot take it all, however many users there are who have nothing yet.
+        """
+        if self._settings is None:
+            return config.LARGEST_SIZE
+        reserve = config.share_of(self._settings.reserve, self._pool())
+        return self._free() - (reserve if held >= reserve else 0)
 
     def threads(self, uid: int) -> int:
         """How many threads may read and write files for a user at one time."""

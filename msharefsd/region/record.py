@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from msharefsd.journal.database import signed
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedFile, SavedObject, SavedRegion, SavedSharer
 from msharefsd.memory.files import MappedFile
@@ -67,7 +68,7 @@ def _file_row(file: MappedFile) -> SavedFile:
         file.path,
         identity.major,
         identity.minor,
-        identity.inode,
+        signed(identity.inode),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from libmshare import core
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
