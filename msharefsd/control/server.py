@@ -443,7 +443,7 @@ class _Connection:
                 self._need(request.size)
             case Op.READY:
                 sharer = self._need_sharer()
-                protection.admit(pages_of(sharer.region), sharer)
+                await protection.admit(pages_of(sharer.region), sharer)
             case Op.DETACH | Op.UNLINK:
                 self._need_attached()
                 regions = self._control.regions

@@ -47,6 +47,7 @@ from msharefsd.region.objects import Object
 from msharefsd.region.record import region_row
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
+from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ def _reach(sharer: Sharer) -> int:
 async def _put_right(
     journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
 ) -> None:
-    pages = pages_of(region)
+    pages, breath = pages_of(region), Breath()
     for item in list(region.objects):
         try:
             if not item.accessible:
@@ -297,8 +298,9 @@ async def _put_right(
             )
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
-        if found is not None and found.written_back:
-            pages.dirty[page] = set()
+        if found is not None and found.file is not None and found.written_back:
+            pages.dirty.add(page, found.file)
+        await breath.take()
     await server.poison.clear(pages, 0, region.size)
     for window in list(pages.refused):
         for page in window.poisoned:

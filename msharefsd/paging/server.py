@@ -236,12 +236,12 @@ class PageServer:
         start, end = offset, offset + region.page
         if found is not None and not found.writable:
             return self._forbidden(window, offset, fault)
-        if found is not None and found.written_back:
+        if found is not None and found.file is not None and found.written_back:
             self._metrics.faults.labels("dirty").inc()
             if offset not in pages.dirty:
                 self._journal.add_dirty(region.id, offset)
                 barrier("fault.dirty")
-            pages.dirty.setdefault(offset, set()).add(window)
+            pages.dirty.add(offset, found.file, [window])
         elif found is not None:
             # Left over from a protection that is gone: of the whole chunk at once.
             chunk = max(HUGE_PAGE, region.page)

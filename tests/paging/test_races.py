@@ -97,7 +97,10 @@ def shared(start: int, end: int, file: MappedFile) -> Object:
 def dirty(region: Region, page: int, content: bytes, *writers: Sharer) -> None:
     assert region.backing is not None
     os.pwrite(region.backing.fd, content * PAGE, page)
-    pages_of(region).dirty[page] = {window_of(each) for each in writers}
+    found = region.objects.find(page)
+    assert found is not None
+    assert found.file is not None
+    pages_of(region).dirty.add(page, found.file, [window_of(each) for each in writers])
 
 
 def some_sharer(region: Region, number: int, *, writable: bool = True, fd: int = -1) -> Sharer:
@@ -128,7 +131,7 @@ async def test_who_begins_to_write_while_another_page_is_written_back_is_not_for
         async with trio.open_nursery() as calls:
             calls.start_soon(spaces.msync, region, 0, 3 * PAGE)
             await slow_write.wait()
-            pages_of(region).dirty[2 * PAGE].add(window_of(second))
+            pages_of(region).dirty.writers(2 * PAGE).add(window_of(second))
             slow_write.opened.set()
         one, two = window_of(first), window_of(second)
         assert protected == {0: {one}, 2 * PAGE: {one, two}}
