@@ -18,6 +18,7 @@ from msharefsd import config, daemon
 from msharefsd.errors import StartError
 from msharefsd.linux.features import UnsupportedError
 from msharefsd.mount.mounting import MountError
+from msharefsd.threads import runs
 
 VERSION: Final = version("msharefs")
 
@@ -89,7 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir("/")  # never keep a file system busy, least of all our own
     code = 0
     try:
-        trio.run(daemon.run, settings, strict_exception_groups=True)
+        trio.run(
+            daemon.run,
+            settings,
+            strict_exception_groups=True,
+            instruments=runs.instruments(),
+        )
     except* (UnsupportedError, MountError, StartError) as group:
         for failure in group.exceptions:
             logging.getLogger("msharefsd").error("%s", failure)

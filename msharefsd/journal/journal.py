@@ -11,7 +11,7 @@ says:
 - `clearing` has ranges whose old memory must go before anything is read from them
   (mmap over something, madvise), and they are finished once that is done,
 - what an object's protection forbids is protected again,
-- a `dirty` page has been written to, or was about to be; a `poisoned` one raises SIGBUS
+- a `dirty` page has been written to, or was about to be; a `poisoned` range raises SIGBUS
   in that sharer, or was about to.
 
 The answer of a call that must not be done twice goes with the change it made, in one
@@ -31,9 +31,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import sqlite3
 import stat
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,8 +47,9 @@ from msharefsd.journal.rows import SavedFile, SavedObject, SavedRegion, SavedSha
 log = logging.getLogger(__name__)
 
 FILE: Final = "state.sqlite"
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """PRAGMA user_version of what this module writes."""
+COMPLAIN_SECONDS: Final = 10.0
 
 # AUTOINCREMENT: a number is never given twice, whatever was deleted (inode numbers
 # follow from regions' ids).
@@ -101,8 +104,8 @@ CREATE TABLE sharers (
 CREATE INDEX sharers_of ON sharers (region);
 CREATE TABLE poisoned (
     sharer INTEGER NOT NULL REFERENCES sharers ON DELETE CASCADE,
-    page INTEGER NOT NULL,
-    PRIMARY KEY (sharer, page)
+    offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    PRIMARY KEY (sharer, offset)
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -121,6 +124,7 @@ class Journal:
         """
         self._path = None if directory is None else directory / FILE
         self._depth = 0
+        self._complained = -math.inf
         if self._path is not None:
             _check_file(self._path)
         self._database = sqlite3.connect(self._path or ":memory:", isolation_level=None)
@@ -189,11 +193,18 @@ class Journal:
             if self._depth == 1 and self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
-                log.exception("the state cannot be written")
+                self._complain(error)
                 raise Refused(errno.ENOSPC, f"cannot write {self._path}: {error}") from error
             raise
         finally:
             self._depth -= 1
+
+    def _complain(self, error: sqlite3.Error) -> None:
+        # A full disk, say: then every fault comes here.
+        now = time.monotonic()
+        if now - self._complained >= COMPLAIN_SECONDS:
+            self._complained = now
+            log.error("the state cannot be written: %s", error)
 
     @contextlib.contextmanager
     def _at_any_rate(self) -> Iterator[None]:
@@ -332,16 +343,22 @@ class Journal:
                 [(region, page) for page in pages],
             )
 
-    def add_poisoned(self, sharer: int, page: int) -> None:
-        """A page is about to raise SIGBUS in a sharer."""
-        with self._at_any_rate():
-            self._database.execute("INSERT OR IGNORE INTO poisoned VALUES (?, ?)", (sharer, page))
+    def change_poisoned(
+        self, sharer: int, gone: Iterable[int], now: Iterable[tuple[int, int]]
+    ) -> None:
+        """Which ranges are about to raise SIGBUS in a sharer, or do no more.
 
-    def forget_poisoned(self, sharer: int, page: int) -> None:
-        """A page raises SIGBUS no more."""
+        `gone`: where ranges began that are not these any more; `now`: (start, end) of
+        those that are in their place.
+        """
         with self._at_any_rate():
-            self._database.execute(
-                "DELETE FROM poisoned WHERE sharer = ? AND page = ?", (sharer, page)
+            self._database.executemany(
+                "DELETE FROM poisoned WHERE sharer = ? AND offset = ?",
+                [(sharer, offset) for offset in gone],
+            )
+            self._database.executemany(
+                "REPLACE INTO poisoned VALUES (?, ?, ?)",
+                [(sharer, start, end - start) for start, end in now],
             )
 
     # -- reading, by the next daemon --
@@ -398,10 +415,12 @@ class Journal:
         rows = self._database.execute("SELECT * FROM sharers ORDER BY number")
         return [SavedSharer(*row) for row in rows]
 
-    def poisoned(self, sharer: int) -> list[int]:
-        """The pages that raise SIGBUS in a sharer."""
-        rows = self._database.execute("SELECT page FROM poisoned WHERE sharer = ?", (sharer,))
-        return [page for (page,) in rows]
+    def poisoned(self, sharer: int) -> list[tuple[int, int]]:
+        """The ranges [start, end) that raise SIGBUS in a sharer."""
+        rows = self._database.execute(
+            "SELECT offset, offset + length FROM poisoned WHERE sharer = ?", (sharer,)
+        )
+        return rows.fetchall()
 
     def close(self, *, remove: bool = False) -> None:
         """Let go of the database; with `remove` nothing of it stays."""

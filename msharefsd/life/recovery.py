@@ -177,10 +177,7 @@ async def adopt_sharers(
     adopted = _reach_all(journal, regions)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
-        window = window_of(sharer)
-        window.poisoned.update(journal.poisoned(sharer.number))
-        if window.poisoned:
-            pages_of(sharer.region).refused.add(window)
+        pages.poison.restore(window_of(sharer), journal.poisoned(sharer.number))
     barrier("recovery.sharers")
     for region in list(regions.alive()):
         await _put_right(journal, region, pages, spaces)
@@ -303,6 +300,5 @@ async def _put_right(
         await breath.take()
     await server.poison.clear(pages, 0, region.size)
     for window in list(pages.refused):
-        for page in window.poisoned:
-            if region.objects.find(page) is not None:
-                server.starve(window, page)
+        for start, end in list(window.poisoned):
+            server.starve(window, start, end)

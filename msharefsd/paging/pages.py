@@ -25,6 +25,8 @@ class Waiting:
     window: Window
     offset: int
     fault: Fault | None
+    end: int = 0
+    """Without a fault: what it wants from `offset` on lies before this."""
 
 
 @dataclass(eq=False, slots=True)
