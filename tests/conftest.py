@@ -182,12 +182,16 @@ class Daemon:
 
     def launch(self, command: Sequence[str] = (), **popen: object) -> None:
         """Start and do not wait.  `command` stands in for msharefsd."""
+        # Too long a run between two checkpoints is an ERROR in its log then.
+        environment = dict(popen.pop("env", os.environ))  # type: ignore[call-overload] # the test's
+        environment["MSHAREFSD_MEASURE_RUNS"] = "1"
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
                 self.command(command),
                 stdout=log,
                 stderr=log,
                 cwd="/",
+                env=environment,
                 **popen,
             )
 

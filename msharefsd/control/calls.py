@@ -37,7 +37,7 @@ class Calls:
     async def ready(self) -> None:
         """The window is mapped and not open yet: protect in it what is protected."""
         sharer = self._state.need_sharer()
-        protection.admit(pages_of(sharer.region), sharer)
+        await protection.admit(pages_of(sharer.region), sharer)
 
     async def change(self, request: Request, fds: list[int]) -> None:
         """Carry out one of them; takes a mapped file out of `fds`."""

@@ -47,6 +47,7 @@ from msharefsd.pager.pager import DIRECTORY, Setting
 from msharefsd.pager.pager import main as pager_main
 from msharefsd.security import privileges
 from msharefsd.telemetry.metrics import Metrics
+from msharefsd.threads import runs
 from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,12 @@ def run(config: Config) -> None:
         journal = NamesJournal(directory)
         end.for_good = not journal.names()
         stack.callback(lambda: _clear(directory, journal, end))
-        trio.run(_Front(config, end, journal, starter).serve, stack, strict_exception_groups=True)
+        trio.run(
+            _Front(config, end, journal, starter).serve,
+            stack,
+            strict_exception_groups=True,
+            instruments=runs.instruments(),
+        )
 
 
 def _clear(directory: Path, journal: NamesJournal, end: End) -> None:

@@ -17,17 +17,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import sqlite3
 import stat
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from msharefsd.errors import Refused, StartError
 
 log = logging.getLogger(__name__)
+
+COMPLAIN_SECONDS: Final = 10.0
 
 
 def _boot() -> str:
@@ -53,6 +57,7 @@ class Database:
         """
         self._path = None if directory is None else directory / self.file
         self._depth = 0
+        self._complained = -math.inf
         if self._path is not None:
             _check_file(self._path)
         where = (
@@ -126,11 +131,18 @@ class Database:
             if self._depth == 1 and self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
-                log.exception("the state cannot be written")
+                self._complain(error)
                 raise Refused(errno.ENOSPC, f"cannot write {self._path}: {error}") from error
             raise
         finally:
             self._depth -= 1
+
+    def _complain(self, error: sqlite3.Error) -> None:
+        # A full disk, say: then every fault comes here.
+        now = time.monotonic()
+        if now - self._complained >= COMPLAIN_SECONDS:
+            self._complained = now
+            log.error("the state cannot be written: %s", error)
 
     @contextlib.contextmanager
     def at_any_rate(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ says:
 - `clearing` has ranges whose old memory must go before anything is read from them
   (mmap over something, madvise), and they are finished once that is done,
 - what an object's protection forbids is protected again,
-- a `dirty` page has been written to, or was about to be; a `poisoned` one raises SIGBUS
+- a `dirty` page has been written to, or was about to be; a `poisoned` range raises SIGBUS
   in that sharer, or was about to.
 
 The answer of a call that must not be done twice goes with the change it made, in one
@@ -79,8 +79,8 @@ CREATE TABLE sharers (
 CREATE INDEX sharers_of ON sharers (region);
 CREATE TABLE poisoned (
     sharer INTEGER NOT NULL REFERENCES sharers ON DELETE CASCADE,
-    page INTEGER NOT NULL,
-    PRIMARY KEY (sharer, page)
+    offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    PRIMARY KEY (sharer, offset)
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -220,16 +220,22 @@ class Journal(Database):
                 [(region, page) for page in pages],
             )
 
-    def add_poisoned(self, sharer: int, page: int) -> None:
-        """A page is about to raise SIGBUS in a sharer."""
-        with self.at_any_rate():
-            self._database.execute("INSERT OR IGNORE INTO poisoned VALUES (?, ?)", (sharer, page))
+    def change_poisoned(
+        self, sharer: int, gone: Iterable[int], now: Iterable[tuple[int, int]]
+    ) -> None:
+        """Which ranges are about to raise SIGBUS in a sharer, or do no more.
 
-    def forget_poisoned(self, sharer: int, page: int) -> None:
-        """A page raises SIGBUS no more."""
+        `gone`: where ranges began that are not these any more; `now`: (start, end) of
+        those that are in their place.
+        """
         with self.at_any_rate():
-            self._database.execute(
-                "DELETE FROM poisoned WHERE sharer = ? AND page = ?", (sharer, page)
+            self._database.executemany(
+                "DELETE FROM poisoned WHERE sharer = ? AND offset = ?",
+                [(sharer, offset) for offset in gone],
+            )
+            self._database.executemany(
+                "REPLACE INTO poisoned VALUES (?, ?, ?)",
+                [(sharer, start, end - start) for start, end in now],
             )
 
     # -- reading, by the next pager --
@@ -276,7 +282,9 @@ class Journal(Database):
         rows = self._database.execute("SELECT * FROM sharers ORDER BY number")
         return [SavedSharer(*row) for row in rows]
 
-    def poisoned(self, sharer: int) -> list[int]:
-        """The pages that raise SIGBUS in a sharer."""
-        rows = self._database.execute("SELECT page FROM poisoned WHERE sharer = ?", (sharer,))
-        return [page for (page,) in rows]
+    def poisoned(self, sharer: int) -> list[tuple[int, int]]:
+        """The ranges [start, end) that raise SIGBUS in a sharer."""
+        rows = self._database.execute(
+            "SELECT offset, offset + length FROM poisoned WHERE sharer = ?", (sharer,)
+        )
+        return rows.fetchall()

@@ -49,6 +49,7 @@ from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
+from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
@@ -196,10 +197,7 @@ async def adopt_sharers(
     adopted = _reach_all(journal, regions)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
-        window = window_of(sharer)
-        window.poisoned.update(journal.poisoned(sharer.number))
-        if window.poisoned:
-            pages_of(sharer.region).refused.add(window)
+        pages.poison.restore(window_of(sharer), journal.poisoned(sharer.number))
     barrier("recovery.sharers")
     for region in list(regions.alive()):
         await _put_right(journal, region, pages, spaces)
@@ -300,7 +298,7 @@ def _reach(sharer: Sharer) -> int:
 async def _put_right(
     journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
 ) -> None:
-    pages = pages_of(region)
+    pages, breath = pages_of(region), Breath()
     for item in list(region.objects):
         try:
             if not item.accessible:
@@ -318,10 +316,10 @@ async def _put_right(
             )
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
-        if found is not None and found.written_back:
-            pages.dirty[page] = set()
+        if found is not None and found.file is not None and found.written_back:
+            pages.dirty.add(page, found.file)
+        await breath.take()
     await server.poison.clear(pages, 0, region.size)
     for window in list(pages.refused):
-        for page in window.poisoned:
-            if region.objects.find(page) is not None:
-                server.starve(window, page)
+        for start, end in list(window.poisoned):
+            server.starve(window, start, end)

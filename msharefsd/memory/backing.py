@@ -12,7 +12,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Final
 
 import trio
 
@@ -24,6 +25,9 @@ from msharefsd.memory.names import MemoryNames
 from msharefsd.memory.shm import ShmObject
 from msharefsd.memory.sparse import AT_ONCE, SparseFile, data_of, punch_fd
 from msharefsd.threads.disposal import Disposal
+
+LOOKED_AT: Final = 8 << 20
+"""In how much memory every second page may be there, and it is looked at at once (bytes)."""
 
 
 class Backing(SparseFile):
@@ -155,17 +159,16 @@ class Backing(SparseFile):
 
     async def runs(self, start: int, end: int) -> list[tuple[int, int]]:
         """As `data`, and other things go on meanwhile; in pieces of at most AT_ONCE."""
-        if end - start <= AT_ONCE:
+        if end - start <= LOOKED_AT:
             return list(self.data(start, end - start))
         # Looking for the end of gigabytes of pages takes a while.
         fd = os.dup(self.fd)
         try:
-            runs = await trio.to_thread.run_sync(lambda: list(data_of(fd, start, end)))
+            return await trio.to_thread.run_sync(lambda: self._in_pieces(data_of(fd, start, end)))
         finally:
             os.close(fd)
-        return self._in_pieces(runs)
 
-    def _in_pieces(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _in_pieces(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         step = max(AT_ONCE, self.page)
         return [
             (at, min(at + step, last)) for first, last in runs for at in range(first, last, step)

@@ -52,6 +52,7 @@ from msharefsd.region.region import Region
 from msharefsd.region.registry import Regions
 from msharefsd.security import privileges
 from msharefsd.telemetry.metrics import Metrics
+from msharefsd.threads import runs
 from msharefsd.threads.disposal import Disposal
 from msharefsd.threads.pool import Threads
 
@@ -82,7 +83,14 @@ def main(setting: Setting, uid: int, channel: socket.socket) -> NoReturn:
         )
         faulthandler.enable()
         privileges.drop(privileges.PAGER)
-        trio.run(_run, setting, uid, channel, strict_exception_groups=True)
+        trio.run(
+            _run,
+            setting,
+            uid,
+            channel,
+            strict_exception_groups=True,
+            instruments=runs.instruments(),
+        )
         code = 0
     except* FrontEndedError:
         code = 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -36,9 +36,12 @@ from msharefsd.paging.writeback import Writeback
 from msharefsd.region.objects import MOST_OBJECTS, Object
 from msharefsd.region.record import save_objects
 from msharefsd.region.region import Region, Sharer
+from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
+AT_ONE_TIME: Final = 256
+"""How many objects change in one piece, between two pauses."""
 _PROTECTIONS: Final = syscalls.PROT_READ | syscalls.PROT_WRITE | syscalls.PROT_EXEC
 
 
@@ -81,28 +84,40 @@ class AddressSpaces:
         self._check_prot(new, errno.EPERM)
         if replace:
             await self._write_back(region, new.offset, new.end)
+        pages = pages_of(region)
         async with region.change:
-            occupied = bool(region.objects.within(new.offset, new.length))
+            occupied = region.objects.first(new.offset, new.end) is not None
             if occupied and not replace:
                 raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
             _check_objects(region, 1 + _splits(region, new.offset, new.end))
             if new.guarded and new.accessible:
-                protection.arm(pages_of(region), new.offset, new.end)
+                protection.arm(pages, new.offset, new.end)
             with _leaving(region, new.offset, new.end):
                 if occupied:
                     await self._write_back(region, new.offset, new.end)
                     _alive(region)
                 with _to_the_end():
+                    await self._thin_out(region, new.offset, new.end)
                     removed = self._put(region, new.offset, new.length, new, by)
                     barrier("mmap")
                     # A page that was there before, or is poison, must not show through.
                     await self._finish_removal(region, new.offset, new.length, removed)
                     _alive(region)
-                    await self._server.poison.clear(
-                        pages_of(region), new.offset, new.length, empty=True
-                    )
+                    await self._server.poison.clear(pages, new.offset, new.length, empty=True)
                     _alive(region)
                     self._journal.cleared(region.id)
+
+    async def _thin_out(self, region: Region, start: int, end: int) -> None:
+        """Take objects out until few are left in the range: those go in one piece.
+
+        Map, journal and memory of one piece change without a pause, and a pause there
+        must be.  If we die in between there are holes, and the call comes again.
+        """
+        while (past := region.objects.past(start, end, AT_ONE_TIME)) is not None:
+            removed = self._put(region, start, past - start, None, None)
+            await self._finish_removal(region, start, past - start, removed)
+            _alive(region)
+            start = past
 
     def _put(
         self, region: Region, offset: int, length: int, new: Object | None, by: Sharer | None
@@ -128,22 +143,13 @@ class AddressSpaces:
             raise
         if new is not None and new.file is not None:
             new.file.hold()
-        dirty = pages_of(region).dirty
-        lost = list(dirty.irange(offset, offset + length, inclusive=(True, False)))
-        for page in lost:
-            del dirty[page]
-        if lost:  # as in the kernel, munmap() succeeds all the same
-            log.error(
-                "region %s: unmapped %d bytes that a file did not take",
-                region.label(),
-                len(lost) * region.page,
-            )
         _let_go(region, removed)
         return removed
 
     async def _finish_removal(
         self, region: Region, offset: int, length: int, removed: list[Object]
     ) -> None:
+        await _clean(region, offset, offset + length)
         await _discard(region, offset, length)
         # Punching leaves the protection where a page was mapped.
         if any(item.guarded for item in removed):
@@ -154,7 +160,7 @@ class AddressSpaces:
         self.check(region, new.offset, new.length)
         self._check_prot(new, errno.EOPNOTSUPP)
         async with region.change:
-            if region.objects.within(new.offset, new.length):
+            if region.objects.first(new.offset, new.end) is not None:
                 raise Refused(errno.EINVAL, "the donor's mappings overlap")
             _check_objects(region, 1)
             if new.guarded and new.accessible:
@@ -180,6 +186,7 @@ class AddressSpaces:
                 await self._write_back(region, offset, offset + length)
                 _alive(region)
                 with _to_the_end():
+                    await self._thin_out(region, offset, offset + length)
                     removed = self._put(region, offset, length, None, by)
                     barrier("munmap")
                     await self._finish_removal(region, offset, length, removed)
@@ -196,10 +203,8 @@ class AddressSpaces:
         if prot & ~_PROTECTIONS:
             raise Refused(errno.EINVAL, "unknown protection bits")
         async with region.change:
-            at = offset
-            for item in region.objects.within(offset, length):
-                if item.offset != at:
-                    break
+            at, end, breath = offset, offset + length, Breath()
+            while (item := region.objects.first(at, end)) is not None and item.offset == at:
                 new = replace(item, prot=prot)
                 self._check_prot(new, errno.EACCES)
                 if prot != item.prot:
@@ -208,10 +213,11 @@ class AddressSpaces:
                     _check_objects(region, (whole.offset < item.offset) + (item.end < whole.end))
                 if new.written_back and new.writable and item.file and not item.file.may_write:
                     raise Refused(errno.EACCES, "the file was not opened O_RDWR")
-                done = by if item.end == offset + length else None
-                await self._protect(region, item, prot, done)
+                await self._protect(region, item, prot, by if item.end == end else None)
                 at = item.end
-            if at != offset + length:
+                await breath.take()
+                _alive(region)
+            if at != end:
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
     async def _protect(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
@@ -265,21 +271,22 @@ class AddressSpaces:
 
     async def hide(self, region: Region, item: Object) -> None:
         """PROT_NONE: nobody can reach the pages, and their contents stay."""
-        runs = await protection.present(region, item.offset, item.end)
-        for start, end in runs:
-            protection.arm(pages_of(region), start, end)
-        await protection.protect_present(pages_of(region), item.offset, item.end)
-        for start, end in runs:
-            step = max(HUGE_PAGE, region.page)
-            for at in range(start, end, step):
-                _alive(region)
-                assert region.backing is not None
-                try:
-                    region.backing.stash_pages(at, min(at + step, end) - at)
-                except OSError as error:
-                    code = error.errno or errno.ENOMEM
-                    raise Refused(code, "no memory to move it to") from error
-                await trio.lowlevel.checkpoint()
+        pages, breath = pages_of(region), Breath()
+        step = max(HUGE_PAGE, region.page)
+        spans, parts = await _plan(await protection.present(region, item.offset, item.end), step)
+        for start, end in spans:
+            protection.arm(pages, start, end)
+            await breath.take()
+        await protection.protect_present(pages, item.offset, item.end)
+        for start, end in parts:
+            _alive(region)
+            assert region.backing is not None
+            try:
+                region.backing.stash_pages(start, end - start)
+            except OSError as error:
+                code = error.errno or errno.ENOMEM
+                raise Refused(code, "no memory to move it to") from error
+            await trio.lowlevel.checkpoint()
 
     async def msync(self, region: Region, offset: int, length: int) -> None:
         """Written data of MAP_SHARED files is in the files when this returns (MS_SYNC)."""
@@ -302,22 +309,27 @@ class AddressSpaces:
         async with region.change:
             if region.backing is None:
                 return
-            private = [item for item in region.objects.within(offset, length) if item.private]
             # Nobody may write to what the next daemon would discard again.
             with _leaving(region, offset, offset + length), _to_the_end():
-                save_objects(
-                    self._journal,
-                    region,
-                    by=by,
-                    clearing=[(item.offset, item.length) for item in private],
-                )
-                for item in private:
+                private = await _some_private(region, offset, offset + length)
+                while True:
+                    after = private[-1].end if private else offset + length
+                    rest = await _some_private(region, after, offset + length)
+                    save_objects(
+                        self._journal,
+                        region,
+                        by=None if rest else by,
+                        clearing=[(item.offset, item.length) for item in private],
+                    )
+                    for item in private:
+                        for fill in pages_of(region).fills(item.offset, item.end):
+                            fill.stale = True
+                        await _discard(region, item.offset, item.length)
                     _alive(region)
-                    for fill in pages_of(region).fills(item.offset, item.end):
-                        fill.stale = True
-                    await _discard(region, item.offset, item.length)
-                _alive(region)
-                self._journal.cleared(region.id)
+                    self._journal.cleared(region.id)
+                    if not rest:
+                        break
+                    private = rest
             if not region.objects.covers(offset, length):
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
@@ -345,8 +357,61 @@ def _leaving(region: Region, start: int, end: int) -> Iterator[None]:
             protection.wake(region, start, end)
 
 
+async def _some_private(region: Region, start: int, end: int) -> list[Object]:
+    """The first private parts in [start, end), not too many at one time."""
+    found: list[Object] = []
+    breath = Breath()
+    while len(found) < AT_ONE_TIME and (item := region.objects.first(start, end)) is not None:
+        if item.private:
+            found.append(item)
+        start = item.end
+        await breath.take()
+    return found
+
+
+async def _plan(
+    runs: Iterable[tuple[int, int]], step: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """How to take runs of pages away: what to arm, and what to move at one time.
+
+    Armed are spans, gaps of less than `step` with them: a window is one VMA for each, and
+    a process may have so many of them.  Moved is what lies in one aligned step.
+    """
+    spans: list[tuple[int, int]] = []
+    parts: list[tuple[int, int]] = []
+    breath = Breath()
+    for start, end in runs:
+        for at in range(start - start % step, end, step):
+            low, high = max(at, start), min(at + step, end)
+            if parts and low // step == parts[-1][0] // step:
+                parts[-1] = (parts[-1][0], high)
+            else:
+                parts.append((low, high))
+            if spans and low - spans[-1][1] < step:
+                spans[-1] = (spans[-1][0], high)
+            else:
+                spans.append((low, high))
+            await breath.take()
+    return spans, parts
+
+
+async def _clean(region: Region, start: int, end: int) -> None:
+    """Nothing in the range is dirty any more; if anything was, a file did not take it.
+
+    As in the kernel, munmap() succeeds all the same.  Nobody writes there meanwhile.
+    """
+    dirty, breath, lost = pages_of(region).dirty, Breath(), 0
+    while (found := dirty.file_at(start, end)) is not None:
+        dirty.discard(found[0])
+        lost += region.page
+        await breath.take()
+    if lost:
+        log.error("region %s: unmapped %d bytes that a file did not take", region.label(), lost)
+
+
 async def _discard(region: Region, offset: int, length: int) -> None:
     """Free the memory of a range, whether it is in the backing or in the stash."""
+    _alive(region)
     assert region.backing is not None
     await region.backing.discard(offset, length)
     region.account.freed()
@@ -381,6 +446,6 @@ def _alive(region: Region) -> None:
 
 def _let_go(region: Region, removed: list[Object]) -> None:
     """Close the files of which nothing is mapped any more."""
-    for file in {id(item.file): item.file for item in removed if item.file}.values():
+    for file in dict.fromkeys(item.file for item in removed if item.file is not None):
         if not region.objects.uses(file):
             file.let_go()

@@ -12,16 +12,21 @@ from typing import Final
 
 import trio
 
+from msharefsd.paging.pages import pages_of
 from msharefsd.paging.window import Window
 from msharefsd.region.objects import Object
 from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
 MEND_INTERVAL: Final = 1.0
 
-Repair = Callable[[Window, Object, int], object]
-"""Populate a poisoned page of an object in a sharer; notices anew if it could not."""
+Repair = Callable[[Window, Object, int, int], int]
+"""Populate poisoned pages [start, end) of an object in a sharer: up to where it came.
+
+That is `start` if there is no memory.
+"""
 
 
 class Hunger:
@@ -32,9 +37,9 @@ class Hunger:
         self._any = trio.Event()
         self._seldom = Seldom()
 
-    def notice(self, window: Window, offset: int) -> None:
-        """A poisoned page of an object is to be populated as soon as there is memory."""
-        window.starved.add(offset)
+    def notice(self, window: Window, start: int, end: int) -> None:
+        """What is poisoned there, and an object's, is to be populated as soon as it can be."""
+        window.starved.add(start, end)
         self.again(window)
 
     def again(self, window: Window) -> None:
@@ -67,21 +72,29 @@ class Hunger:
             await self._any.wait()
             await trio.sleep(MEND_INTERVAL)
             for window in list(self._starving):
-                mend(window, repair)
+                await mend(window, repair)
                 if not window.starved:
                     self._starving.discard(window)
             if not self._starving:
                 self._any = trio.Event()
 
 
-def mend(window: Window, repair: Repair) -> None:
-    """Populate what a sharer lacks, until there is no memory again."""
-    region = window.region
-    for offset in sorted(window.starved):
-        found = region.objects.find(offset)
-        if region.backing is None or found is None or not found.accessible:
-            window.starved.discard(offset)  # the poison is right now
-            continue
-        repair(window, found, offset)
-        if offset in window.starved:
-            return
+async def mend(window: Window, repair: Repair) -> None:
+    """Populate what a sharer lacks, until there is no memory again.
+
+    Nothing awaits between the look at the map and the repair.
+    """
+    region, pages, breath, at = window.region, pages_of(window.region), Breath(), 0
+    while window.attached and (part := next(window.starved.within(at, window.size), None)):
+        start, end = part
+        found = region.objects.first(start, end)
+        right = end if found is None else found.offset if found.accessible else found.end
+        if right > start:
+            window.starved.remove(start, right)  # the poison is right there now
+        elif found is not None and pages.leaving.contains(start):
+            at = found.end
+        elif found is not None:
+            at = repair(window, found, start, found.end)
+            if at == start:
+                return
+        await breath.take()

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sortedcontainers import SortedDict
-
 from msharefsd.linux.uffd import Fault
 from msharefsd.memory.buffers import BUFFER
 from msharefsd.memory.files import MappedFile
+from msharefsd.paging.dirty import Dirty
 from msharefsd.paging.window import Window, window_of
 from msharefsd.region.ranges import Ranges
 from msharefsd.region.region import Region
@@ -26,6 +25,8 @@ class Waiting:
     window: Window
     offset: int
     fault: Fault | None
+    end: int = 0
+    """Without a fault: what it wants from `offset` on lies before this."""
 
 
 @dataclass(eq=False, slots=True)
@@ -52,9 +53,8 @@ class Pages:
     region: Region
     armed: Ranges = field(default_factory=Ranges)
     """Where windows are registered for write protection."""
-    dirty: SortedDict[int, set[Window]] = field(default_factory=SortedDict)
-    """Pages of shared file mappings to be written back, and who may write them
-    without our noticing again."""
+    dirty: Dirty = field(default_factory=Dirty)
+    """Pages of shared file mappings that are to be written back."""
     leaving: Ranges = field(default_factory=Ranges)
     """Ranges that are being replaced: who faults there waits until that is done."""
     held: bool = False

@@ -4,11 +4,18 @@ UFFDIO_POISON leaves a marker in the sharer's page table.  What holds of markers
 
 - Where we put one is known (`Window.poisoned`) and written down, before it is there
   and until after it is gone: nobody else would ever find it.
+- What is known are ranges, so many for all sharers of a user together, in memory and in
+  the journal.  Who has more has markers that nobody knows, and they stay.
 - The kernel takes a marker away for one thing only: a page that comes there.  A page
   that is in the backing already comes by UFFDIO_CONTINUE, which takes MINOR mode.
-- A hole's is right as long as it is a hole.  Where something is mapped it has to go,
-  before the call returns that maps it.
+- A hole's is right as long as it is a hole.  Where something is mapped it has to go
+  before the call returns that maps it: from all writers, and from readers as far as
+  they are few.  A reader with more than that has them taken away by and by (hunger.py):
+  it is not to make its region's owner wait.
 - In a hole nothing is ever put to clear one: others could see it.
+- Between the look at the map and the ioctl nothing awaits.  So a repair needs no lock.
+
+All of it goes by ranges, of which a piece is done at one time.
 """
 
 from __future__ import annotations
@@ -16,6 +23,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 from msharefsd.barriers import barrier
@@ -23,6 +32,7 @@ from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.uffd import Mode, Outcome
+from msharefsd.memory.backing import Backing
 from msharefsd.paging.fills import Fills
 from msharefsd.paging.hunger import Hunger
 from msharefsd.paging.pages import Pages, Waiting, pages_of
@@ -34,7 +44,10 @@ from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-MOST_POISONED: Final = 1 << 16
+MOST_RANGES: Final = 1 << 15
+"""How many poisoned ranges are known of a user's sharers."""
+READERS_RANGES: Final = 64
+"""How many of all readers' a call that maps something takes away itself."""
 _LATER: Final = frozenset({Outcome.NO_MEMORY, Outcome.RETRY})
 """The marker is still there, and nobody faults where it is: we have to try again."""
 
@@ -56,27 +69,27 @@ class Poison:
         self._fills = fills
         self._hunger = hunger
         self._seldom = Seldom()
+        self._ranges: Counter[int] = Counter()
+        """How many are known of each user's."""
 
     def known(self, window: Window, offset: int) -> Outcome:
         """Poison the page of a hole, or of what cannot be had, and remember that."""
-        page = window.region.page
-        known = offset in window.poisoned or len(window.poisoned) < MOST_POISONED
-        if known:
-            self._journal.add_poisoned(window.sharer.number, offset)
+        end = offset + window.region.page
+        before = window.poisoned.contains(offset)
+        remembered = before or self._remember(window, offset, end)
         outcome = self.fleeting(window, offset)
-        if outcome is Outcome.PRESENT and self._forget_protection(window, offset, page):
+        if outcome is Outcome.PRESENT and self._forget_protection(window, offset, end):
             outcome = self.fleeting(window, offset)
         if outcome is Outcome.DONE:
-            if known:
-                window.poisoned.add(offset)
-                pages_of(window.region).refused.add(window)
-            elif self._seldom.now((window.region.id, "poisoned")):
+            if not remembered and self._seldom.now((window.sharer.uid, "poisoned")):
                 log.warning(
                     "process %d touches holes of region %s all over: some of them stay holes "
                     "for it whatever is mapped there",
                     window.sharer.pid,
                     window.region.label(),
                 )
+        elif remembered and not before:
+            self._strike(window, offset, end)
         return outcome
 
     def fleeting(self, window: Window, offset: int) -> Outcome:
@@ -87,7 +100,7 @@ class Poison:
         window.wake(offset, end)
         return outcome
 
-    def _forget_protection(self, window: Window, offset: int, page: int) -> bool:
+    def _forget_protection(self, window: Window, start: int, end: int) -> bool:
         """Take away a marker that write protection has left where no page is.
 
         A daemon that died between the two leaves one where it has freed a page, and
@@ -95,16 +108,65 @@ class Poison:
         comes is protected anew.
         """
         backing = window.region.backing
-        if backing is None or backing.next_data(offset) == offset:
+        if backing is None or backing.next_data(start) == start:
             return False
         with contextlib.suppress(OSError):  # not registered for it: no marker
-            window.unprotect(offset, offset + page, wake=False)
+            window.unprotect(start, end, wake=False)
         return True
+
+    # -- what is known --
+
+    def _remember(self, window: Window, start: int, end: int) -> bool:
+        """Write down that [start, end) is poisoned; False if the user has too many."""
+        before = window.poisoned.touching(start, end)
+        if not before and self._ranges[window.sharer.uid] >= MOST_RANGES:
+            return False
+        window.poisoned.add(start, end)
+        now = window.poisoned.find(start)
+        assert now is not None
+        self._change(window, [low for low, _ in before], [now])
+        pages_of(window.region).refused.add(window)
+        return True
+
+    def _strike(self, window: Window, start: int, end: int) -> None:
+        """Nothing in [start, end) is poisoned any more."""
+        parts = list(window.poisoned.within(start, end))
+        window.starved.remove(start, end)
+        if not parts:
+            return
+        before = [whole for low, _ in parts if (whole := window.poisoned.find(low))]
+        window.poisoned.remove(start, end)
+        now = [(low, start) for low, _ in before if low < start]
+        now += [(end, high) for _, high in before if end < high]
+        self._change(window, [low for low, _ in before], now)
+        if not window.poisoned:
+            pages_of(window.region).refused.discard(window)
+
+    def _change(self, window: Window, gone: list[int], now: list[tuple[int, int]]) -> None:
+        self._journal.change_poisoned(window.sharer.number, gone, now)
+        self._ranges[window.sharer.uid] += len(now) - len(gone)
+
+    def restore(self, window: Window, ranges: Iterable[tuple[int, int]]) -> None:
+        """What another daemon knew."""
+        for start, end in ranges:
+            window.poisoned.add(start, end)
+        if window.poisoned:
+            self._ranges[window.sharer.uid] += len(window.poisoned)
+            pages_of(window.region).refused.add(window)
+
+    def forget(self, window: Window) -> None:
+        """It is being detached."""
+        self._ranges[window.sharer.uid] -= len(window.poisoned)
+        if not self._ranges[window.sharer.uid]:
+            del self._ranges[window.sharer.uid]
+        window.poisoned.clear()
+        window.starved.clear()
+        pages_of(window.region).refused.discard(window)
 
     # -- repair --
 
     async def clear(self, pages: Pages, offset: int, length: int, *, empty: bool = False) -> None:
-        """Make every sharer ask again for pages of objects in the range that raise SIGBUS.
+        """Make sharers ask again for pages of objects in the range that raise SIGBUS.
 
         The kernel has no call for that; a page that comes into a sharer takes the
         marker's place.  Where nobody may touch anything one is put there and punched out
@@ -114,127 +176,206 @@ class Poison:
 
         The region may be gone when this returns.
         """
-        region = pages.region
         end = offset + length
+        left = READERS_RANGES
         breath = Breath()
         for window in list(pages.refused):
-            if len(window.poisoned) <= length // region.page:
-                poisoned = [page for page in window.poisoned if offset <= page < end]
-            else:
-                some = range(offset, end, region.page)
-                poisoned = [page for page in some if page in window.poisoned]
-            for page in sorted(poisoned):
+            at = offset
+            while window.attached and (part := next(window.poisoned.within(at, end), None)):
+                if not window.writable:
+                    left -= 1
+                    if left < 0:
+                        for low, high in list(window.poisoned.within(at, end)):
+                            self._hunger.notice(window, low, high)
+                            await breath.take()
+                        break
+                at = self._clear_first(window, *part, empty=empty)
                 await breath.take()
-                if not window.attached:
-                    break
-                found = region.objects.find(page)
-                if empty:
-                    self._clear(window, page)
-                elif found is not None and found.accessible:
-                    self.repair(window, found, page)
-                elif found is not None:
-                    self._clear_hidden(window, found, page)
-            if not window.poisoned:
-                pages.refused.discard(window)
 
-    def _clear(self, window: Window, page: int, content: int | None = None) -> None:
-        """Replace the marker by a page with that content, or zeros, and free it again."""
+    def clear_page(self, window: Window, offset: int) -> None:
+        """The same for one page of one sharer, at once."""
+        pages, end = pages_of(window.region), offset + window.region.page
+        if not window.poisoned.contains(offset):
+            return
+        if pages.leaving.contains(offset):
+            self._hunger.notice(window, offset, end)
+        else:
+            self._clear_first(window, offset, end, empty=False)
+
+    def _clear_first(self, window: Window, start: int, end: int, *, empty: bool) -> int:
+        """Clear what is first in [start, end), all of it poisoned.  Returns up to where."""
+        piece = pages_of(window.region).piece
+        if empty:
+            return self._clear(window, start, min(end, start - start % piece + piece))
+        found = window.region.objects.first(start, end)
+        if found is None:
+            return end
+        start, end = found.offset, min(found.end, found.offset - found.offset % piece + piece)
+        if not found.accessible:
+            return self._clear_hidden(window, found, start, end)
+        at = self.repair(window, found, start, end)
+        return at if at > start else end
+
+    def _clear(self, window: Window, start: int, end: int, content: int | None = None) -> int:
+        """Replace markers by pages with that content, or zeros, and free them again."""
         backing = window.region.backing
         assert backing is not None
-        outcome = self._populate.put(window, page, page + backing.page, content, guarded=False)
+        outcome = self._populate.put(window, start, end, content, guarded=False)
+        if outcome in _LATER and end > start + backing.page:
+            # Not so much memory, or several VMAs.
+            backing.punch(start, end - start)
+            return self._clear(window, start, _half(start, end, backing.page), content)
         if outcome in _LATER:
             # Something may be mapped there in a moment: then the page is the region's.
-            self._hunger.notice(window, page)
-            return
-        self._map(window, page, by_others=outcome is Outcome.PRESENT)
+            self._hunger.notice(window, start, end)
+            return end
+        self._map(window, start, end, by_others=outcome is Outcome.PRESENT)
         barrier("poison.cleared")
-        backing.punch(page, backing.page)  # at once: everybody sees what is there
-        self._cleared(window, page)
+        backing.punch(start, end - start)  # at once: everybody sees what is there
+        self._strike(window, start, end)
+        return end
 
-    def _clear_hidden(self, window: Window, found: Object, page: int) -> None:
+    def _clear_hidden(self, window: Window, found: Object, start: int, end: int) -> int:
         """In an object that nobody may touch: what belongs there stays where it is.
 
         If we die before the page is freed, the next daemon takes it for the object's.  So
         it has what is in the stash, if anything is; and a page of a file that was not
         read yet is written down as one that is to go.
         """
-        region = window.region
-        backing = region.backing
+        backing = window.region.backing
         assert backing is not None
-        if backing.next_data(page) == page:  # populated by another, and not hidden yet
-            self.mapped(window, page, by_others=True)
-        elif backing.stash is not None and backing.is_stashed(page):
-            buffer = self._populate.buffers.take(backing.page)
+        end, present, stashed = _alike(backing, start, end)
+        if present:  # populated by another, and not hidden yet
+            self.mapped(window, start, end, by_others=True)
+            return end
+        if stashed:
+            assert backing.stash is not None
+            buffer = self._populate.buffers.take(end - start)
             try:
-                os.preadv(backing.stash.fd, [buffer.view[: backing.page]], page)
-                self._clear(window, page, buffer.address)
+                got = os.preadv(backing.stash.fd, [buffer.view[: end - start]], start)
+                if got == end - start:
+                    return self._clear(window, start, end, buffer.address)
+                return end  # truncated by a sharer
             finally:
                 self._populate.buffers.give_back(buffer)
-        else:
-            if found.file is not None:
-                try:
-                    self._journal.add_clearing(region.id, page, backing.page)
-                except Refused:
-                    return  # a touch is SIGBUS then, and not SIGSEGV
-            self._clear(window, page)
+        if found.file is not None:
+            try:
+                self._journal.add_clearing(window.region.id, start, end - start)
+            except Refused:
+                return end  # a touch is SIGBUS then, and not SIGSEGV
+        return self._clear(window, start, end)
 
-    def repair(self, window: Window, found: Object, page: int) -> None:
-        """Populate a poisoned page of an object in this sharer; or not, for want of memory."""
+    def repair(self, window: Window, found: Object, start: int, end: int) -> int:
+        """Populate poisoned pages of an object in this sharer: a piece from `start` on.
+
+        Returns up to where that is done, or under way; `start` for want of memory.
+        """
         region = window.region
         backing = region.backing
         assert backing is not None
-        end = page + backing.page
-        if backing.next_data(page) == page:
-            self.mapped(window, page, by_others=True)
-            return
-        stashed = backing.is_stashed(page)
-        if not stashed and self._populate.room(region, backing.page) < backing.page:
-            self._hunger.notice(window, page)
-            return
+        piece = pages_of(region).piece
+        stop, present, stashed = _alike(backing, start, min(end, start - start % piece + piece))
+        if present:
+            self.mapped(window, start, stop, by_others=True)
+            return stop
+        if not stashed:
+            room = self._populate.room(region, stop - start)
+            stop = min(stop, start + room - room % backing.page)
+            if stop == start:
+                self._hunger.notice(window, start, end)
+                return start
         if found.file is not None and not stashed:
-            self._fills.read(found, page, end, Waiting(window, page, None))
-            return
-        outcome = self._populate.fill(window, found, Part(page, end, stashed))
+            window.starved.remove(start, stop)
+            self._fills.read(found, start, stop, Waiting(window, start, None, stop))
+            return stop
+        outcome = self._populate.fill(window, found, Part(start, stop, stashed))
+        while outcome in _LATER and stop > start + backing.page:
+            stop = _half(start, stop, backing.page)
+            outcome = self._populate.fill(window, found, Part(start, stop, stashed))
         if outcome in _LATER:
-            self._hunger.notice(window, page)
-        else:
-            self.mapped(window, page, by_others=outcome is Outcome.PRESENT)
+            self._hunger.notice(window, start, end)
+            return start
+        self.mapped(window, start, stop, by_others=outcome is Outcome.PRESENT)
+        return stop
 
-    def mapped(self, window: Window, offset: int, *, by_others: bool) -> None:
-        """A poisoned page has been populated: see that the sharer has the page now.
+    def read(self, window: Window, start: int, end: int, *, by_others: bool) -> None:
+        """What of [start, end) could be read from a file is there: where it was poisoned."""
+        backing = window.region.backing
+        assert backing is not None
+        for low, high in list(window.poisoned.within(start, end)):
+            # Poison is right where there has been a hole meanwhile.
+            for first, last in list(backing.data(low, high - low)):
+                self.mapped(window, first, min(last, high), by_others=by_others)
 
-        If it came into this very sharer, it has replaced the marker.  If not, only
+    def mapped(self, window: Window, start: int, end: int, *, by_others: bool) -> None:
+        """Poisoned pages have been populated: see that the sharer has them now.
+
+        What came into this very sharer has replaced the marker.  If it did not, only
         UFFDIO_CONTINUE replaces it, which takes MINOR mode.
         """
-        self._map(window, offset, by_others=by_others)
-        # Not before: nobody would know of the marker if we died in between.
-        self._cleared(window, offset)
+        self._map(window, start, end, by_others=by_others)
+        # Not before: nobody would know of the markers if we died in between.
+        self._strike(window, start, end)
 
-    def _cleared(self, window: Window, offset: int) -> None:
-        if offset in window.poisoned:
-            window.poisoned.discard(offset)
-            self._journal.forget_poisoned(window.sharer.number, offset)
-        window.starved.discard(offset)
-
-    def _map(self, window: Window, offset: int, *, by_others: bool) -> None:
+    def _map(self, window: Window, start: int, end: int, *, by_others: bool) -> None:
+        """A piece, which has one object or is about to."""
         region = window.region
         backing, pages = region.backing, pages_of(region)
         assert backing is not None
         if window.writable:
-            slot = backing.shared_slot(offset)
+            slot = backing.shared_slot(start)
             if slot is not None and not any(True for _ in pages.armed.within(*slot)):
                 return  # what came into one page table came into all of them
             if not by_others and backing.charges_sharer:
                 return
         if not self._capabilities.map_present:
             return
-        found = region.objects.find(offset)
+        found = region.objects.find(start)
+        guarded = found is not None and found.guarded
         # What nobody may touch is armed and protected when it is hidden.
-        armed = window.writable and pages.armed.contains(offset)
-        guarded = found is not None and found.guarded and armed
+        armed = list(pages.armed.within(start, end)) if window.writable else []
+        plain = list(pages.armed.gaps(start, end)) if window.writable else [(start, end)]
+        for low, high in armed:
+            _continue(window, low, high, Mode.WP, protect=guarded)
+        for low, high in plain:
+            _continue(window, low, high, Mode(0), protect=False)
+
+
+def _continue(window: Window, start: int, end: int, mode: Mode, *, protect: bool) -> None:
+    """Map what is in the backing, in place of markers."""
+    page = window.region.page
+    try:
         # Registering anew for MINOR takes away every mode that is not asked for again
         # (userfaultfd_register_range(), mm/userfaultfd.c).
-        mode = Mode.MISSING | Mode.MINOR | (Mode.WP if armed else Mode(0))
-        with contextlib.suppress(OSError):  # the window is gone, or the process
-            window.register(offset, offset + backing.page, mode)
-            window.map_present(offset, offset + backing.page, protect=guarded)
+        window.register(start, end, Mode.MISSING | Mode.MINOR | mode)
+    except OSError:
+        # The window is gone, or the process; or a part of the window.
+        half = _half(start, end, page)
+        if half < end and not window.is_gone():
+            _continue(window, start, half, mode, protect=protect)
+            _continue(window, half, end, mode, protect=protect)
+        return
+    while start < end:
+        done, outcome = window.map_present(start, end, protect=protect)
+        if outcome is Outcome.GONE:
+            return
+        start += done or page  # one that is mapped already, or not there at all
+
+
+def _half(start: int, end: int, page: int) -> int:
+    """The end of the first half of a range, in whole pages; of one page, its end."""
+    half = (end - start) // 2
+    return start + max(page, half - half % page)
+
+
+def _alike(backing: Backing, start: int, end: int) -> tuple[int, bool, bool]:
+    """How far what is so at `start` is so: (end, it is there, it is in the stash)."""
+    if (there := backing.next_data(start)) == start:
+        return min(end, backing.next_absent(start)), True, False
+    end = min(end, there)
+    stash = backing.stash
+    if stash is None:
+        return end, False, False
+    if (there := stash.next_data(start)) == start:
+        return min(end, stash.next_absent(start)), False, True
+    return min(end, there), False, False

@@ -128,18 +128,45 @@ async def unprotect(pages: Pages, start: int, end: int) -> None:
                 await breath.take()
 
 
-def admit(pages: Pages, sharer: Sharer) -> None:
-    """A sharer's window is mapped and not open yet: protect in it what is protected."""
+async def admit(pages: Pages, sharer: Sharer) -> None:
+    """A sharer's window is mapped and not open yet: protect in it what is protected.
+
+    Once: who is ready takes part in whatever comes, and asks for nothing new.
+
+    This pauses, and others go on meanwhile.  Nothing is missed nevertheless:
+    - Its threads touch nothing before they have the answer.
+    - From `ready` on, arm() and protect() come to this window as to all; the windows
+      are gone through without a pause.  So what is armed after the list is made is
+      armed here too, by who does that.
+    - What was armed before is armed here by the first loop.  An ioctl of others' that
+      comes before that finds no registration, and does nothing here.
+    - The pages that this one should have protected are there by then, and an object
+      says that they are to be: the second loop, which begins later, comes to them.
+    - An object that comes or changes behind that loop is protected by whoever
+      changes it, as are pages that come, and everything is armed here by then.
+    What is protected although it need not be any more goes away at the first write.
+    """
     region, window = pages.region, window_of(sharer)
-    window.ready = True
-    if not sharer.writable or region.backing is None:
+    if window.ready:
         return
-    for start, end in pages.armed:
+    window.ready = True
+    if not sharer.writable:
+        return
+    breath = Breath()
+    for start, end in list(pages.armed):
+        if not window.attached:
+            return
         _arm(window, start, end)
-    for item in region.objects:
-        if item.guarded:  # also what is being hidden just now
-            for first, last in region.backing.data(item.offset, item.length):
-                protect(pages, first, last, [window])
+        await breath.take()
+    at = 0
+    while window.attached and (item := region.objects.first(at, region.size)) is not None:
+        at = item.end
+        await breath.take()
+        if not item.guarded:  # also what is being hidden just now
+            continue
+        for first, last in await present(region, item.offset, item.end):
+            protect(pages, first, last, [window])
+            await breath.take()
 
 
 def wake(region: Region, start: int, end: int) -> None:

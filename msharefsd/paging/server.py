@@ -23,6 +23,7 @@ import contextlib
 import errno
 import logging
 import os
+from typing import Final
 
 import trio
 
@@ -48,6 +49,12 @@ from msharefsd.threads.breath import Breath
 from msharefsd.threads.pool import Threads
 
 log = logging.getLogger(__name__)
+
+
+PATIENCE: Final = 8
+"""How often in a row nothing is there to be read, until it is asked more seldom."""
+FIRST_PAUSE: Final = 0.001
+LONGEST_PAUSE: Final = 0.5
 
 
 class PageServer:
@@ -112,10 +119,21 @@ class PageServer:
 
     async def _serve(self, window: Window) -> None:
         """Until it is gone, or detached, which may be at every await."""
-        breath = Breath()
+        breath, empty, pause = Breath(), 0, FIRST_PAUSE
         while window.uffd >= 0:
             await trio.lowlevel.wait_readable(window.uffd)
-            for fault in self._reader.faults(window.uffd) if window.uffd >= 0 else ():
+            faults = self._reader.faults(window.uffd) if window.uffd >= 0 else []
+            if faults:
+                empty, pause = 0, FIRST_PAUSE
+            elif window.uffd >= 0:
+                # Its process has read them; or has made it one that blocks, and such a
+                # one says always that there is something.
+                os.set_blocking(window.uffd, False)
+                empty += 1
+                if empty > PATIENCE:
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+            for fault in faults:
                 barrier("fault.read")
                 try:
                     outcome = self._answer(window, fault)
@@ -153,7 +171,7 @@ class PageServer:
     def close(self, sharer: Sharer) -> None:
         """A sharer is being detached: let go of its userfaultfd."""
         self.forget(sharer)
-        pages_of(sharer.region).refused.discard(window_of(sharer))
+        self.poison.forget(window_of(sharer))
         trio.lowlevel.notify_closing(sharer.uffd)
         os.close(sharer.uffd)
         # The number may be another file's in a moment, one of our own mount even, and
@@ -165,9 +183,9 @@ class PageServer:
         """Raise Refused(EDQUOT) if a region has more than its limits, by a donor's writing."""
         self._populate.check_memory(region)
 
-    def starve(self, window: Window, offset: int) -> None:
-        """A poisoned page of an object is to be populated as soon as there is memory."""
-        self._hunger.notice(window, offset)
+    def starve(self, window: Window, start: int, end: int) -> None:
+        """What is poisoned there, and an object's, is to be populated when it can be."""
+        self._hunger.notice(window, start, end)
 
     # -- what a fault is --
 
@@ -236,12 +254,12 @@ class PageServer:
         start, end = offset, offset + region.page
         if found is not None and not found.writable:
             return self._forbidden(window, offset, fault)
-        if found is not None and found.written_back:
+        if found is not None and found.file is not None and found.written_back:
             self._metrics.faults.labels("dirty").inc()
             if offset not in pages.dirty:
                 self._journal.add_dirty(region.id, offset)
                 barrier("fault.dirty")
-            pages.dirty.setdefault(offset, set()).add(window)
+            pages.dirty.add(offset, found.file, [window])
         elif found is not None:
             # Left over from a protection that is gone: of the whole chunk at once.
             chunk = max(HUGE_PAGE, region.page)
@@ -264,8 +282,8 @@ class PageServer:
         self._metrics.sigbus.labels("no memory").inc()
         self._hunger.tell(window)
         outcome = self._violations.sigbus(window, offset, thread)
-        if offset in window.poisoned:
-            self._hunger.notice(window, offset)
+        if window.poisoned.contains(offset):
+            self._hunger.notice(window, offset, offset + window.region.page)
         return outcome
 
     # -- what reading a file came to --
@@ -279,20 +297,26 @@ class PageServer:
                     self._violations.beyond_the_end(window, offset, fault)
             case Read.NO_MEMORY:
                 self._no_memory(window, offset, None)
+                self._again(waiting)
             case Read.STRANGE:
                 self.poison.fleeting(window, offset)
             case Read.STALE:
-                if offset in window.poisoned:  # nobody asks there
-                    self._hunger.notice(window, offset)
+                self._again(waiting)
                 window.wake(offset, offset + window.region.page)
             case Read.HERE | Read.IN_OTHERS:
-                backing = window.region.backing
-                assert backing is not None
-                # Poison is right where there has been a hole meanwhile.
-                if offset in window.poisoned and backing.next_data(offset) == offset:
-                    self.poison.mapped(window, offset, by_others=read is Read.IN_OTHERS)
-                window.wake(offset, offset + backing.page)
+                end = max(waiting.end, offset + window.region.page)
+                self.poison.read(window, offset, end, by_others=read is Read.IN_OTHERS)
+                window.wake(offset, offset + window.region.page)
 
     def _not_settled(self, waiting: Waiting, error: OSError) -> None:
         if waiting.fault is not None:
             self._failed(waiting.window, waiting.offset, error)
+        else:
+            self._again(waiting)
+
+    def _again(self, waiting: Waiting) -> None:
+        """Nobody asks where there is poison, so we have to."""
+        window, start = waiting.window, waiting.offset
+        end = max(waiting.end, start + window.region.page)
+        for low, high in list(window.poisoned.within(start, end)):
+            self._hunger.notice(window, low, high)

@@ -7,31 +7,88 @@ import logging
 import os
 import signal as signals
 from enum import Enum
+from functools import partial
 from typing import Final
 
+import trio
+
 from msharefsd.linux import processes, syscalls
+from msharefsd.paging.window import Window
 from msharefsd.region.region import Sharer
+from msharefsd.threads.pool import Threads as Pool
 
 log = logging.getLogger(__name__)
 
 _LOOKS: Final = 5
 
 
-def _thread(pid: int, number: int) -> int | None:
-    """The thread that has `number` in its own pid namespace, as we number it.
+class Threads:
+    """How we number the threads of sharers.
 
-    None if it is no thread of that process: somebody else (a debugger) touches its
-    memory.
+    A fault names its thread by a number of the process's own pid namespace.  Which number
+    that is here tells only a look at each thread of the process, and a user decides how
+    many there are.  So one look, in the one thread that a user has for that, tells of all
+    of them; what it told is believed as long as that one thread still says so.
     """
-    own = _field(pid, pid, "NSpid").split()
-    if len(own) <= 1:
-        return number if os.path.exists(f"/proc/{pid}/task/{number}") else None
+
+    def __init__(self) -> None:
+        self._pool = Pool(lambda _uid: 1)
+        self._looks: dict[Window, trio.Event] = {}
+        """Who is looked at just now."""
+
+    def known(self, window: Window, number: int) -> int | None:
+        """The thread, if that can be told at once.  Raises Unknown if it takes a look.
+
+        None if it is no thread of that process: somebody else (a debugger) touches its
+        memory.
+        """
+        pid = window.sharer.pid
+        if len(_field(pid, pid, "NSpid").split()) <= 1:
+            return number if os.path.exists(f"/proc/{pid}/task/{number}") else None
+        thread = window.threads.get(number)
+        if thread is None or _inner(pid, thread) != number:
+            raise UnknownError
+        return thread
+
+    async def find(self, window: Window, number: int) -> int | None:
+        """The thread, after a look if need be; None as in known()."""
+        with contextlib.suppress(UnknownError):
+            return self.known(window, number)
+        for _ in range(2):  # the first may have begun before the thread did
+            await self._look(window)
+            with contextlib.suppress(UnknownError):
+                return self.known(window, number)
+        return None
+
+    async def _look(self, window: Window) -> None:
+        """Look, or wait for who does."""
+        if (look := self._looks.get(window)) is not None:
+            await look.wait()
+            return
+        self._looks[window] = trio.Event()
+        try:
+            sharer = window.sharer
+            window.threads = await self._pool.run(sharer.uid, partial(_all, sharer.pid))
+        finally:
+            self._looks.pop(window).set()
+
+
+class UnknownError(Exception):
+    """It takes a look at all threads of the process."""
+
+
+def _inner(pid: int, thread: int) -> int:
+    """A thread's number in its own pid namespace; 0 if it is gone."""
+    numbers = _field(pid, thread, "NSpid").split()
+    return int(numbers[-1]) if numbers else 0
+
+
+def _all(pid: int) -> dict[int, int]:
+    """The threads of a process, as we number them, by their own numbers."""
     with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/task"):
-            inner = _field(pid, int(name), "NSpid").split()
-            if inner and inner[-1] == str(number):
-                return int(name)
-    return None
+        names = os.listdir(f"/proc/{pid}/task")
+        return {_inner(pid, int(name)): int(name) for name in names}
+    return {}
 
 
 def _field(pid: int, thread: int, key: str) -> str:
@@ -50,8 +107,8 @@ class Where(Enum):
     ELSEWHERE = "does not wait"
 
 
-def where(pid: int, number: int) -> Where:
-    """Where a thread is now.
+def where(pid: int, thread: int | None) -> Where:
+    """Where a thread is now, as Threads has found it.
 
     /proc/PID/task/TID/syscall begins with the call's number, with -1 outside of one, or
     is "running" (proc_pid_syscall(5)).  It takes the right to ptrace(2); without that
@@ -61,7 +118,6 @@ def where(pid: int, number: int) -> Where:
     with a fault of its own: the one that we know is over, and a signal for it would
     hit whatever the thread does by then.
     """
-    thread = _thread(pid, number)
     if thread is None:
         return Where.SYSTEM_CALL
     first = ""
@@ -91,13 +147,12 @@ def may_signal(sharer: Sharer) -> bool:
     return sharer.uid in (0, owner) and not sharer.ended()
 
 
-def signal(pid: int, number: int, which: signals.Signals, address: int) -> None:
+def signal(pid: int, thread: int, which: signals.Signals, address: int) -> None:
     """SIGSEGV or SIGBUS for the thread, at `address`.
 
     The kernel kills a process that blocks or ignores one of its own making; one
     that is sent would only wait, and the thread with it.
     """
-    thread = _thread(pid, number) or pid
     bit = 1 << (which - 1)
     masks = (_field(pid, thread, key).strip() for key in ("SigBlk", "SigIgn"))
     if any(int(mask or "0", 16) & bit for mask in masks):

@@ -12,6 +12,8 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import trio
@@ -22,9 +24,8 @@ from msharefsd.linux.features import Capabilities
 from msharefsd.linux.uffd import Fault, Outcome
 from msharefsd.paging import thread
 from msharefsd.paging.background import Background
-from msharefsd.paging.pages import pages_of
 from msharefsd.paging.poison import Poison
-from msharefsd.paging.thread import Where
+from msharefsd.paging.thread import Threads, Where
 from msharefsd.paging.window import Window
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ SYSTEM_CALL_SECONDS: Final = 0.002
 scheduled in that time, it faults again."""
 
 
+Answer = Callable[[int | None], None]
+"""Given the thread, as Threads.known has it."""
+
+
 class Violations:
     """Answers them."""
 
@@ -41,34 +46,55 @@ class Violations:
         self._capabilities = capabilities
         self._poison = poison
         self._background = background
+        self._threads = Threads()
 
     def forbidden(self, window: Window, offset: int, fault: Fault) -> Outcome:
         """A touch that the object's protection does not allow."""
-        sharer = window.sharer
-        if not thread.may_signal(sharer):
-            return self._poison.fleeting(window, offset)
-        where = thread.where(sharer.pid, fault.thread)
-        if where is Where.SYSTEM_CALL:
-            self._background.start(self._fail_system_call, window, offset)
-        elif where is Where.USER:
-            thread.signal(sharer.pid, fault.thread, signal.SIGSEGV, fault.address)
-        else:
-            window.wake(offset, offset + window.region.page)
+        self._located(window, fault, partial(self._forbidden, window, offset, fault))
         return Outcome.DONE
 
     def beyond_the_end(self, window: Window, offset: int, fault: Fault) -> None:
-        """A page that the file does not have, or does not give.
+        """A page that the file does not have, or does not give."""
+        self._located(window, fault, partial(self._beyond, window, offset, fault))
 
-        Code has a signal and no poison: the file may grow.
-        """
+    def _located(self, window: Window, fault: Fault, answer: Answer) -> None:
+        """Have the answer given as soon as it is known which thread it is."""
+        try:
+            found = self._threads.known(window, fault.thread)
+        except thread.UnknownError:
+            self._background.start(self._locate, window, fault, answer)
+        else:
+            answer(found)
+
+    async def _locate(self, window: Window, fault: Fault, answer: Answer) -> None:
+        found = await self._threads.find(window, fault.thread)
+        if window.attached and window.uffd >= 0:
+            with contextlib.suppress(OSError):
+                answer(found)
+
+    def _forbidden(self, window: Window, offset: int, fault: Fault, found: int | None) -> None:
         sharer = window.sharer
-        where = thread.where(sharer.pid, fault.thread)
+        if not thread.may_signal(sharer):
+            self._poison.fleeting(window, offset)
+            return
+        where = thread.where(sharer.pid, found)
+        if where is Where.SYSTEM_CALL:
+            self._background.start(self._fail_system_call, window, offset)
+        elif where is Where.USER and found is not None:
+            thread.signal(sharer.pid, found, signal.SIGSEGV, fault.address)
+        else:
+            window.wake(offset, offset + window.region.page)
+
+    def _beyond(self, window: Window, offset: int, fault: Fault, found: int | None) -> None:
+        # Code has a signal and no poison: the file may grow.
+        sharer = window.sharer
+        where = thread.where(sharer.pid, found)
         if where is Where.SYSTEM_CALL:
             self.sigbus(window, offset, fault.thread)
         elif not thread.may_signal(sharer):
             self._poison.fleeting(window, offset)
-        elif where is Where.USER:
-            thread.signal(sharer.pid, fault.thread, signal.SIGBUS, fault.address)
+        elif where is Where.USER and found is not None:
+            thread.signal(sharer.pid, found, signal.SIGBUS, fault.address)
         else:
             window.wake(offset, offset + window.region.page)
 
@@ -87,32 +113,39 @@ class Violations:
         Another thread that has the right to read the page, and does in this
         moment, has SIGBUS: in the process with the defect, and in no other.
         """
+        if not window.writable:
+            # Its window is its own: nobody else need wait, and nothing has to be moved.
+            await self._refuse(window, offset)
+            return
+        async with window.region.change:
+            await self._refuse(window, offset)
+
+    async def _refuse(self, window: Window, offset: int) -> None:
         region = window.region
         end = offset + region.page
-        async with region.change:
-            if not window.attached or region.backing is None:
-                return
-            found = region.objects.find(offset)
-            if found is not None and found.writable:
-                window.wake(offset, end)  # allowed meanwhile
-                return
-            if not self._capabilities.poison:
-                if thread.may_signal(window.sharer):
-                    thread.kill(window.sharer.pid)  # it would try again for ever
-                return
-            try:
-                if found is not None:
-                    region.backing.stash_pages(offset, region.page)
-                barrier("violation.stashed")
-                with contextlib.suppress(OSError):
-                    window.unprotect(offset, end, wake=False)
-                self._poison.known(window, offset)
-                barrier("violation.poisoned")
-                await trio.sleep(SYSTEM_CALL_SECONDS)
-                if window.attached:
-                    await self._poison.clear(pages_of(region), offset, region.page)
-            except OSError as error:
-                log.warning("process %d: cannot fail a system call: %s", window.sharer.pid, error)
+        if not window.attached or region.backing is None:
+            return
+        found = region.objects.find(offset)
+        if found is not None and found.writable:
+            window.wake(offset, end)  # allowed meanwhile
+            return
+        if not self._capabilities.poison:
+            if thread.may_signal(window.sharer):
+                thread.kill(window.sharer.pid)  # it would try again for ever
+            return
+        try:
+            if found is not None and window.writable:
+                region.backing.stash_pages(offset, region.page)
+            barrier("violation.stashed")
+            with contextlib.suppress(OSError):
+                window.unprotect(offset, end, wake=False)
+            self._poison.known(window, offset)
+            barrier("violation.poisoned")
+            await trio.sleep(SYSTEM_CALL_SECONDS)
+            if window.attached:
+                self._poison.clear_page(window, offset)
+        except OSError as error:
+            log.warning("process %d: cannot fail a system call: %s", window.sharer.pid, error)
 
 
 def _signal(window: Window, offset: int, number: int | None) -> Outcome:

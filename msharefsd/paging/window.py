@@ -11,6 +11,7 @@ from typing import Final, Protocol
 from msharefsd.linux import uffd
 from msharefsd.linux.uffd import Mode, Outcome
 from msharefsd.paging.chunks import Chunks
+from msharefsd.region.ranges import Ranges
 from msharefsd.region.region import Region, Sharer
 
 _SMALLEST_CHUNK: Final = 64 << 10
@@ -93,10 +94,12 @@ class Window(Mapping):
             backing.smallest_chunk if backing else _SMALLEST_CHUNK,
             backing.largest_chunk if backing else _LARGEST_CHUNK,
         )
-        self.poisoned: set[int] = set()
-        """Pages that raise SIGBUS in this process without asking us: see poison.py."""
-        self.starved: set[int] = set()
-        """Those of them that were poisoned for want of memory, to be mended."""
+        self.poisoned = Ranges()
+        """What raises SIGBUS in this process without asking us: see poison.py."""
+        self.starved = Ranges()
+        """What of that is to be populated as soon as it can be: see hunger.py."""
+        self.threads: dict[int, int] = {}
+        """Threads as we number them, by their own numbers: see thread.py."""
         self.ready = False
         """It has asked for what is protected since it mapped its window."""
 

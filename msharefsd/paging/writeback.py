@@ -1,13 +1,24 @@
 """Dirty pages of MAP_SHARED files go back to their files.
 
-A page is dirty from the first write to it until it has been written: write
-protection tells of the first write, in each sharer.  To write it, the page is
-protected again in those who could write, then read, then written: what is written
-to it in between makes it dirty anew, so no write is missed.
+What holds of them:
+
+- A page is dirty from the first write to it until it has been written.  Write
+  protection tells of the first write, in each sharer; that is written down before the
+  write is let through, and struck out after the file has it.
+- To write it, the page is protected again in those who could write, then read, then
+  written, in this order: what is written to it in between makes it dirty anew.
+- A page is of the file (`Dirty`) that the map had there when it became dirty.  Who
+  replaces an object takes its dirty pages out before anybody can write there again; if
+  the map says another file now, or none, the page is nobody's to write.
+- What is on its way to a file is not dirty, and not there yet: whoever must not
+  overtake that waits for the file's lock (`Dirty.writing` says whose).
+- Only one at a time writes to a file, in a task that outlives who has asked.
 
 Dirty pages are written by msync(), before munmap() and replacement take effect,
 every few seconds, and before the region's memory is freed.  Until a page is in its
 file it stays in the backing, so the daemon's death loses none.
+
+All of it costs what is dirty, of the files it is about, and not what is mapped.
 """
 
 from __future__ import annotations
@@ -32,12 +43,17 @@ from msharefsd.paging.window import Window
 from msharefsd.region.region import Region
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.breath import Breath
 from msharefsd.threads.pool import Threads
 
 log = logging.getLogger(__name__)
 
 INTERVAL: Final = 5.0
 """Seconds between the rounds; the kernel's own default (vm.dirty_writeback_centisecs)."""
+ROUNDS: Final = 16
+"""How many files of a user's are written at one time, of those that nobody waits for."""
+MOST_CLEAN: Final = 512
+"""How many pages that turn out to be no file's are left out at one time."""
 LAST_SECONDS: Final = 30.0
 """How long the daemon's end waits for files that do not answer."""
 
@@ -73,6 +89,14 @@ class _Flush:
     """What it came to; None once all is written."""
 
 
+@dataclass(eq=False, slots=True)
+class _Rounds:
+    """The files of a user's that are to be written."""
+
+    waiting: dict[MappedFile, Region] = field(default_factory=dict)
+    at_work: int = 0
+
+
 class Writeback:
     """Writes the dirty pages of all regions of one daemon."""
 
@@ -82,6 +106,7 @@ class Writeback:
         self._metrics = metrics
         self._seldom = Seldom()
         self._released: list[Region] = []
+        self._rounds: dict[int, _Rounds] = {}
         self._wanted = trio.Event()
         self._nursery: trio.Nursery | None = None
 
@@ -92,7 +117,7 @@ class Writeback:
         dirty.
         """
         failure: OSError | None = None
-        for file in _written_back(region, start, end):
+        for file in await pages_of(region).dirty.concerned(start, end, region.page):
             try:
                 await self._flush_file(region, file, start, end)
             except OSError as error:
@@ -137,56 +162,72 @@ class Writeback:
             failure: OSError | None = None
             # Each run as it is when its turn comes: while one is written other sharers
             # write to the rest, and objects change.
-            while (run := self._next_run(region, file, start, end)) is not None:
-                start = run.offset + run.length
+            while start < end:
+                run, start = self._next_run(region, file, start, end)
                 try:
-                    await self._write(region, run)
+                    if run is None:
+                        await trio.lowlevel.checkpoint()
+                    else:
+                        await self._write(region, run)
                 except OSError as error:
                     failure = failure or error
         if failure is not None:
             raise failure
 
-    def _next_run(self, region: Region, file: MappedFile, start: int, end: int) -> _Run | None:
-        """The first dirty pages of the file in [start, end) that lie side by side."""
+    def _next_run(
+        self, region: Region, file: MappedFile, start: int, end: int
+    ) -> tuple[_Run | None, int]:
+        """The first dirty pages of the file in [start, end) that lie side by side.
+
+        And where to look for the next; perhaps there are none before that.
+        """
         run: _Run | None = None
         clean: list[int] = []
-        backing = region.backing
+        backing, dirty = region.backing, pages_of(region).dirty
         if backing is None:
-            return None
-        for page in pages_of(region).dirty.irange(start, end, inclusive=(True, False)):
+            return None, end
+        after = end
+        for page in dirty.of(file, start, end):
             item = region.objects.find(page)
-            if item is None or not item.written_back or not backing.holds(page):
+            mine = item is not None and item.file is file and item.written_back
+            if item is None or not mine or not backing.holds(page):
                 clean.append(page)  # replaced after the fault that we were told of
-                continue
-            if item.file is not file:
-                continue
+                if len(clean) < MOST_CLEAN:
+                    continue
+                after = page + region.page
+                break
             file_offset = item.file_offset + page - item.offset
             if run is None:
                 run = _Run(file, page, 0, file_offset, set())
-            if not run.extend(page, region.page, file_offset, pages_of(region).dirty[page]):
+            if not run.extend(page, region.page, file_offset, dirty.writers(page)):
                 break
         for page in clean:
-            del pages_of(region).dirty[page]
+            dirty.discard(page)
         if clean:
             self._journal.clean(region.id, clean)
-        return run
+        return run, after if run is None else run.offset + run.length
 
     async def _write(self, region: Region, run: _Run) -> None:
         backing = region.backing
         if backing is None:
             return
-        pages = range(run.offset, run.offset + run.length, region.page)
-        protection.protect(pages_of(region), run.offset, run.offset + run.length, run.writers)
+        dirty = pages_of(region).dirty
+        end = run.offset + run.length
+        pages = range(run.offset, end, region.page)
+        protection.protect(pages_of(region), run.offset, end, run.writers)
         for page in pages:
-            pages_of(region).dirty.pop(page, None)
+            dirty.discard(page)
         content = backing.read(run.offset, run.length)
         barrier("writeback.read")
         run.file.hold()
+        dirty.writing[run.file] = (run.offset, end)
         try:
             await self._threads.run(run.file.uid, partial(run.file.write, content, run.file_offset))
         except BaseException as error:
             for page in pages:
-                pages_of(region).dirty.setdefault(page, set())
+                item = region.objects.find(page)
+                if item is not None and item.file is run.file:
+                    dirty.add(page, run.file)
             if isinstance(error, OSError) and self._seldom.now(region.id):
                 log.error(
                     "region %s: cannot write back to %s: %s",
@@ -196,20 +237,17 @@ class Writeback:
                 )
             raise
         finally:
+            del dirty.writing[run.file]
             run.file.let_go()
         barrier("writeback.written")
         # What was written to meanwhile is dirty again.
-        self._journal.clean(
-            region.id, [page for page in pages if page not in pages_of(region).dirty]
-        )
+        self._journal.clean(region.id, [page for page in pages if page not in dirty])
         self._metrics.written_back.inc(run.length)
 
     async def sync(self, region: Region, start: int, end: int) -> None:
         """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""
         # Held, because somebody may unmap them meanwhile.
-        files = _written_back(region, start, end)
-        for file in files:
-            file.hold()
+        files = await _mapped(region, start, end)
         try:
             await self.flush(region, start, end)
             for file in files:
@@ -242,14 +280,32 @@ class Writeback:
                 with trio.move_on_after(INTERVAL):
                     await self._wanted.wait()
                 self._wanted = trio.Event()
-                for region in regions():
-                    for file in (
-                        _written_back(region, 0, region.size) if pages_of(region).dirty else ()
-                    ):
+                breath = Breath()
+                for region in list(regions()):
+                    for file in pages_of(region).dirty.files():
                         if not file.flushing.locked():
-                            nursery.start_soon(self._round, region, file)
+                            self._begin_round(nursery, region, file)
+                        await breath.take()
                 while self._released:
                     nursery.start_soon(self._last, self._released.pop())
+
+    def _begin_round(self, nursery: trio.Nursery, region: Region, file: MappedFile) -> None:
+        """Have the file written, when its turn comes; a user has so many at one time."""
+        rounds = self._rounds.setdefault(file.uid, _Rounds())
+        rounds.waiting.setdefault(file, region)
+        if rounds.at_work < ROUNDS:
+            rounds.at_work += 1
+            nursery.start_soon(self._work, file.uid, rounds)
+
+    async def _work(self, uid: int, rounds: _Rounds) -> None:
+        try:
+            while rounds.waiting:
+                file = next(iter(rounds.waiting))
+                await self._round(rounds.waiting.pop(file), file)
+        finally:
+            rounds.at_work -= 1
+            if not rounds.at_work and self._rounds.get(uid) is rounds:
+                del self._rounds[uid]
 
     async def _round(self, region: Region, file: MappedFile) -> None:
         # Logged where it happened; tried again in the next round.
@@ -260,8 +316,16 @@ class Writeback:
 
     async def _everything(self, region: Region) -> None:
         async with trio.open_nursery() as nursery:
-            for file in _written_back(region, 0, region.size):
-                nursery.start_soon(self._round, region, file)
+            breath = Breath()
+            by_user: dict[int, _Rounds] = {}
+            dirty = pages_of(region).dirty
+            for file in [*dirty.files(), *dirty.writing]:
+                by_user.setdefault(file.uid, _Rounds()).waiting.setdefault(file, region)
+                await breath.take()
+            for uid, rounds in by_user.items():
+                for _ in range(min(ROUNDS, len(rounds.waiting))):
+                    rounds.at_work += 1
+                    nursery.start_soon(self._work, uid, rounds)
 
     async def _last(self, region: Region) -> None:
         try:
@@ -289,7 +353,19 @@ class Writeback:
         self._released = []
 
 
-def _written_back(region: Region, start: int, end: int) -> list[MappedFile]:
-    """The files in [start, end) that are mapped MAP_SHARED, each once."""
-    parts = region.objects.within(start, end - start)
-    return list({id(p.file): p.file for p in parts if p.file and p.written_back}.values())
+async def _mapped(region: Region, start: int, end: int) -> list[MappedFile]:
+    """The files in [start, end) that are mapped MAP_SHARED, each once, and held."""
+    found: dict[MappedFile, None] = {}
+    breath = Breath()
+    try:
+        while (item := region.objects.first(start, end)) is not None:
+            if item.file is not None and item.written_back and item.file not in found:
+                item.file.hold()
+                found[item.file] = None
+            start = item.end
+            await breath.take()
+    except BaseException:
+        for file in found:
+            file.let_go()
+        raise
+    return list(found)

@@ -6,6 +6,7 @@ from the region's start, multiples of the page size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -81,6 +82,8 @@ class ObjectMap:
 
     def __init__(self) -> None:
         self._by_offset: SortedDict[int, Object] = SortedDict()
+        self._uses: dict[MappedFile, int] = {}
+        """How many objects each file has."""
         self.changed: set[int] = set()
         """Offsets at which an object begins, or does no more, that were not saved yet."""
 
@@ -98,10 +101,16 @@ class ObjectMap:
     def _put(self, item: Object) -> None:
         self._by_offset[item.offset] = item
         self.changed.add(item.offset)
+        if item.file is not None:
+            self._uses[item.file] = self._uses.get(item.file, 0) + 1
 
     def _drop(self, offset: int) -> None:
-        del self._by_offset[offset]
+        item = self._by_offset.pop(offset)
         self.changed.add(offset)
+        if item.file is not None:
+            self._uses[item.file] -= 1
+            if not self._uses[item.file]:
+                del self._uses[item.file]
 
     def find(self, offset: int) -> Object | None:
         """The object that has the byte at `offset`, or None for a hole."""
@@ -110,6 +119,27 @@ class ObjectMap:
             return None
         candidate: Object = self._by_offset.peekitem(at)[1]
         return candidate if offset < candidate.end else None
+
+    def first(self, start: int, end: int) -> Object | None:
+        """The part of the first object in [start, end) that lies there.
+
+        With it one goes from object to object while they change.
+        """
+        if start >= end:
+            return None
+        found = self.find(start)
+        if found is None:
+            offset = next(self._by_offset.irange(start, end, inclusive=(True, False)), None)
+            if offset is None:
+                return None
+            found = self._by_offset[offset]
+        return found.part(start, end)
+
+    def past(self, start: int, end: int, count: int) -> int | None:
+        """Where the object behind the first `count` in [start, end) begins, if there is one."""
+        keys = self._by_offset.irange(start, end, inclusive=(True, False))
+        found: int | None = next(itertools.islice(keys, count, None), None)
+        return found
 
     def within(self, offset: int, length: int) -> list[Object]:
         """The parts of objects that lie in the range, in order."""
@@ -123,7 +153,13 @@ class ObjectMap:
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether the range has no hole."""
-        return sum(item.length for item in self.within(offset, length)) == length
+        end = offset + length
+        while offset < end:
+            found = self.find(offset)
+            if found is None:
+                return False
+            offset = found.end
+        return True
 
     def insert(self, new: Object) -> list[Object]:
         """Put an object in, in place of whatever it overlaps; merge with equal neighbours.
@@ -171,8 +207,8 @@ class ObjectMap:
 
     def uses(self, file: MappedFile) -> bool:
         """Whether any object is of that mapping of a file."""
-        return any(item.file is file for item in self)
+        return file in self._uses
 
     def files(self) -> Iterable[MappedFile]:
         """Each mapped file once."""
-        return {id(item.file): item.file for item in self if item.file is not None}.values()
+        return list(self._uses)

@@ -78,6 +78,22 @@ class Maps(RuleBasedStateMachine):
         whole = all(page in self.pages for page in range(start, start + length))
         assert self.map.covers(start * PAGE, length * PAGE) == whole
 
+    @rule(start=starts, length=lengths)
+    def go_through(self, start: int, length: int) -> None:
+        at, end, seen = start * PAGE, (start + length) * PAGE, []
+        while (item := self.map.first(at, end)) is not None:
+            seen.append(item)
+            at = item.end
+        assert seen == self.map.within(start * PAGE, length * PAGE)
+
+    @invariant()
+    def it_knows_its_files(self) -> None:
+        files = {item.file for item in self.map if item.file is not None}
+        assert set(self.map.files()) == files
+        assert [self.map.uses(file) for file in self.files] == [
+            file in files for file in self.files
+        ]
+
     def gone(self, start: int, length: int) -> int:
         return sum(page in self.pages for page in range(start, start + length))
 

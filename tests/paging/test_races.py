@@ -97,7 +97,10 @@ def shared(start: int, end: int, file: MappedFile) -> Object:
 def dirty(region: Region, page: int, content: bytes, *writers: Sharer) -> None:
     assert region.backing is not None
     os.pwrite(region.backing.fd, content * PAGE, page)
-    pages_of(region).dirty[page] = {window_of(each) for each in writers}
+    found = region.objects.find(page)
+    assert found is not None
+    assert found.file is not None
+    pages_of(region).dirty.add(page, found.file, [window_of(each) for each in writers])
 
 
 def some_sharer(region: Region, number: int, *, writable: bool = True, fd: int = -1) -> Sharer:
@@ -128,7 +131,7 @@ async def test_who_begins_to_write_while_another_page_is_written_back_is_not_for
         async with trio.open_nursery() as calls:
             calls.start_soon(spaces.msync, region, 0, 3 * PAGE)
             await slow_write.wait()
-            pages_of(region).dirty[2 * PAGE].add(window_of(second))
+            pages_of(region).dirty.writers(2 * PAGE).add(window_of(second))
             slow_write.opened.set()
         one, two = window_of(first), window_of(second)
         assert protected == {0: {one}, 2 * PAGE: {one, two}}
@@ -228,14 +231,13 @@ async def test_poison_that_could_not_be_cleared_is_not_forgotten(
         region.objects.insert(Object(0, 2 * PAGE, BOTH, private=False))
         sharer = some_sharer(region, 1)
         window = window_of(sharer)
-        window.poisoned = {PAGE}
-        pages_of(region).refused = {window}
+        spaces._server.poison.restore(window, [(PAGE, 2 * PAGE)])
         monkeypatch.setattr(Populate, "put", lambda *_, **__: outcome)
         await spaces._server.poison.clear(pages_of(region), 0, region.size, empty=empty)
-        assert window.poisoned == window.starved == {PAGE}
+        assert list(window.poisoned) == list(window.starved) == [(PAGE, 2 * PAGE)]
         monkeypatch.setattr(Populate, "put", lambda *_, **__: Outcome.DONE)
-        mend(window, spaces._server.poison.repair)
-        assert window.poisoned == window.starved == set()
+        await mend(window, spaces._server.poison.repair)
+        assert list(window.poisoned) == list(window.starved) == []
         del region.sharers[1]
 
 
@@ -248,10 +250,9 @@ async def test_a_hole_that_one_was_refused_shows_nobody_anything(
     with some_region() as (spaces, region, _):
         sharer = some_sharer(region, 1)
         window = window_of(sharer)
-        window.poisoned = {PAGE}
-        pages_of(region).refused = {window}
+        spaces._server.poison.restore(window, [(PAGE, 2 * PAGE)])
         monkeypatch.setattr(Populate, "put", put)
         await spaces._server.poison.clear(pages_of(region), 0, region.size)
-        assert window.poisoned == {PAGE}
+        assert list(window.poisoned) == [(PAGE, 2 * PAGE)]
         assert pages_of(region).refused == {window}
         del region.sharers[1]
