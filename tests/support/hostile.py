@@ -177,7 +177,7 @@ class Evil:
     """Hers; files in it are hers."""
     helpers: Path
     hung: Path | None
-    """A file system that does not answer: see strange.py."""
+    """A file system that does not answer: see hung.py."""
     ready: int
     alice: str = "good"
     """The name of a region that mallory may read."""
@@ -344,7 +344,7 @@ class Held:
         self.hung = directory / f"hung-{os.urandom(4).hex()}"
         self.hung.mkdir()
         self._server = subprocess.Popen(
-            [sys.executable, SUPPORT / "strange.py", self.hung], stdout=subprocess.PIPE, text=True
+            [sys.executable, SUPPORT / "hung.py", self.hung], stdout=subprocess.PIPE, text=True
         )
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"
@@ -441,7 +441,7 @@ def linger_third(evil: Evil) -> None:
     one.send(b"hello", null, null, lingering())
     # With what is a request, and in the second message of a connection.
     two = Bare(evil.mount)
-    two.call(99)
+    two.send(message(Op.READY))
     fds = [lingering() for _ in range(3)]
     two.send(message(Op.READY), *fds)
     for fd in fds:

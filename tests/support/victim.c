@@ -1,10 +1,12 @@
 /*
- * Alice: `victim BOARD NAME START MODE FILE CREATE [PAUSE]`.  She has a region that she
+ * Alice: `victim BOARD NAME START MODE FILE CREATE PAUSE [OTHER]`.  She has a region that she
  * creates, or attaches if CREATE is 0, and does all that a program does with it, for ever:
  * touches fresh pages, maps, unmaps and protects, reads a mapped file, forks, and looks
  * around in the mount.  After each thing she notes on a board that others see that it is
  * done, and how long it took.  Whatever she reads is checked: contents that are not hers
  * end her with exit code 1 and a sentence on the board.
+ *
+ * A thread of hers attaches OTHER, which may take as long as it likes.
  *
  * FILE holds the byte 'F' and nothing else.  tests/support/victim.py reads the board.
  */
@@ -13,6 +15,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -36,6 +39,7 @@ struct board {
 	uint64_t since; /* CLOCK_MONOTONIC, nanoseconds */
 	uint64_t paused; /* set by the test: do nothing */
 	uint64_t rests; /* she sees that */
+	uint64_t answered; /* how often she was told what became of OTHER */
 	uint64_t done[KINDS];
 	uint64_t refused[KINDS]; /* while the daemon is away the mount says ENOTCONN */
 	char trouble[256];
@@ -255,12 +259,28 @@ static void one_round(uint64_t round, int file)
 	end(CALL);
 }
 
+static void *attach_other(void *other)
+{
+	struct mshare_info info;
+
+	for (;;) {
+		int failed = mshare_attach(other, O_RDWR, &info);
+
+		board->answered++;
+		if (!failed)
+			mshare_detach(other);
+		usleep(50000);
+	}
+	return NULL;
+}
+
 int main(int argc, char **argv)
 {
-	int fd = argc < 7 ? -1 : open(argv[1], O_RDWR | O_CLOEXEC), file, mode, create;
+	pthread_t thread;
+	int fd = argc < 8 ? -1 : open(argv[1], O_RDWR | O_CLOEXEC), file, mode, create;
 
 	if (fd < 0) {
-		fprintf(stderr, "victim BOARD NAME START MODE FILE CREATE [PAUSE]\n");
+		fprintf(stderr, "victim BOARD NAME START MODE FILE CREATE PAUSE [OTHER]\n");
 		return 2;
 	}
 	board = mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -272,13 +292,17 @@ int main(int argc, char **argv)
 	mode = (int)strtol(argv[4], NULL, 8);
 	file = open(argv[5], O_RDONLY | O_CLOEXEC);
 	create = atoi(argv[6]);
-	wait_between = argc > 7 ? (useconds_t)atoi(argv[7]) : 0;
+	wait_between = (useconds_t)atoi(argv[7]);
 	umask(0);
 	if (!root || file < 0)
 		trouble("her files");
 	if (create ? mshare(name, start, 2 * AREA, O_CREAT | O_EXCL | O_RDWR, (mode_t)mode) < 0
 		   : mshare(name, start, 2 * AREA, O_RDWR, 0) < 0)
 		trouble("mshare");
+	if (argc > 8) {
+		pthread_create(&thread, NULL, attach_other, argv[8]);
+		usleep(200000);
+	}
 	for (uint64_t round = 1;; round++)
 		one_round(round, file);
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import shutil
 import struct
 import subprocess
 import time
@@ -34,13 +33,13 @@ class Kind(IntEnum):
     LIST = 4
 
 
-_HEAD: Final = struct.Struct(f"=5Q{len(Kind)}Q{len(Kind)}Q256s")
+_HEAD: Final = struct.Struct(f"=6Q{len(Kind)}Q{len(Kind)}Q256s")
 _PAUSED_AT: Final = 24
 _RESTS: Final = 4
 BOARD_BYTES: Final = _HEAD.size + len(Kind) * SAMPLES * 4
 ENOUGH: Final = {Kind.TOUCH: 200, Kind.CALL: 20, Kind.FORK: 5, Kind.STAT: 20, Kind.LIST: 5}
 """What she does in a fraction of a second, if nobody keeps her from it."""
-HANG_SECONDS: Final = 20.0
+HANG_SECONDS: Final = float(os.environ.get("MSHARE_HANG_SECONDS", "20"))
 """No load explains that she does not get that far in this time."""
 
 
@@ -56,6 +55,7 @@ class Noted:
     doing: Kind | None
     since: int
     rests: bool
+    answered: int
     done: tuple[int, ...]
     refused: tuple[int, ...]
     trouble: str
@@ -83,7 +83,9 @@ class Victim:
         uid: int = ALICE,
         create: bool = True,
         pause_us: int = 0,
+        waits_for: str = "",
     ) -> None:
+        """`waits_for` is another region, which a thread of hers attaches again and again."""
         self.name = name
         board = directory / f"board-{name}-{uid}-{os.urandom(4).hex()}"
         file = directory / f"file-{name}-{uid}"
@@ -96,7 +98,7 @@ class Victim:
             self._board = mmap.mmap(opened.fileno(), BOARD_BYTES)
         words = [program, board, name, hex(start), f"{mode:o}", file, str(int(create))]
         self.process = subprocess.Popen(
-            [*map(str, words), str(pause_us)],
+            [*map(str, words), str(pause_us), *([waits_for] if waits_for else [])],
             env={"MSHARE_ROOT": str(mount), "PATH": os.defpath, "MSHARE_RECONNECT_SECONDS": "100"},
             cwd="/",
             user=uid,
@@ -107,13 +109,14 @@ class Victim:
 
     def look(self) -> Noted:
         """What the board says."""
-        pid, doing, since, _, rests, *counts, trouble = _HEAD.unpack_from(self._board)
+        pid, doing, since, _, rests, answered, *counts, trouble = _HEAD.unpack_from(self._board)
         kinds = len(Kind)
         return Noted(
             pid,
             Kind(doing - 1) if doing else None,
             since,
             bool(rests),
+            answered,
             tuple(counts[:kinds]),
             tuple(counts[kinds:]),
             trouble.rstrip(b"\0").decode(errors="replace"),
@@ -183,9 +186,3 @@ def victim(program: Path, mount: Path, directory: Path, **how: object) -> Iterat
         yield made
     finally:
         made.end()
-
-
-def beside(library: Path | None, directory: Path) -> None:
-    """Put the library where ordinary users can read it."""
-    if library is not None:
-        shutil.copy(library, directory)
