@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from bare import Answer, Bare, in_child
 from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
-from hostile import MALLORY, START, MiB, userfaultfd
+from hostile import MALLORY, START, MiB, hung_at, userfaultfd
 from victim import ALICE, HANG_SECONDS
 from walls import Make
 from walls import make_walls_fixture as _make_walls_fixture  # noqa: F401 - what tests ask for
@@ -31,6 +31,7 @@ from walls import programs_fixture as _programs_fixture  # noqa: F401 - as above
 
 from msharefsd.control.wire import Op, RequestFlag
 from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.uffd import Mode
 
 pytestmark = pytest.mark.shm_only
 PAGE = syscalls.PAGE
@@ -334,7 +335,7 @@ def test_one_descriptor_that_is_mapped_twice_survives_the_daemon(
         syscalls.munmap(START, 2 * MiB)
         again = Bare(walls.daemon.mount)
         assert again.attach("good", own=userfaultfd(walls.daemon.mount, name)).error == 0
-        again.map_window()
+        again.map_window(mode=Mode.MISSING | Mode.WP)
         assert again.byte(0) == again.byte(4 * PAGE) == ord("F")
 
     child = in_child(map_twice, uid=ALICE)
@@ -344,7 +345,7 @@ def test_one_descriptor_that_is_mapped_twice_survives_the_daemon(
         walls.killed()
         walls.started()
     os.write(go[1], b"x")
-    assert child.wait() == 0
+    assert child.wait() == 0, walls.daemon.log()
     for end in (ready[0], *go):
         os.close(end)
     os.unlink(walls.daemon.mount / "good")
@@ -373,9 +374,11 @@ def test_no_file_and_no_region_forges_a_line_of_the_log(make_walls: Make, direct
     daemon = walls.daemon
     daemon.expected.append(".")
     ready = os.pipe()
-    file = directory / FORGED.replace("\0", "")
+    file = directory / FORGED
     file.write_bytes(b"F" * 16 * PAGE)
-    file.chmod(0o666)
+    file.chmod(0o600)
+    os.chown(file, MALLORY, MALLORY)
+    strange = directory / f"dir {FORGED}"
 
     def provoke() -> None:
         syscalls.prctl(15, ctypes.addressof(ctypes.create_string_buffer(FORGED[:15].encode())))
@@ -387,17 +390,13 @@ def test_no_file_and_no_region_forges_a_line_of_the_log(make_walls: Make, direct
         )
         assert answer.error == 0, answer
         one.backing, one.start, one.size = answer.fd, answer.start, answer.size
-        one.map_window()
-        given = os.open(file, os.O_RDWR)
-        assert one.mmap(0, PAGE, 3, SHARED, given).error == 0
-        os.truncate(file, 0)
-        assert (
-            one.mmap(8 * PAGE, PAGE, 3, SHARED, os.open(file, os.O_RDWR | os.O_APPEND)).error == 0
-        )
-        one.byte(8 * PAGE)
-        one.byte(0)
-        one.call(Op.MSYNC, objects=((0, PAGE, 0, 0, 0),))
-        one.call(Op.MUNMAP, objects=((0, PAGE, 0, 0, 0),))
+        one.map_window(mode=Mode.MISSING | Mode.WP)
+        for path, more in ((file, os.O_APPEND), (file, 0), (strange / "fails", 0)):
+            given = os.open(path, os.O_RDWR | more)
+            assert one.mmap(0, PAGE, 3, SHARED, given).error == 0
+            one.byte(0)
+            one.call(Op.MSYNC, objects=((0, PAGE, 0, 0, 0),))
+            one.call(Op.MUNMAP, objects=((0, PAGE, 0, 0, 0),))
         one.mmap(64 * PAGE, 256 * PAGE, 3, SHARED | ANONYMOUS)
         for page in range(64, 300, 16):
             one.byte(page * PAGE)
@@ -409,9 +408,10 @@ def test_no_file_and_no_region_forges_a_line_of_the_log(make_walls: Make, direct
         os.write(ready[1], b"x")
         signal.pause()
 
-    child = in_child(provoke, uid=MALLORY)
-    os.close(ready[1])
-    assert os.read(ready[0], 1) == b"x"
+    with hung_at(strange):
+        child = in_child(provoke, uid=MALLORY)
+        os.close(ready[1])
+        assert os.read(ready[0], 1) == b"x"
     for name in os.listdir("/dev/shm"):  # what a region has is gone, which is told
         os.unlink(f"/dev/shm/{name}")
     walls.killed()

@@ -168,6 +168,24 @@ class Attached(Bare):
     name = ""
 
 
+@contextlib.contextmanager
+def hung_at(path: Path) -> Iterator[None]:
+    """A file system that everybody may use and that does not answer: see hung.py."""
+    path.mkdir()
+    with subprocess.Popen(
+        [sys.executable, SUPPORT / "hung.py", path], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        try:
+            yield
+        finally:
+            server.kill()
+            server.wait()
+            syscalls.umount(str(path), syscalls.MNT_DETACH)
+            path.rmdir()
+
+
 @dataclass
 class Evil:
     """What an attack has to work with, in its process."""
@@ -272,7 +290,7 @@ def open_window(one: Bare) -> None:
     kind = SHARED if writes else PRIVATE
     flags = kind | syscalls.MAP_FIXED | syscalls.MAP_NORESERVE
     syscalls.mmap(one.start, one.size, 3, flags, one.backing, 0)
-    uffd.register(one.uffd, one.start, one.size, Mode.MISSING)
+    uffd.register(one.uffd, one.start, one.size, Mode.MISSING | Mode.WP)
 
 
 def bytes_at(address: int, length: int = PAGE) -> ctypes.Array[ctypes.c_char]:
@@ -333,21 +351,13 @@ class Held:
         self.directory = directory / "mallory"
         self.helpers = helpers
         self.hung: Path | None = None
-        self._server: subprocess.Popen[str] | None = None
+        self._server = contextlib.ExitStack()
         self._groups: list[int] = []
         self.directory.mkdir(exist_ok=True)
         os.chown(self.directory, MALLORY, MALLORY)
         if attack.needs_hung:
-            self._start_hung(directory)
-
-    def _start_hung(self, directory: Path) -> None:
-        self.hung = directory / f"hung-{os.urandom(4).hex()}"
-        self.hung.mkdir()
-        self._server = subprocess.Popen(
-            [sys.executable, SUPPORT / "hung.py", self.hung], stdout=subprocess.PIPE, text=True
-        )
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == "ready\n"
+            self.hung = directory / f"hung-{os.urandom(4).hex()}"
+            self._server.enter_context(hung_at(self.hung))
 
     def again(self, seconds: float = AGAIN_SECONDS) -> bool:
         """Put it into force once more, by another process; whether it said so in time."""
@@ -396,19 +406,11 @@ class Held:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         # A process in a request that was never answered goes when its server has gone.
-        if self._server is not None:
-            self._server.kill()
-            self._server.wait()
-            assert self._server.stdout is not None
-            self._server.stdout.close()
+        self._server.close()
         for pid in self._groups:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
         self._groups.clear()
-        if self.hung is not None:
-            syscalls.umount(str(self.hung), syscalls.MNT_DETACH)
-            self.hung.rmdir()
-            self.hung = None
 
     def clear(self) -> None:
         """Take her names away, as an administrator would."""
@@ -698,7 +700,7 @@ def allocating(evil: Evil) -> None:
         time.sleep(0.01)
 
 
-@attack("the backing truncated for ever", r"no memory for a fault", runnable=2)
+@attack("the backing truncated for ever", "no memory for a fault", "was cut to", runnable=2)
 def truncating(evil: Evil) -> None:
     one = evil.create(GiB)
     one.mmap(0, GiB, 3, SHARED | ANONYMOUS)

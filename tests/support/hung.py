@@ -1,6 +1,7 @@
 """A file system that everybody may use and that does not answer: `hung.py MOUNTPOINT`.
 
-A read of `hangs` never returns, nor does a write to `full`, which reads as ones.  What
+A read of `hangs` never returns, nor does a write to `full`, which reads as ones; a read
+of `fails` is EIO.  What
 everybody may mount where fusermount3 has user_allow_other.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-NAMES: Final = {b"hangs": 2, b"full": 3}
+NAMES: Final = {b"hangs": 2, b"full": 3, b"fails": 4}
 SIZE: Final = 16 << 20
 
 
@@ -41,6 +42,8 @@ class Hung(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         if fh == NAMES[b"hangs"]:
             await trio.sleep_forever()
+        if fh == NAMES[b"fails"]:
+            raise pyfuse3.FUSEError(errno.EIO)
         return b"\1" * size
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
