@@ -101,7 +101,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """Everything, for machines."""
         return {
-            "attack": self.attack,
+            "beside": self.attack,
             "runnable": self.runnable,
             "what": self.kind.name,
             "unit": "ms",

@@ -308,49 +308,6 @@ def test_a_file_that_only_its_owner_may_open_however_it_is_open(
         os.unlink(walls.daemon.mount / "good")
 
 
-def test_one_descriptor_that_is_mapped_twice_survives_the_daemon(
-    make_walls: Make, directory: Path
-) -> None:
-    """As any program might: it opens a file once and maps two parts of it."""
-    walls = make_walls()
-    path = directory / "file"
-    path.write_bytes(b"F" * 8 * PAGE)
-    path.chmod(0o666)
-    ready, go = os.pipe(), os.pipe()
-
-    def map_twice() -> None:
-        one = Bare(walls.daemon.mount)
-        name = os.open(walls.daemon.mount / "good", CREATE, 0o600)
-        one.uffd = userfaultfd(walls.daemon.mount, name)
-        answer = one.call(
-            Op.ATTACH, name, one.uffd, **HERE, oflags=os.O_RDWR | os.O_CREAT, flags=MADE
-        )
-        assert answer.error == 0, answer
-        file = os.open(path, os.O_RDWR)
-        assert one.mmap(0, PAGE, 3, SHARED, file).error == 0
-        assert one.mmap(4 * PAGE, PAGE, 3, SHARED, file).error == 0
-        os.close(file)
-        os.write(ready[1], b"x")
-        os.read(go[0], 1)
-        syscalls.munmap(START, 2 * MiB)
-        again = Bare(walls.daemon.mount)
-        assert again.attach("good", own=userfaultfd(walls.daemon.mount, name)).error == 0
-        again.map_window(mode=Mode.MISSING | Mode.WP)
-        assert again.byte(0) == again.byte(4 * PAGE) == ord("F")
-
-    child = in_child(map_twice, uid=ALICE)
-    os.close(ready[1])
-    assert os.read(ready[0], 1) == b"x"
-    for _ in range(2):
-        walls.killed()
-        walls.started()
-    os.write(go[1], b"x")
-    assert child.wait() == 0, walls.daemon.log()
-    for end in (ready[0], *go):
-        os.close(end)
-    os.unlink(walls.daemon.mount / "good")
-
-
 # -- the log --
 
 FORGED = (

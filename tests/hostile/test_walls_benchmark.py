@@ -29,7 +29,7 @@ def test_the_walls_are_measured_and_nothing_is_left(tmp_path: Path, own_shm: Non
     rows = json.loads(results.read_text())["rows"]
     assert {row["what"] for row in rows} == {"TOUCH", "CALL", "FORK", "STAT", "LIST"}
     for row in rows:
-        assert row["attack"] in done.stdout
+        assert row["beside"] in done.stdout
         assert all(row[side]["count"] for side in ("alone", "loops", "attack"))
     assert not [mount for mount in mounts.mounts() if mount.fstype == mounting.FSTYPE]
     assert os.listdir("/dev/shm") == []

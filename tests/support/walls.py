@@ -91,8 +91,15 @@ def processor_time(daemon: Daemon) -> float:
 class Walls:
     """A daemon, and alice, whom it serves."""
 
-    def __init__(self, daemon: Daemon, programs: Programs, directory: Path) -> None:
+    def __init__(
+        self,
+        daemon: Daemon,
+        programs: Programs,
+        directory: Path,
+        launch: Callable[[Daemon], object] = Daemon.launch,
+    ) -> None:
         self.daemon = daemon
+        self.launch = launch
         self.programs = programs
         self.directory = directory
         self.victims: list[Victim] = []
@@ -135,7 +142,7 @@ class Walls:
     def started(self) -> None:
         """The next daemon, which is ready in a time that only hanging exceeds."""
         offset = self.daemon.log().count("ready:")
-        self.daemon.launch()
+        self.launch(self.daemon)
         process = self.daemon.process
         assert process is not None
 
@@ -196,13 +203,16 @@ def make_walls_fixture(
 ) -> Iterator[Make]:
     made: list[Walls] = []
 
-    def make(*arguments: str, config: str = "") -> Walls:
+    def make(
+        *arguments: str, config: str = "", launch: Callable[[Daemon], object] | None = None
+    ) -> Walls:
         words = [f"--alignment={ALIGNMENT}", *userfaultfd_for_all(), *arguments]
         if config:
             (directory / "config").write_text(config)
             words.append(f"--config={directory / 'config'}")
-        made.append(Walls(make_daemon(*words), programs, directory))
-        made[-1].daemon.start()
+        daemon = make_daemon(*words)
+        made.append(Walls(daemon, programs, directory, launch or Daemon.launch))
+        made[-1].started()
         return made[-1]
 
     try:
