@@ -251,6 +251,16 @@ class Daemon:
         self.process = None
         eventually(lambda: not any(map(alive, everyone)), "the end of all")
 
+    def freeze(self) -> None:
+        """SIGSTOP, all of it."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Go on, all of it."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGCONT)
+
     def processes(self) -> list[int]:
         """The front, what it started, and the pagers, wherever they hang."""
         found = [] if self.process is None else [self.process.pid]

@@ -164,16 +164,20 @@ def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
         raise Refused(errno.EACCES, "the daemon may not see it: mount that FUSE with allow_other")
     if not stat.S_ISREG(mode):
         raise Refused(errno.ENODEV, "only regular files can be mapped in a region")
-    if shared and may_write:
-        try:
-            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        except OSError:
-            seals = 0
-        if seals & (fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE):
-            if write:
-                raise Refused(errno.EPERM, "the memfd is sealed against writing")
-            may_write = False
+    if shared and may_write and _is_sealed(fd):
+        if write:
+            raise Refused(errno.EPERM, "the memfd is sealed against writing")
+        may_write = False
     return may_write
+
+
+def _is_sealed(fd: int) -> bool:
+    """Whether a file is a memfd that nobody may write any more."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return bool(seals & (fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE))
 
 
 def _is_memory_of_ours(fd: int) -> bool:

@@ -237,12 +237,14 @@ class Names:
             return
         if name.backing is not None:
             self._by_backing.pop(name.backing, None)
-        now = time.time_ns()
+        if not name.size:
+            name.mtime_ns = name.ctime_ns = time.time_ns()
+        before = _row(name)
         name.start, name.size = extent.start, extent.size
         name.backing = extent.major, extent.minor, extent.inode
-        name.mtime_ns = name.ctime_ns = now
         self._by_backing[name.backing] = name
-        self._journal.save(_row(name))
+        if before != _row(name):
+            self._journal.save(_row(name))
 
     def emptied(self, number: int) -> None:
         """It has no range any more."""

@@ -71,7 +71,7 @@ def test_a_sharer_that_is_killed_leaves_no_reference(
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == "ready\n"
         if stopped:  # so that the daemon cannot answer what comes now
-            os.kill(daemon.pid, signal.SIGSTOP)
+            daemon.freeze()
         process.stdin.write("go\n")
         process.stdin.flush()
         if stopped:
@@ -81,7 +81,7 @@ def test_a_sharer_that_is_killed_leaves_no_reference(
         process.kill()
         process.wait()
         if stopped:
-            os.kill(daemon.pid, signal.SIGCONT)
+            daemon.thaw()
     if step == "created":
         # As after open(O_CREAT) by anybody: a name without a range, and no memory.
         assert (daemon.mount / "new").read_bytes() == bytes(16)
@@ -275,7 +275,7 @@ def test_no_backing_page_appears_that_the_daemon_did_not_fill(spawn: Spawn, daem
     """A window that were unguarded for one instant would show up here as memory."""
     donor = spawn()
     donate(donor)
-    os.kill(daemon.pid, signal.SIGSTOP)
+    daemon.freeze()
     try:
         (name,) = daemon.shm_objects()
         for command in (
@@ -289,7 +289,7 @@ def test_no_backing_page_appears_that_the_daemon_did_not_fill(spawn: Spawn, daem
         assert waits(donor)
         assert os.stat(f"/dev/shm/{name}").st_blocks == 0
     finally:
-        os.kill(daemon.pid, signal.SIGCONT)
+        daemon.thaw()
     assert donor.result() == "0"
 
 
@@ -299,9 +299,9 @@ def test_a_daemon_that_is_stopped_is_not_noticed_on_present_pages(
     donor = spawn()
     donate(donor)
     donor.ok("fill", BASE, ALIGNMENT, 1)
-    os.kill(daemon.pid, signal.SIGSTOP)
+    daemon.freeze()
     try:
         donor.ok("fill", BASE, ALIGNMENT, 2)
         assert donor.do("scan", BASE, ALIGNMENT) == "2"
     finally:
-        os.kill(daemon.pid, signal.SIGCONT)
+        daemon.thaw()

@@ -14,6 +14,7 @@ import pytest
 from conftest import ALIGNMENT, BASE, BIN, Client, Daemon
 
 from msharefsd.linux import syscalls
+from msharefsd.memory import names
 from msharefsd.security import privileges
 
 SIZE = 2 * ALIGNMENT
@@ -196,19 +197,39 @@ def test_a_run_directory_behind_roots_own_link_is_as_good(
     daemon.stop()
 
 
-def test_what_others_made_under_our_names_is_removed(daemon: Daemon, spawn: Spawn) -> None:
-    daemon.expected.append("was somebody else's: removed")
+def test_what_others_make_beside_our_memory_is_theirs_and_in_nobodys_way(
+    daemon: Daemon, spawn: Spawn
+) -> None:
     client = spawn()
     client.ok("mshare", "a", BASE, SIZE, CREATE, 0o600)
     (name,) = daemon.shm_objects()
-    squatters = [Path("/dev/shm", f"{name}-stash"), Path("/dev/shm", f"{name[:-1]}2")]
-    for squatter in squatters:
-        squatter.write_bytes(b"boo")
-        os.chown(squatter, MALLORY, MALLORY)
-    client.ok("mmap", BASE, 4096, 3, mmap.MAP_SHARED | 0x10)
-    client.ok("store", BASE, 1)
-    client.ok("mprotect", BASE, 4096, 0)
-    client.ok("mprotect", BASE, 4096, 3)
-    assert client.do("load", BASE) == "1"
-    client.ok("mshare", "b", BASE + SIZE, SIZE, CREATE, 0o600)
-    assert [squatter.stat().st_uid for squatter in squatters] == [0, 0]
+    squatters = [Path("/dev/shm", f"{name}-stash"), Path("/dev/shm", f"{name[:-1]}x")]
+    try:
+        for squatter in squatters:
+            squatter.write_bytes(b"boo")
+            os.chown(squatter, MALLORY, MALLORY)
+        client.ok("mmap", BASE, 4096, 3, mmap.MAP_SHARED | 0x10)
+        client.ok("store", BASE, 1)
+        client.ok("mprotect", BASE, 4096, 0)
+        client.ok("mprotect", BASE, 4096, 3)
+        assert client.do("load", BASE) == "1"
+        client.ok("mshare", "b", BASE + SIZE, SIZE, CREATE, 0o600)
+        daemon.kill()
+        daemon.expected.append("taking down the mount")
+        daemon.start()
+        assert client.do("load", BASE) == "1"
+        assert [squatter.read_bytes() for squatter in squatters] == [b"boo", b"boo"]
+        assert [squatter.stat().st_uid for squatter in squatters] == [MALLORY, MALLORY]
+    finally:
+        for squatter in squatters:
+            squatter.unlink(missing_ok=True)
+
+
+def test_names_of_memory_cannot_be_guessed() -> None:
+    run = Path("/run/msharefs/x")
+    made = {names.new(run) for _ in range(100)}
+    assert len({each for pair in made for each in (pair.backing, pair.stash)}) == 200
+    for each in made:
+        assert len(each.backing.removeprefix(names.prefix(run))) == 32, "128 bits"
+        assert each.stash.startswith(names.prefix(run))
+        assert each.backing[:40] != each.stash[:40]

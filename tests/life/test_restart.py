@@ -637,7 +637,7 @@ def test_a_call_does_not_wait_for_ever(stage: Stage, client_program: Path) -> No
 
 def keeper_of(daemon: Daemon) -> int:
     """The process that keeps the descriptors."""
-    socket = str(daemon.run / "keeper")
+    socket = str(daemon.run / "users" / str(os.getuid()) / "keeper")
     found = []
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
@@ -676,6 +676,7 @@ def test_a_keeper_that_dies_is_replaced(stage: Stage) -> None:
     daemon = stage.daemon
     daemon.expected += ["keeps descriptors has died"]
     keeper = keeper_of(daemon)
+    assert keeper
     os.kill(keeper, signal.SIGKILL)
     found = [keeper]
 
@@ -741,17 +742,18 @@ def refused(daemon: Daemon, complaint: str) -> None:
     assert complaint in daemon.log()
 
 
-def test_a_state_that_is_not_understood_is_not_thrown_away(stage: Stage) -> None:
+@pytest.mark.parametrize("journal", ["names.sqlite", "users/0/journal.sqlite"])
+def test_a_journal_that_is_not_understood_is_not_thrown_away(stage: Stage, journal: str) -> None:
     daemon = stage.daemon
-    path = daemon.run / "state.sqlite"
+    path = daemon.run / journal
     daemon.kill()
+    daemon.expected += [STALE]
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = path.read_bytes()
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA user_version = 99")
     refused(daemon, "schema 99")
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 1")
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    whole = path.read_bytes()
     path.write_bytes(b"no database" + whole[11:])
     refused(daemon, "cannot be used")
     path.write_bytes(whole)
@@ -768,7 +770,7 @@ def test_a_state_of_another_boot_is_not_used(make_daemon: Callable[..., Daemon])
     (daemon.mount / "old").touch()
     daemon.kill()
     daemon.expected += [STALE, "before the machine was started"]
-    with contextlib.closing(sqlite3.connect(daemon.run / "state.sqlite")) as database:
+    with contextlib.closing(sqlite3.connect(daemon.run / "names.sqlite")) as database:
         database.execute("UPDATE boot SET id = 'x'")
         database.commit()
     daemon.start()
@@ -863,7 +865,7 @@ def test_killed_at_random_under_load(
     assert sorted(names) == ["mshare_info", "witnessed"]
     (daemon.mount / "witnessed").unlink()
     eventually(lambda: daemon.shm_objects() == [], "the memory is free")
-    with contextlib.closing(sqlite3.connect(f"file:{daemon.run}/state.sqlite?mode=ro", uri=True)):
+    with contextlib.closing(sqlite3.connect(f"file:{daemon.run}/names.sqlite?mode=ro", uri=True)):
         pass
     assert mounts.top_mount(str(daemon.mount)) is not None
     assert sum(1 for each in mounts.mounts() if each.target == str(daemon.mount)) == 1
