@@ -620,9 +620,13 @@ def many_users(evil: Evil) -> None:
 
     for uid in MANY_USERS:
         also(one, uid)
-    said = 0
-    while said < 2 * len(MANY_USERS):
-        said += len(os.read(reader, 100))
+    said, deadline = 0, time.monotonic() + AGAIN_SECONDS
+    os.set_blocking(reader, False)
+    # Whoever is held up by another of them is no less in force.
+    while said < 2 * len(MANY_USERS) and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            said += len(os.read(reader, 100))
+        time.sleep(0.01)
     become(MALLORY)
     os.write(mine, b"x")
 
@@ -1230,6 +1234,16 @@ def reader_linger(evil: Evil) -> None:
         one.send(message(op), fd, fd, fd)
         let_go(fd)
     evil.held()
+
+
+def read_quietly(evil: Evil) -> None:
+    """What any reader does: it touches pages, and holes."""
+    one = evil.read()
+    evil.c.once(one.start, one.size // PAGE // 8, 8 * PAGE)
+    evil.held()
+
+
+QUIET_READER: Final = Attack("a reader as they are", read_quietly, 1, on_alice=True)
 
 
 def second_mapping(one: Bare, kind: int, prot: int) -> int | None:
