@@ -252,12 +252,11 @@ static void *wait_to_map(void *with)
  * A process of ours attaches with REQUEST and two descriptors.  Then it executes a program
  * and gets no further than to wait for the lock of the address space that it leaves, which
  * is ours too; meanwhile nobody can look into it.  We hold that lock by reading HUNG through
- * MEMORY, /proc/self/mem.  Then MORE is sent on its connection, and READY is written to.
- * Does not return.
+ * MEMORY, /proc/self/mem.  Then MORE is sent on its connection.  Takes a second, and does
+ * not return.
  */
 void execute_for_ever(const char *control, const char *hung, int memory, const void *request,
-		      size_t length, int proof, int own, const void *more, size_t more_length,
-		      int ready)
+		      size_t length, int proof, int own, const void *more, size_t more_length)
 {
 	executing.control = control;
 	executing.hung = hung;
@@ -266,6 +265,9 @@ void execute_for_ever(const char *control, const char *hung, int memory, const v
 	executing.length = length;
 	executing.fds[0] = proof;
 	executing.fds[1] = own;
+	/* No page can be had once the lock is held: what is called then is called before. */
+	usleep(1);
+	(void)!send(-1, more, more_length, MSG_NOSIGNAL);
 	start(read_hung, NULL);
 	start(wait_to_map, NULL);
 	clone(be_a_sharer_and_execute, executing.child_stack + sizeof executing.child_stack,
@@ -275,7 +277,6 @@ void execute_for_ever(const char *control, const char *hung, int memory, const v
 	executing.stage = 2;
 	usleep(300000);
 	(void)!send(executing.connection, more, more_length, MSG_NOSIGNAL);
-	(void)!write(ready, "x", 1);
 	for (;;)
 		pause();
 }

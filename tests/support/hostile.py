@@ -57,7 +57,7 @@ LIVES_SECONDS: Final = 110
 def compile_helpers(directory: Path) -> Path:
     """hostile.c, as a library that ordinary users can load."""
     output = directory / "hostile.so"
-    flags = ["-std=gnu11", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-std=gnu11", "-O1", "-shared", "-fPIC", "-Wl,-z,now", "-Wall", "-Werror"]
     subprocess.run(
         ["cc", *flags, "-o", str(output), str(SUPPORT / "hostile.c"), "-pthread"], check=True
     )
@@ -74,7 +74,7 @@ def _load(path: Path) -> ctypes.CDLL:
     library.execute_for_ever.argtypes = [
         *(ctypes.c_char_p, pointer, number),
         *(ctypes.c_char_p, size, number, number),
-        *(ctypes.c_char_p, size, number),
+        *(ctypes.c_char_p, size),
     ]
     return library
 
@@ -120,6 +120,12 @@ def lingering(seconds: int = 60) -> int:
             sender.send(b"x" * 65536)
     sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
     return sender.detach()
+
+
+def let_go(*fds: int) -> None:
+    """Close them, in threads: whoever is the last to close one waits."""
+    for fd in fds:
+        in_thread(lambda fd=fd: os.close(fd))  # type: ignore[misc] # a default
 
 
 _kept: list[object] = []
@@ -205,7 +211,7 @@ class Evil:
 
     def some(self, threads: int) -> int:
         """So many, or a few."""
-        return max(2, threads // 16) if self.mildly else threads
+        return max(2, threads // 32) if self.mildly else threads
 
     @property
     def c(self) -> ctypes.CDLL:
@@ -446,8 +452,7 @@ def linger_third(evil: Evil) -> None:
     two.send(message(Op.READY))
     fds = [lingering() for _ in range(3)]
     two.send(message(Op.READY), *fds)
-    for fd in fds:
-        os.close(fd)
+    let_go(*fds)
     _kept.extend((one, two))
     evil.held()
 
@@ -460,8 +465,7 @@ def linger_253(evil: Evil) -> None:
         one = Bare(evil.mount)
         one.send(data, *fds, *more)
         _kept.append(one)
-    for fd in (*fds, *more):
-        os.close(fd)
+    let_go(*fds, *more)
     evil.held()
 
 
@@ -471,8 +475,7 @@ def linger_nested(evil: Evil) -> None:
         one = Bare(evil.mount)
         fds = [in_socket(in_socket(lingering())) for _ in range(count)]
         one.send(message(Op.USERFAULTFD), *fds)
-        for fd in fds:
-            os.close(fd)
+        let_go(*fds)
         _kept.append(one)
     evil.held()
 
@@ -489,8 +492,7 @@ def linger_in_place(evil: Evil) -> None:
         third = Bare(evil.mount)
         third.send(message(op, *item), os.open("/dev/null", os.O_RDONLY), fds[1])
         _kept.extend((other, third))
-        for fd in fds:
-            os.close(fd)
+        let_go(*fds)
     evil.held()
 
 
@@ -528,15 +530,13 @@ def linger_unread(evil: Evil) -> None:
             for _ in range(3):
                 one.send(b"more", fd)
                 one.send(b"more", null, null, fd)
-            for end in fds:
-                os.close(end)
+            let_go(*fds)
             time.sleep(0.2)
             os._exit(0)
 
         also(wait_and_die)
     time.sleep(0.2)
-    for fd in fds:
-        os.close(fd)
+    let_go(*fds)
     time.sleep(0.3)
     evil.held()
 
@@ -550,7 +550,7 @@ def linger_pending(evil: Evil) -> None:
         for fds in ((fd,), (null, null, fd), (null,) * 200 + (fd,)):
             one.send(b"", *fds)
             one.send(b"half", *fds)
-        os.close(fd)
+        let_go(fd)
         one.sock.close()
     evil.held()
 
@@ -569,8 +569,7 @@ def linger_refused(evil: Evil) -> None:
             one.send(b"hello", fds[0])
             one.send(b"hello", *fds)
             one.send(b"", *fds)
-        for fd in fds:
-            os.close(fd)
+        let_go(*fds)
         _kept.append(one)
     evil.held()
 
@@ -602,8 +601,9 @@ def odd_third(evil: Evil) -> None:
     for fd in odd:
         for data in (b"hello", message(Op.ATTACH), message(Op.USERFAULTFD), b""):
             one = Bare(evil.mount)
-            one.send(data, null, null, fd)
-            one.send(data, *[fd] * 100)
+            with contextlib.suppress(OSError):  # too many that nobody has received
+                one.send(data, null, null, fd)
+                one.send(data, *[fd] * 100)
             _kept.append(one)
     evil.held()
 
@@ -620,9 +620,13 @@ def many_users(evil: Evil) -> None:
 
     for uid in MANY_USERS:
         also(one, uid)
-    said = 0
-    while said < 2 * len(MANY_USERS):
-        said += len(os.read(reader, 100))
+    said, deadline = 0, time.monotonic() + AGAIN_SECONDS
+    os.set_blocking(reader, False)
+    # Whoever is held up by another of them is no less in force.
+    while said < 2 * len(MANY_USERS) and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            said += len(os.read(reader, 100))
+        time.sleep(0.01)
     become(MALLORY)
     os.write(mine, b"x")
 
@@ -735,23 +739,30 @@ def seeking(evil: Evil) -> None:
 # -- the address space's own lock --
 
 
-def hold_address_space(evil: Evil) -> None:
-    """Have this process's mmap_lock taken, for reading, for ever."""
+def hold_address_space(evil: Evil, *then: Callable[[], object]) -> None:
+    """Have this process's mmap_lock taken, for reading, for ever.
+
+    No thread can be made after that: `then` is done by threads that are there.
+    """
     at = evil.hung_page()
     memory = os.open("/proc/self/mem", os.O_RDONLY)
+    go = threading.Event()
+    for each in then:
+        in_thread(lambda each=each: (go.wait(), each()))  # type: ignore[misc] # a default
     in_thread(lambda: os.pread(memory, 1, at))
-    time.sleep(0.2)
+    time.sleep(0.3)
+    go.set()
 
 
 @attack("the address space's lock, by /proc/self/mem", needs_hung=True)
 def address_space_lock(evil: Evil) -> None:
     one = evil.create()
     one.mmap(0, one.size, 3, SHARED | ANONYMOUS)
-    hold_address_space(evil)
-    evil.held()
-    fault_all(one)
     anonymous = SHARED | ANONYMOUS | syscalls.MAP_FIXED
-    one.send(message(Op.MMAP, (0, PAGE, 0, 1, anonymous)))  # read-only: it is armed
+    read_only = message(Op.MMAP, (0, PAGE, 0, 1, anonymous))  # it is armed
+    hold_address_space(evil, lambda: one.byte(4 * PAGE), lambda: one.byte(one.size - PAGE))
+    one.send(read_only)
+    evil.held()
 
 
 @attack("the same in all that a process forks", needs_hung=True)
@@ -785,8 +796,12 @@ def address_space_lock_debugged(evil: Evil) -> None:
         os.write(evil.ready, b"x")
         # The debugger stops us: what is to be asked, another process of ours asks.
         anonymous = SHARED | ANONYMOUS | syscalls.MAP_FIXED
-        time.sleep(1)
-        one.send(message(Op.MMAP, (0, PAGE, 0, 1, anonymous)))
+
+        def ask() -> None:
+            time.sleep(0.5)
+            one.send(message(Op.MMAP, (0, PAGE, 0, 1, anonymous)))
+
+        also(ask)
 
     pid = also(debugged)
     os.read(reader, 1)
@@ -803,7 +818,7 @@ def address_space_lock_debugged(evil: Evil) -> None:
         libc.ptrace(go_on, pid, 0, 0)
 
     in_thread(debug)
-    time.sleep(0.3)
+    time.sleep(0.7)
     os.write(said, b"x")
 
 
@@ -811,12 +826,12 @@ def address_space_lock_debugged(evil: Evil) -> None:
 def address_space_lock_bare(evil: Evil) -> None:
     one = Bare(evil.mount)
     at = syscalls.mmap(None, PAGE, 3, SHARED | ANONYMOUS, -1, 0)
-    hold_address_space(evil)
     # A writer that waits keeps readers out as well.
-    in_thread(lambda: syscalls.mmap(None, PAGE, 1, PRIVATE | ANONYMOUS, -1, 0))
+    look = message(Op.VMA_FILE, start=at, size=PAGE)
+    hold_address_space(evil, lambda: syscalls.mmap(None, PAGE, 1, PRIVATE | ANONYMOUS, -1, 0))
     time.sleep(0.1)
+    one.send(look)
     evil.held()
-    one.send(message(Op.VMA_FILE, start=at, size=PAGE))
 
 
 @attack("the locks of a process that executes a program for ever", needs_hung=True)
@@ -828,9 +843,15 @@ def executing(evil: Evil) -> None:
     more = message(Op.VMA_FILE, start=one.start, size=PAGE)
     hung = evil.hung_page()
     memory = os.open("/proc/self/mem", os.O_RDONLY)
+
+    def say() -> None:
+        time.sleep(1.5)  # it can say nothing itself when it holds its locks
+        evil.held()
+
+    also(say)
     evil.c.execute_for_ever(
         os.fsencode(evil.mount / ".control"), hung, memory,
-        attach, len(attach), proof, own, more, len(more), evil.ready,
+        attach, len(attach), proof, own, more, len(more),
     )  # fmt: skip
 
 
@@ -1165,9 +1186,8 @@ def stopped(evil: Evil) -> None:
 def reader_lock(evil: Evil) -> None:
     one = evil.read()
     one.byte(0)
-    hold_address_space(evil)
+    hold_address_space(evil, lambda: one.byte(4 * PAGE), lambda: one.byte(one.size - PAGE))
     evil.held()
-    fault_all(one)
 
 
 @attack("readers that are stopped, with userfaultfds that block", on_alice=True)
@@ -1212,8 +1232,18 @@ def reader_linger(evil: Evil) -> None:
         syscalls.munmap(one.start, one.size)
         fd = lingering()
         one.send(message(op), fd, fd, fd)
-        os.close(fd)
+        let_go(fd)
     evil.held()
+
+
+def read_quietly(evil: Evil) -> None:
+    """What any reader does: it touches pages, and holes."""
+    one = evil.read()
+    evil.c.once(one.start, one.size // PAGE // 8, 8 * PAGE)
+    evil.held()
+
+
+QUIET_READER: Final = Attack("a reader as they are", read_quietly, 1, on_alice=True)
 
 
 def second_mapping(one: Bare, kind: int, prot: int) -> int | None:

@@ -16,12 +16,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -307,6 +309,7 @@ int main(int argc, char **argv)
 	create = atoi(argv[6]);
 	wait_between = (useconds_t)atoi(argv[7]);
 	umask(0);
+	prctl(PR_SET_PDEATHSIG, SIGKILL); /* whatever ends the test */
 	if (!root || file < 0)
 		trouble("her files");
 	if (create ? mshare(name, start, 2 * AREA, O_CREAT | O_EXCL | O_RDWR, (mode_t)mode) < 0
