@@ -180,7 +180,7 @@ class Connection:
                 await self._calls.ready()
             case Op.DETACH:
                 self._state.need_attached()
-                self._state.detach()
+                await self._state.give_up()
             case Op.UNLINK:
                 self._state.need_attached()
                 await self._state.detach_and_unlink()
