@@ -98,6 +98,8 @@ class Connection:
             if not data:
                 return False
             reply, out = await self._answer(data, fds, flags)
+            if self._state.sharer is not None:
+                self._state.sharer.region.show()
             if reply.op:
                 barrier(f"reply.{Op(reply.op).name}")
             await self._send(reply, out)
