@@ -64,6 +64,7 @@ SILENT_SECONDS: Final = 30.0
 """After how long without an answer a pager is killed."""
 LOOK_SECONDS: Final = 2.0
 AGAIN_SECONDS: Final = 0.2
+PATIENCE: Final = 8
 MOST_TEXT: Final = 256 << 20
 
 
@@ -372,19 +373,33 @@ class Pager:
     # -- what it is asked --
 
     async def ask(self, kind: Kind, number_of: int, seconds: float) -> tuple[Answer, bytes] | None:
-        """Its answer, and the text that came with it; None if there was none in time."""
+        """Its answer, and the text that came with it; None if there was none in time.
+
+        A pager that has not been heard of for `seconds` since is not waited for; one that
+        has much to do, and says other things meanwhile, is, up to PATIENCE times as long.
+        """
         if self._channel is None or self.state is State.GONE:
             return None
         number = next(self._numbers)
         asked = self._asked[number] = _Asked(trio.current_time())
         try:
-            with trio.move_on_after(seconds):
-                await self.ready.wait()
-                await self._channel.send(Question(number, kind, number_of))
-                await asked.answered.wait()
-        except OSError:
+            with trio.move_on_after(PATIENCE * seconds) as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_silence, asked, seconds, scope)
+                    await self.ready.wait()
+                    await self._channel.send(Question(number, kind, number_of))
+                    await asked.answered.wait()
+                    nursery.cancel_scope.cancel()
+        except* OSError:  # it has ended
             self._asked.pop(number, None)
         return None if asked.answer is None else (asked.answer, asked.text)
+
+    async def _watch_silence(
+        self, asked: _Asked, seconds: float, scope: trio.CancelScope
+    ) -> None:
+        while (left := max(self.heard, asked.since) + seconds - trio.current_time()) > 0:
+            await trio.sleep(left)
+        scope.cancel()
 
     def _answered(self, message: Answer, fds: list[int]) -> None:
         asked = self._asked.pop(message.number, None)
