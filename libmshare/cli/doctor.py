@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -27,6 +28,9 @@ from msharefsd.mount import mounting
 
 _DESCRIPTORS_A_SHARER: Final = 3
 """In the daemon: see msharefsd(8)."""
+_SILENCE: Final = re.compile(
+    r'^msharefs_pager_silent_seconds\{uid="(\d+)",pid="(\d+)"\} ([\d.e+-]+)$', re.MULTILINE
+)
 _SILENT_SECONDS: Final = 3.0
 _GIB: Final = 1 << 30
 _USUAL_MAP_COUNT: Final = 65530
@@ -141,21 +145,11 @@ def _mounts(timeout: float) -> Iterator[Finding]:
 
 def _silence(root: str) -> list[tuple[str, str, float]]:
     """User, process and seconds without an answer of each pager.  Raises CommandError."""
-    from prometheus_client.openmetrics.parser import (  # noqa: PLC0415 - it takes its time
-        text_string_to_metric_families,
-    )
-
     try:
-        with open(f"{root}/.metrics", encoding="utf-8") as file:
-            families = list(text_string_to_metric_families(file.read()))  # type: ignore[no-untyped-call] # theirs
+        text = Path(f"{root}/.metrics").read_text(encoding="utf-8")
     except OSError as error:
         raise explain(error, b".metrics") from None
-    return [
-        (sample.labels["uid"], sample.labels["pid"], sample.value)
-        for family in families
-        if family.name == "msharefs_pager_silent_seconds"
-        for sample in family.samples
-    ]
+    return [(uid, pid, float(seconds)) for uid, pid, seconds in _SILENCE.findall(text)]
 
 
 def _pagers(pagers: list[tuple[str, str, float]]) -> Iterator[Finding]:

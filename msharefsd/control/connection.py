@@ -98,6 +98,8 @@ class Connection:
             if not data:
                 return False
             reply, out = await self._answer(data, fds, flags)
+            if self._state.sharer is not None:
+                self._state.sharer.region.show()
             if reply.op:
                 barrier(f"reply.{Op(reply.op).name}")
             await self._send(reply, out)
@@ -180,7 +182,7 @@ class Connection:
                 await self._calls.ready()
             case Op.DETACH:
                 self._state.need_attached()
-                self._state.detach()
+                await self._state.give_up()
             case Op.UNLINK:
                 self._state.need_attached()
                 await self._state.detach_and_unlink()

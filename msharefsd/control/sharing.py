@@ -91,6 +91,14 @@ class Sharing:
 
     # -- ending --
 
+    async def give_up(self) -> None:
+        """It is a sharer no more, as it says; the name that it made for nothing is gone, too."""
+        building = self.building
+        if building is not None and building.made_file and building.linked:
+            await self.control.front.unlink(building)
+            self.control.regions.unlinked(building)
+        self.detach()
+
     async def detach_and_unlink(self) -> None:
         """mshare_unlink() by a sharer: the last one takes the name with it.
 

@@ -213,9 +213,6 @@ class _Asked:
     async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
         return await self.pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
 
-    async def sizes(self, home: int, numbers: list[int], seconds: float) -> list[int] | None:
-        return await self.pagers.sizes(home, numbers, seconds)
-
     async def metrics(self) -> bytes:
         await self.pagers.look(METRICS_SECONDS)
         return self._metrics.render(self.pagers.samples(), [_silence(self.pagers.all())])

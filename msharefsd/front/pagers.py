@@ -19,12 +19,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Final
 
 import trio
 
 from msharefsd.errors import Refused, StartError
 from msharefsd.front.starter import Starter
+from msharefsd.link import board
+from msharefsd.link.board import Board
 from msharefsd.link.channel import Channel, ChannelError, pair
 from msharefsd.link.messages import (
     MOST_NAMES,
@@ -36,6 +39,7 @@ from msharefsd.link.messages import (
     Emptied,
     Ended,
     Established,
+    Extent,
     FromPager,
     Go,
     Gone,
@@ -60,10 +64,8 @@ SILENT_SECONDS: Final = 30.0
 """After how long without an answer a pager is killed."""
 LOOK_SECONDS: Final = 2.0
 AGAIN_SECONDS: Final = 0.2
+PATIENCE: Final = 8
 MOST_TEXT: Final = 256 << 20
-
-MOST_NUMBERS: Final = 4096
-"""Of regions, in one question."""
 
 
 class State(Enum):
@@ -79,7 +81,7 @@ class State(Enum):
 class _Handed:
     """A connection that waits for its pager, or is served by it."""
 
-    sock: socket.socket | None
+    sock: socket.socket
     name: Name | None
     over: Callable[[], None]
     refused: Refused | None = None
@@ -114,10 +116,11 @@ class Pager:
         self.used = trio.current_time()
         self._names = names
         self._channel: Channel[FromPager] | None = None
+        self._board: Board | None = None
         self._connections: dict[int, _Handed] = {}
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
-        self._outgoing: deque[Changed | Done] = deque()
+        self._outgoing: deque[Changed | Done | Go] = deque()
         self._work = trio.Event()
         self.extents: set[int] = set()
         """Regions of which it has said that they have memory."""
@@ -146,9 +149,15 @@ class Pager:
     async def _begin(self) -> None:
         assert self._channel is not None
         names = [name.record() for name in self._names.of_home(self.uid)]
-        for at in range(0, max(len(names), 1), MOST_NAMES):
-            last = at + MOST_NAMES >= len(names)
-            await self._channel.send(Begin(names[at : at + MOST_NAMES], last, self._device))
+        memory = board.make()
+        try:
+            self._board = Board(memory)
+            for at in range(0, max(len(names), 1), MOST_NAMES):
+                last = at + MOST_NAMES >= len(names)
+                begin = Begin(names[at : at + MOST_NAMES], last, self._device)
+                await self._channel.send(begin, [memory] if at == 0 else [])
+        finally:
+            os.close(memory)
 
     def _end(self) -> None:
         self.state = State.GONE
@@ -164,8 +173,12 @@ class Pager:
             asked.answered.set()
         self._asked.clear()
         for name in self._names.of_home(self.uid):
+            name.allocated()
+            name.look = None
             if not name.linked and not name.size:
                 self._names.gone(name.id)
+        if self._board is not None:
+            self._board.close()
         self.ready.set()
         self.gone.set()
 
@@ -217,9 +230,10 @@ class Pager:
             case Held():
                 self.failed = message
             case Ended():
-                handed = self._connections.pop(message.number, None)
-                if handed is not None:
-                    handed.over()
+                for number in message.numbers:
+                    handed = self._connections.pop(number, None)
+                    if handed is not None:
+                        handed.over()
                 self.used = trio.current_time()
             case Established():
                 self._established(message)
@@ -254,8 +268,7 @@ class Pager:
                     self.uid,
                 )
             if self._is_its(extent.id):
-                self.extents.add(extent.id)
-                self._names.established(extent)
+                self._has_memory(extent)
         if message.last:
             for name in self._names.of_home(self.uid):
                 if name.id not in self.extents:
@@ -263,12 +276,18 @@ class Pager:
             self.state = State.READY
             self.ready.set()
 
+    def _has_memory(self, extent: Extent) -> None:
+        self.extents.add(extent.id)
+        name = self._names.with_id(extent.id)
+        if name is not None and self._board is not None:
+            name.look = partial(self._board.get, extent.slot)
+        self._names.established(extent)
+
     def _established(self, message: Established) -> None:
         error = 0
         if self._is_its(message.extent.id):
-            self.extents.add(message.extent.id)
             try:
-                self._names.established(message.extent)
+                self._has_memory(message.extent)
             except Refused as refused:
                 error = refused.code
         self.tell(Done(message.number, error))
@@ -287,7 +306,7 @@ class Pager:
 
     # -- what it is told --
 
-    def tell(self, message: Changed | Done) -> None:
+    def tell(self, message: Changed | Done | Go) -> None:
         """Send it when it can be sent; nobody waits."""
         if self.state is State.GONE or self._channel is None:
             return
@@ -310,45 +329,75 @@ class Pager:
                     return  # it has ended, which _listen() sees
                 self._outgoing.popleft()
 
-    async def serve(self, handed: _Handed) -> bool:
-        """Hand over a connection; False if the pager has ended, and the connection is ours."""
-        assert self._channel is not None
-        assert handed.sock is not None
+    def _message(self, handed: _Handed) -> Connection:
         number = next(self._numbers)
         record = None if handed.name is None else handed.name.record()
         code, reason = 0, ""
         if handed.refused is not None:
             code, reason = handed.refused.code, handed.refused.message
-        message = Connection(number, record, code, reason)
         self._connections[number] = handed
+        return Connection(number, record, code, reason)
+
+    def serve_now(self, handed: _Handed) -> bool:
+        """As `serve`, if that is possible at once; else False, and the connection is ours."""
+        if self.state is not State.READY or self._channel is None or self._outgoing:
+            return False
+        message = self._message(handed)
+        try:
+            if self._channel.send_now(message, [handed.sock.fileno()]):
+                self._go(handed, message.number)
+                return True
+        except OSError:
+            pass
+        self._connections.pop(message.number, None)
+        return False
+
+    async def serve(self, handed: _Handed) -> bool:
+        """Hand over a connection; False if the pager has ended, and the connection is ours."""
+        assert self._channel is not None
+        message = self._message(handed)
         try:
             await self._channel.send(message, [handed.sock.fileno()])
         except OSError:
-            self._connections.pop(number, None)
+            self._connections.pop(message.number, None)
             return False
-        # It has the pager's descriptor, or that of the message: this is not the last close.
+        self._go(handed, message.number)
+        return True
+
+    def _go(self, handed: _Handed, number: int) -> None:
+        # The pager has a descriptor of it, or the message to it: this is not the last close.
         handed.sock.close()
         self.used = trio.current_time()
-        with contextlib.suppress(OSError):
-            await self._channel.send(Go(number))
-        return True
+        self.tell(Go(number))
 
     # -- what it is asked --
 
-    async def ask(self, kind: Kind, ids: list[int], seconds: float) -> tuple[Answer, bytes] | None:
-        """Its answer, and the text that came with it; None if there was none in time."""
+    async def ask(self, kind: Kind, number_of: int, seconds: float) -> tuple[Answer, bytes] | None:
+        """Its answer, and the text that came with it; None if there was none in time.
+
+        A pager that has not been heard of for `seconds` since is not waited for; one that
+        has much to do, and says other things meanwhile, is, up to PATIENCE times as long.
+        """
         if self._channel is None or self.state is State.GONE:
             return None
         number = next(self._numbers)
         asked = self._asked[number] = _Asked(trio.current_time())
         try:
-            with trio.move_on_after(seconds):
-                await self.ready.wait()
-                await self._channel.send(Question(number, kind, ids))
-                await asked.answered.wait()
-        except OSError:
+            with trio.move_on_after(PATIENCE * seconds) as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_silence, asked, seconds, scope)
+                    await self.ready.wait()
+                    await self._channel.send(Question(number, kind, number_of))
+                    await asked.answered.wait()
+                    nursery.cancel_scope.cancel()
+        except* OSError:  # it has ended
             self._asked.pop(number, None)
         return None if asked.answer is None else (asked.answer, asked.text)
+
+    async def _watch_silence(self, asked: _Asked, seconds: float, scope: trio.CancelScope) -> None:
+        while (left := max(self.heard, asked.since) + seconds - trio.current_time()) > 0:
+            await trio.sleep(left)
+        scope.cancel()
 
     def _answered(self, message: Answer, fds: list[int]) -> None:
         asked = self._asked.pop(message.number, None)
@@ -467,9 +516,13 @@ class Pagers:
         Waits for a pager that starts, or that cannot start yet: that user's clients wait,
         and nobody else.
         """
-        handed = _Handed(sock, name, over)
+        await self._serve(home, _Handed(sock, name, over))
+
+    async def _serve(self, uid: int, handed: _Handed) -> None:
         while True:
-            pager = self.start(home)
+            pager = self.start(uid)
+            if pager.serve_now(handed):
+                return
             await pager.ready.wait()
             if pager.state is State.READY and await pager.serve(handed):
                 return
@@ -480,45 +533,24 @@ class Pagers:
         self, sock: socket.socket, uid: int, refused: Refused, over: Callable[[], None]
     ) -> None:
         """Have a connection told why it is not served, by the pager of its own user."""
-        handed = _Handed(sock, None, over, refused)
-        while True:
-            pager = self.start(uid)
-            await pager.ready.wait()
-            if pager.state is State.READY and await pager.serve(handed):
-                return
-            await pager.gone.wait()
-            await trio.sleep(AGAIN_SECONDS)
+        await self._serve(uid, _Handed(sock, None, over, refused))
 
     # -- what the mount shows: see mount/asking.py --
 
     async def text(self, home: int, kind: Text, number: int, seconds: float) -> bytes | int | None:
         """A text, or the errno that the pager gave; None if it did not answer in time."""
         pager = self._pagers.get(home)
-        got = None if pager is None else await pager.ask(kind, [number], seconds)
+        got = None if pager is None else await pager.ask(kind, number, seconds)
         if got is None:
             return None
         answer, text = got
         return answer.error or text
 
-    async def sizes(self, home: int, numbers: list[int], seconds: float) -> list[int] | None:
-        """Bytes of memory of regions; None if the pager did not answer in time."""
-        pager = self._pagers.get(home)
-        if pager is None or pager.silent > seconds:
-            return None
-        found: list[int] = []
-        for at in range(0, len(numbers), MOST_NUMBERS):
-            part = numbers[at : at + MOST_NUMBERS]
-            got = await pager.ask("stat", part, seconds)
-            if got is None or len(got[0].values) != len(part):
-                return None
-            found += got[0].values
-        return found
-
     async def look(self, seconds: float) -> None:
         """Have each tell what it has counted, if it does in time."""
 
         async def ask(pager: Pager) -> None:
-            got = await pager.ask("metrics", [], seconds)
+            got = await pager.ask("metrics", 0, seconds)
             if got is not None:
                 pager.samples = got[0].samples
 

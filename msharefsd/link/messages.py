@@ -38,7 +38,7 @@ MOST_NAMES: Final = 128
 """In one message: a name has at most 255 bytes."""
 
 
-Kind = Literal["stat", "info", "maps", "sharers", "pagetables", "metrics"]
+Kind = Literal["info", "maps", "sharers", "pagetables", "metrics"]
 """Of a question."""
 
 
@@ -69,6 +69,8 @@ class Extent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
     minor: int
     inode: int
     """Which file the backing is: the proof of a child after fork (bytes; statx(2))."""
+    slot: int
+    """Where on the board (board.py) it says how much memory it holds."""
     name: NameRecord
     """As the pager knows it: for a front that has lost its own."""
 
@@ -79,7 +81,8 @@ class Extent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
 class Begin(_Message, frozen=True):
     """Names of this pager's; `last` is set in the last of these.
 
-    `device`: major and minor number of the mount, of which files are proofs.
+    `device`: major and minor number of the mount, of which files are proofs.  With the
+    first comes the board's memory (the descriptor).
     """
 
     names: list[NameRecord]
@@ -116,13 +119,12 @@ class Changed(_Message, frozen=True):
 class Question(_Message, frozen=True):
     """To be answered soon: the front waits, though not for long.
 
-    `stat` is of several regions: how many bytes of memory each holds.  The others are the
-    texts of one region, `metrics` is everything that is counted here.
+    The texts are of one region, `metrics` is everything that is counted here.
     """
 
     number: int
     kind: Kind
-    ids: list[int]
+    id: int = 0
 
 
 class Stop(_Message, frozen=True):
@@ -158,9 +160,9 @@ class Held(_Message, frozen=True):
 
 
 class Ended(_Message, frozen=True):
-    """A connection has ended."""
+    """Connections have ended."""
 
-    number: int
+    numbers: list[int]
 
 
 class Established(_Message, frozen=True):
@@ -194,8 +196,6 @@ class Answer(_Message, frozen=True):
 
     number: int
     error: int = 0
-    values: list[int] = []
-    """`stat`: bytes, in the order of the ids."""
     samples: list[tuple[str, dict[str, str], float]] = []
     """`metrics`: name, labels and value of each."""
     size: int = 0

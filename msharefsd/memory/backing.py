@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Final
 
 import trio
@@ -52,6 +52,8 @@ class Backing(SparseFile):
         super().__init__(names.backing, size, fd)
         self._stash_name = names.stash
         self._disposal = disposal
+        self.growth: Callable[[int], None] = lambda _: None
+        """Told how many bytes have been populated."""
         self._host: HostMapping | None = None
         self._stash: ShmObject | None = None
         self.identity = syscalls.identify(fd)

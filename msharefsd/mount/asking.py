@@ -10,7 +10,7 @@ import errno
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final, Literal, Protocol
 
@@ -23,7 +23,6 @@ Text = Literal["info", "maps", "sharers", "pagetables"]
 TEXT_SECONDS: Final = 2.0
 """How long a text is waited for; `pagetables` measures, and takes up to 5 seconds."""
 PAGETABLES_SECONDS: Final = 8.0
-STAT_SECONDS: Final = 0.5
 MOST_WAITING: Final = 16
 """How many questions of one user's may wait: pyfuse3 has 99 workers."""
 MOST_REMEMBERED: Final = 4 << 20
@@ -36,9 +35,6 @@ class Pagers(Protocol):
 
     async def text(self, home: int, kind: Text, number: int, seconds: float) -> bytes | int | None:
         """A text, or the errno that the pager gave; None if it did not answer in time."""
-
-    async def sizes(self, home: int, numbers: list[int], seconds: float) -> list[int] | None:
-        """Bytes of memory of regions; None if the pager did not answer in time."""
 
     async def metrics(self) -> bytes:
         """OpenMetrics text."""
@@ -95,19 +91,6 @@ class Asking:
         if not text and kind == "info":
             text = os.fsencode(without_range(region.record(), kind))
         return (b"" if kind == "info" else b"# ") + os.fsencode(mark) + text
-
-    async def sizes(self, uid: int, regions: Iterable[Name]) -> None:
-        """Have `memory` of regions be what it is now, as far as their pagers answer."""
-        by_home: dict[int, list[Name]] = {}
-        for region in regions:
-            by_home.setdefault(region.home, []).append(region)
-        for home, names in by_home.items():
-            if self._waiting[uid] >= MOST_WAITING:
-                return  # what is known must do
-            async with self._one_of(uid):
-                got = await self._pagers.sizes(home, [n.id for n in names], STAT_SECONDS)
-            for name, size in zip(names, got or [], strict=False):
-                name.memory = size
 
     async def metrics(self, uid: int) -> bytes:
         """What is counted, for a user.  Raises Refused."""

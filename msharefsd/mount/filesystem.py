@@ -278,9 +278,7 @@ class FileSystem(_GuardedOperations):
                 return self._entry(parent_inode)
             if name == b"..":
                 return self._entry(ROOT)
-            inode = self._resolve(parent_inode, name)
-        await self._look_at(inode, ctx.uid)
-        return self._entry(inode)
+            return self._entry(self._resolve(parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
@@ -372,16 +370,8 @@ class FileSystem(_GuardedOperations):
     # -- handlers: attributes --
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        await self._look_at(inode, ctx.uid)
         async with self._turns.turn(ctx.uid):
             return self._attributes(inode)
-
-    async def _look_at(self, inode: int, uid: int) -> None:
-        """Have how much memory a region holds asked for, if that is what its file shows."""
-        number, kind = _split_inode(inode)
-        region = self._names.with_id(number) if kind == _FILE else None
-        if region is not None and region.size:
-            await self._asking.sizes(uid, [region])
 
     async def setattr(
         self,
@@ -514,8 +504,6 @@ class FileSystem(_GuardedOperations):
         # they stay true however names come and go meanwhile.
         async with self._turns.turn(ctx.uid):
             names = self._list(inode)
-        if inode == ROOT:
-            await self._asking.sizes(ctx.uid, [each for each in self._names if each.size])
         number = self._new_handle(ctx.uid, len(names) * _ENTRY_BYTES)
         self._listings[number] = names
         return FileHandleT(number)

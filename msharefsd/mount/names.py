@@ -58,14 +58,18 @@ class Name:
     backing: tuple[int, int, int] | None = None
     """Which file its memory is: device and inode."""
     memory: int = 0
-    """Bytes that it held when its pager was asked last."""
+    """Bytes that it held when its pager was there last."""
+    look: Callable[[], int] | None = None
+    """Tells what it holds now, if its pager is there."""
     account: Account = field(default_factory=Account)
     """Its owner's."""
     objects: Sized = ()
     """The pager's."""
 
     def allocated(self) -> int:
-        """Bytes that it held when its pager was asked last."""
+        """Bytes of memory that it holds, as far as its pager has said."""
+        if self.look is not None:
+            self.memory = self.look()
         return self.memory
 
     def label(self) -> str:
@@ -253,6 +257,7 @@ class Names:
             return
         if name.backing is not None:
             self._by_backing.pop(name.backing, None)
+        name.look = None
         name.start = name.size = name.memory = 0
         name.backing = None
         name.home = name.uid
@@ -266,6 +271,8 @@ class Names:
         if name.linked:
             self.emptied(number)
             return
+        name.allocated()
+        name.look = None
         del self._by_id[number]
         if name.backing is not None:
             self._by_backing.pop(name.backing, None)

@@ -19,6 +19,7 @@ from msharefsd.control.connection import Connection as ClientConnection
 from msharefsd.control.control import Control
 from msharefsd.control.receiving import drain
 from msharefsd.errors import Refused
+from msharefsd.link.board import Board
 from msharefsd.link.channel import Channel
 from msharefsd.link.messages import (
     MOST_NAMES,
@@ -49,6 +50,9 @@ from msharefsd.threads.disposal import Disposal
 
 log = logging.getLogger(__name__)
 
+ENDED_SECONDS: Final = 0.02
+MOST_NUMBERS: Final = 4096
+
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -68,19 +72,30 @@ class Dialog:
         self._handed: dict[int, tuple[socket.socket, Connection]] = {}
         self._page_tables = PageTables()
         self._stopping = False
+        self._ended: list[int] = []
+        self._end = trio.Event()
 
     # -- at the beginning --
 
-    async def names(self) -> tuple[list[NameRecord], tuple[int, int]]:
-        """What the front knows of our names, and the mount's device.  Raises FrontEndedError."""
+    async def names(self) -> tuple[list[NameRecord], tuple[int, int], Board]:
+        """What the front knows of our names, the mount's device, and the board.
+
+        Raises FrontEndedError.
+        """
         names: list[NameRecord] = []
+        board: Board | None = None
         while True:
             got = await self._channel.receive()
             if got is None or not isinstance(got[0], Begin):
                 raise FrontEndedError
+            for fd in got[1]:
+                board = Board(fd)
+                os.close(fd)
             names += got[0].names
             if got[0].last:
-                return names, got[0].device
+                if board is None:
+                    raise FrontEndedError
+                return names, got[0].device, board
 
     async def ready(self, regions: list[Region]) -> None:
         """Say what has memory."""
@@ -95,6 +110,20 @@ class Dialog:
         """Send it when it can be sent; nobody waits."""
         self._outgoing.append(message)
         self._work.set()
+
+    def _has_ended(self, number: int) -> None:
+        """Told in a moment, with others: it is only counted, and waking the front costs."""
+        self._ended.append(number)
+        self._end.set()
+
+    async def _tell_ended(self) -> None:
+        while True:
+            await self._end.wait()
+            await trio.sleep(ENDED_SECONDS)
+            self._end = trio.Event()
+            ended, self._ended = self._ended, []
+            for at in range(0, len(ended), MOST_NUMBERS):
+                self.tell(Ended(ended[at : at + MOST_NUMBERS]))
 
     async def send_news(self) -> None:
         """Send what there is to tell; forever."""
@@ -141,6 +170,7 @@ class Dialog:
         """Serve the front until it wants us to end; `leave` when it has ended itself."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.send_news)
+            nursery.start_soon(self._tell_ended)
             while (got := await self._channel.receive()) is not None:
                 message, fds = got
                 match message:
@@ -192,16 +222,16 @@ class Dialog:
         except* Exception:
             log.exception("a connection failed")
         finally:
-            self.tell(Ended(first.number))
+            self._has_ended(first.number)
 
     # -- what we are asked --
 
     async def _answer(self, regions: Regions, metrics: Metrics, question: Question) -> None:
         answer, text = Answer(question.number), b""
         try:
-            if question.kind == "stat":
-                answer = Answer(question.number, values=await _sizes(regions, question.ids))
-            elif question.kind == "metrics":
+            if question.kind == "metrics":
+                for region in regions.alive():
+                    region.show()
                 answer = Answer(question.number, samples=metrics.samples())
             else:
                 text = await self._text(regions, question)
@@ -219,7 +249,7 @@ class Dialog:
                 os.close(fd)
 
     async def _text(self, regions: Regions, question: Question) -> bytes:
-        region = regions.with_id(question.ids[0]) if question.ids else None
+        region = regions.with_id(question.id)
         if region is None:
             return b""
         match question.kind:
@@ -233,15 +263,6 @@ class Dialog:
             lines.append(os.fsencode(line))
             await breath.take()
         return b"".join(lines)
-
-
-async def _sizes(regions: Regions, ids: list[int]) -> list[int]:
-    breath, sizes = Breath(), []
-    for number in ids:
-        region = regions.with_id(number)
-        sizes.append(0 if region is None else region.allocated())
-        await breath.take()
-    return sizes
 
 
 def _sealed(text: bytes) -> int:

@@ -178,7 +178,8 @@ class _Pager:
 
     async def run(self) -> None:
         """Adopt what is there, serve, and end."""
-        known, device = await self._dialog.names()
+        known, device, board = await self._dialog.names()
+        self._regions.board = board
         kept = self._keeper.take()
         recovery.adopt_regions(
             self._journal,

@@ -180,6 +180,7 @@ class Populate:
             else:
                 done, outcome = target.copy(at, end, address + at - start, protect=protect)
             self._metrics.populated.inc(done)
+            backing.growth(done)
             at += done
             if outcome is Outcome.PRESENT:
                 # The backing may call a page absent that this sharer has something

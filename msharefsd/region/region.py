@@ -27,6 +27,7 @@ from typing import Final
 
 import trio
 
+from msharefsd.link.board import NOWHERE, Board
 from msharefsd.link.messages import Extent, NameRecord
 from msharefsd.linux import syscalls
 from msharefsd.memory.backing import Backing
@@ -105,6 +106,9 @@ class Region:
     """Of its backing."""
     memory: MemoryNames | None = None
     """What its memory is called, from before it is made until it is gone."""
+    board: Board | None = None
+    slot: int = NOWHERE
+    """Where it shows how much memory it holds."""
     creator: int = 0
     """The process that made the file, so that it and nobody else may say so; 0 for nobody."""
     made_file: bool = False
@@ -137,6 +141,9 @@ class Region:
         if self.backing is not None:
             self.backing.release()
             self.backing = None
+        if self.board is not None:
+            self.board.give_back(self.slot)
+            self.slot = NOWHERE
         self.account.freed()
         if self.state is State.GONE:
             self.account.regions.discard(self)
@@ -156,7 +163,18 @@ class Region:
         """What the front has to know of its memory."""
         assert self.backing is not None
         of = self.backing.identity
-        return Extent(self.id, self.start, self.size, of.major, of.minor, of.inode, self.record())
+        numbers = of.major, of.minor, of.inode
+        return Extent(self.id, self.start, self.size, *numbers, self.slot, self.record())
+
+    def show(self) -> None:
+        """Have everybody see how much memory it holds now."""
+        if self.board is not None:
+            self.board.set(self.slot, self.allocated())
+
+    def grown(self, size: int) -> None:
+        """As `show`, when so many bytes have come: without looking."""
+        if self.board is not None:
+            self.board.set(self.slot, self.board.get(self.slot) + size)
 
 
 def writes(oflags: int) -> bool:

@@ -18,6 +18,7 @@ import trio
 
 from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
+from msharefsd.link.board import Board
 from msharefsd.link.messages import Emptied, Gone, NameRecord, Unlink
 from msharefsd.memory.backing import Backing
 from msharefsd.memory.names import MemoryNames
@@ -40,13 +41,14 @@ class Regions:
         limits: Limits | None = None,
         journal: Journal | None = None,
         tell: Tell = lambda _: None,
+        board: Board | None = None,
     ) -> None:
         """Start without regions.
 
         `name_memory(kind)` names memory and `make_backing(names, start, size, kind)` makes
         it; `release(region)` sees to it that the memory of a region that nobody uses any
         more is closed; `limits` says what each user may have; `journal` is where everything
-        is written before it is so; `tell` tells the front.
+        is written before it is so; `tell` tells the front, and `board` shows it.
         """
         self.release = release
         self.limits = limits or Limits()
@@ -55,6 +57,7 @@ class Regions:
         self._name_memory = name_memory
         self._make_backing = make_backing
         self._tell = tell
+        self.board = board
         self._sharer_numbers = itertools.count(self.journal.next_sharer())
         self._by_id: dict[int, Region] = {}
         self._by_backing: dict[tuple[int, int, int], Region] = {}
@@ -155,7 +158,15 @@ class Regions:
         region.account.regions.add(region)
         self._by_id[region.id] = region
         if region.backing is not None:
-            self._by_backing[_key(region.backing)] = region
+            self._has_memory(region)
+
+    def _has_memory(self, region: Region) -> None:
+        assert region.backing is not None
+        self._by_backing[_key(region.backing)] = region
+        if self.board is not None:
+            region.board, region.slot = self.board, self.board.take()
+        region.backing.growth = region.grown
+        region.show()
 
     def change(self, region: Region, **fields: object) -> None:
         """Set fields of a region, and write it down.  Raises Refused, and nothing is set."""
@@ -212,7 +223,7 @@ class Regions:
             raise
         region.backing = backing
         region.settled = trio.Event()
-        self._by_backing[_key(backing)] = region
+        self._has_memory(region)
 
     def _empty(self, region: Region) -> None:
         """It is a name without a range again."""

@@ -43,9 +43,6 @@ class NoPagers:
     async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
         return None
 
-    async def sizes(self, home: int, numbers: list[int], seconds: float) -> list[int] | None:
-        return None
-
     async def metrics(self) -> bytes:
         return b""
 

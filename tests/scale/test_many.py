@@ -80,8 +80,8 @@ def crowds(program: Path, daemon: Daemon, count: int) -> Iterator[list[Crowd]]:
 
 
 def memory(daemon: Daemon, what: str = "RssAnon") -> int:
-    """Memory of the daemon by its name in /proc/PID/status, bytes."""
-    for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines():
+    """Memory of the pager by its name in /proc/PID/status, bytes."""
+    for line in Path(f"/proc/{daemon.pager()}/status").read_text().splitlines():
         if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(what)

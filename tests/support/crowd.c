@@ -47,11 +47,14 @@ static pid_t group;
 /* Children wait for the other end to be closed: all go on at the same moment. */
 static int gate[2], door[2];
 
-static void wait_for(const int pipe[2])
+static void wait_for(int pipe[2])
 {
 	char byte;
 
-	close(pipe[1]);
+	/* Once: the number may be a descriptor of the library's by the second time. */
+	if (pipe[1] >= 0)
+		close(pipe[1]);
+	pipe[1] = -1;
 	while (read(pipe[0], &byte, 1) < 0 && errno == EINTR)
 		;
 }
@@ -70,6 +73,7 @@ static void live(int number, int attach)
 	setpgid(0, group);
 	if (attach) {
 		close(door[1]);
+		door[1] = -1;
 		wait_for(gate);
 		if (mshare(name, (void *)start, length, O_RDWR, 0) < 0)
 			failed();

@@ -1,0 +1,74 @@
+"""How much memory each region holds, for the front to see without asking.
+
+Every open(2) and stat(2) of a region's file shows it, and asking a pager for each would cost
+as much as all the rest.  So a pager writes it down in memory that both have mapped, whenever
+it has populated or freed something: a slot of eight bytes for each region.  What sharers make
+or free by themselves, with the backing's descriptor, is seen when the pager looks the next
+time.
+
+The front makes the memory and seals its size: no pager can cut it under the front's eyes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import Final
+
+SLOTS: Final = 1 << 16
+_BYTES: Final = 8
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+NOWHERE: Final = -1
+
+
+def make() -> int:
+    """A descriptor of a board's memory.  Raises OSError."""
+    fd = os.memfd_create("msharefsd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, SLOTS * _BYTES)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Board:
+    """One side's view of it."""
+
+    def __init__(self, fd: int) -> None:
+        """`fd` stays the caller's.  Raises OSError."""
+        self._memory = mmap.mmap(fd, SLOTS * _BYTES)
+        self._slots = memoryview(self._memory).cast("Q")
+        self._next = 0
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """A slot of one's own, with 0 in it; NOWHERE if all are taken."""
+        if self._free:
+            return self._free.pop()
+        if self._next == SLOTS:
+            return NOWHERE
+        self._next += 1
+        return self._next - 1
+
+    def give_back(self, slot: int) -> None:
+        """It is free for another."""
+        if slot != NOWHERE:
+            self._slots[slot] = 0
+            self._free.append(slot)
+
+    def set(self, slot: int, value: int) -> None:
+        """Write bytes down."""
+        if slot != NOWHERE:
+            self._slots[slot] = max(value, 0)
+
+    def get(self, slot: int) -> int:
+        """What is written there; 0 for no slot."""
+        return self._slots[slot] if 0 <= slot < SLOTS else 0
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._slots.release()
+        self._memory.close()
