@@ -130,6 +130,8 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
 
 def _objects(journal: Journal, region: Region, files: dict[int, MappedFile]) -> Iterable[Object]:
     for row in journal.objects(region.id):
+        if row.file is not None and row.file not in files:
+            continue  # the region was being freed: its files went first
         yield Object(
             row.offset,
             row.length,
@@ -293,6 +295,7 @@ async def _put_right(
                 region.start + item.offset,
                 refused.message,
             )
+        await breath.take()
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
         if found is not None and found.file is not None and found.written_back:

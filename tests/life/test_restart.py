@@ -33,6 +33,7 @@ from conftest import (
     huge_pages,
 )
 
+from msharefsd.journal.journal import SCHEMA
 from msharefsd.linux import mounts
 
 SIZE = 4 * ALIGNMENT
@@ -749,7 +750,7 @@ def test_a_state_that_is_not_understood_is_not_thrown_away(stage: Stage) -> None
         database.execute("PRAGMA user_version = 99")
     refused(daemon, "schema 99")
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 1")
+        database.execute(f"PRAGMA user_version = {SCHEMA}")
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     whole = path.read_bytes()
     path.write_bytes(b"no database" + whole[11:])
