@@ -31,11 +31,11 @@ class LongestRun(trio.abc.Instrument):
         self.longest = 0.0
         """In seconds."""
 
-    def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 - trio's signature
+    def before_io_wait(self, timeout: float) -> None:
         """Whoever is to be served can be, now: it has started."""
-        self._serving = True
+        self._serving = self._serving or timeout > 0
 
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - as above
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - trio's signature
         """A run begins."""
         self._since = self._clock()
 

@@ -513,7 +513,7 @@ async def test_a_long_run_is_told(caplog: pytest.LogCaptureFixture) -> None:
         run.before_task_step(task)
         now += seconds
         run.after_task_step(task)
-        run.before_io_wait(0)  # the first one is the start
+        run.before_io_wait(1)  # the first one is the start
     told = [record.getMessage() for record in caplog.records]
     assert [" ".join(each.split()[:9]) for each in told] == [
         "the longest run between two checkpoints took 60 ms",
