@@ -179,7 +179,7 @@ async def adopt_sharers(
     adopted = _reach_all(journal, regions)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
-        pages.poison.restore(window_of(sharer), journal.poisoned(sharer.number))
+        pages.poison.marks.restore(window_of(sharer), journal.poisoned(sharer.number))
     barrier("recovery.sharers")
     for region in list(regions.alive()):
         await _put_right(journal, region, pages, spaces)

@@ -40,9 +40,9 @@ class LongestRun(trio.abc.Instrument):
         self._since = self._clock()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """It ends."""
+        """It ends, and perhaps was too long."""
         took = self._clock() - self._since
-        if not self._serving or took <= self.longest:
+        if not self._serving or took <= self.longest or _is_the_end(task):
             return
         self.longest = took
         if took > TOO_LONG_SECONDS:
@@ -52,6 +52,13 @@ class LongestRun(trio.abc.Instrument):
                 task.name,
                 _place(task),
             )
+
+
+def _is_the_end(task: trio.lowlevel.Task) -> bool:
+    """Whether the main task has ended: nobody is served any more."""
+    above = task.parent_nursery.parent_task if task.parent_nursery else None
+    main = above is not None and above.parent_nursery is None
+    return main and next(task.iter_await_frames(), None) is None
 
 
 def _place(task: trio.lowlevel.Task) -> str:
