@@ -46,7 +46,7 @@ MiB = 1 << 20
 BACKING = os.environ.get("MSHARE_TEST_BACKING", "shm")
 """What holds the pages: the tests of regions and objects are one corpus for all."""
 PAGE = {"shm": 4096, "hugetlb": 2 * MiB}[BACKING]
-LARGEST_CHUNK = {"shm": 2 * MiB, "hugetlb": 16 * MiB}[BACKING]
+LARGEST_CHUNK = {"shm": 2 * MiB, "hugetlb": 4 * MiB}[BACKING]
 """The most that is populated for one fault."""
 ALIGNMENT = 512 * PAGE
 CORPUS_HUGE_PAGES = 1600

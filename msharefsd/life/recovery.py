@@ -150,6 +150,8 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
 
 def _objects(journal: Journal, region: Region, files: dict[int, MappedFile]) -> Iterable[Object]:
     for row in journal.objects(region.id):
+        if row.file is not None and row.file not in files:
+            continue  # the region was being freed: its files went first
         yield Object(
             row.offset,
             row.length,
@@ -197,7 +199,7 @@ async def adopt_sharers(
     adopted = _reach_all(journal, regions)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
-        pages.poison.restore(window_of(sharer), journal.poisoned(sharer.number))
+        pages.poison.marks.restore(window_of(sharer), journal.poisoned(sharer.number))
     barrier("recovery.sharers")
     for region in list(regions.alive()):
         await _put_right(journal, region, pages, spaces)
@@ -314,6 +316,7 @@ async def _put_right(
                 region.start + item.offset,
                 refused.message,
             )
+        await breath.take()
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
         if found is not None and found.file is not None and found.written_back:

@@ -59,7 +59,8 @@ log = logging.getLogger(__name__)
 MiB: Final = 1 << 20
 SLOT: Final = 1 << 30
 """What one page of PMD entries maps, with 4 KiB base pages."""
-LARGEST_CHUNK: Final = 16 * MiB
+LARGEST_CHUNK: Final = 4 * MiB
+"""Making more of it at one time is milliseconds in which nobody else is served."""
 _SCANNED: Final = 1 << 30
 _TRIES: Final = 8
 _SHM_GROUP: Final = Path("/proc/sys/vm/hugetlb_shm_group")

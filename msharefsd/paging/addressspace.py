@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -29,7 +27,7 @@ from msharefsd.journal.journal import Journal
 from msharefsd.linux import syscalls
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
-from msharefsd.paging import protection
+from msharefsd.paging import protection, removal
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.writeback import Writeback
@@ -38,10 +36,6 @@ from msharefsd.region.record import save_objects
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
 
-log = logging.getLogger(__name__)
-
-AT_ONE_TIME: Final = 256
-"""How many objects change in one piece, between two pauses."""
 _PROTECTIONS: Final = syscalls.PROT_READ | syscalls.PROT_WRITE | syscalls.PROT_EXEC
 
 
@@ -92,19 +86,19 @@ class AddressSpaces:
             _check_objects(region, 1 + _splits(region, new.offset, new.end))
             if new.guarded and new.accessible:
                 protection.arm(pages, new.offset, new.end)
-            with _leaving(region, new.offset, new.end):
+            with removal.leaving(region, new.offset, new.end):
                 if occupied:
                     await self._write_back(region, new.offset, new.end)
-                    _alive(region)
+                    removal.alive(region)
                 with _to_the_end():
                     await self._thin_out(region, new.offset, new.end)
                     removed = self._put(region, new.offset, new.length, new, by)
                     barrier("mmap")
                     # A page that was there before, or is poison, must not show through.
                     await self._finish_removal(region, new.offset, new.length, removed)
-                    _alive(region)
+                    removal.alive(region)
                     await self._server.poison.clear(pages, new.offset, new.length, empty=True)
-                    _alive(region)
+                    removal.alive(region)
                     self._journal.cleared(region.id)
 
     async def _thin_out(self, region: Region, start: int, end: int) -> None:
@@ -113,10 +107,10 @@ class AddressSpaces:
         Map, journal and memory of one piece change without a pause, and a pause there
         must be.  If we die in between there are holes, and the call comes again.
         """
-        while (past := region.objects.past(start, end, AT_ONE_TIME)) is not None:
+        while (past := region.objects.past(start, end, removal.AT_ONE_TIME)) is not None:
             removed = self._put(region, start, past - start, None, None)
             await self._finish_removal(region, start, past - start, removed)
-            _alive(region)
+            removal.alive(region)
             start = past
 
     def _put(
@@ -143,14 +137,14 @@ class AddressSpaces:
             raise
         if new is not None and new.file is not None:
             new.file.hold()
-        _let_go(region, removed)
+        removal.let_go(region, removed)
         return removed
 
     async def _finish_removal(
         self, region: Region, offset: int, length: int, removed: list[Object]
     ) -> None:
-        await _clean(region, offset, offset + length)
-        await _discard(region, offset, length)
+        await removal.clean(region, offset, offset + length)
+        await removal.discard(region, offset, length)
         # Punching leaves the protection where a page was mapped.
         if any(item.guarded for item in removed):
             await protection.unprotect(pages_of(region), offset, offset + length)
@@ -182,9 +176,9 @@ class AddressSpaces:
         await self._write_back(region, offset, offset + length)
         async with region.change:
             _check_objects(region, _splits(region, offset, offset + length))
-            with _leaving(region, offset, offset + length):
+            with removal.leaving(region, offset, offset + length):
                 await self._write_back(region, offset, offset + length)
-                _alive(region)
+                removal.alive(region)
                 with _to_the_end():
                     await self._thin_out(region, offset, offset + length)
                     removed = self._put(region, offset, length, None, by)
@@ -216,7 +210,7 @@ class AddressSpaces:
                 await self._protect(region, item, prot, by if item.end == end else None)
                 at = item.end
                 await breath.take()
-                _alive(region)
+                removal.alive(region)
             if at != end:
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
@@ -224,9 +218,9 @@ class AddressSpaces:
         if item.prot == prot:
             return
         if prot == syscalls.PROT_NONE and item.written_back:
-            with _leaving(region, item.offset, item.end):
+            with removal.leaving(region, item.offset, item.end):
                 await self._write_back(region, item.offset, item.end)
-        _alive(region)
+        removal.alive(region)
         with _to_the_end():
             await self._apply(region, item, prot, by)
 
@@ -243,7 +237,7 @@ class AddressSpaces:
         barrier("mprotect")
         if not new.accessible:
             await self._server.poison.clear(pages_of(region), new.offset, new.length)
-            _alive(region)
+            removal.alive(region)
             try:
                 await self.hide(region, new)
             except Refused:
@@ -257,7 +251,7 @@ class AddressSpaces:
         else:
             await protection.unprotect(pages_of(region), new.offset, new.end)
         if new.accessible and not item.accessible:
-            _alive(region)
+            removal.alive(region)
             await self._server.poison.clear(pages_of(region), new.offset, new.length)
 
     def _prepare_to_protect(self, region: Region, new: Object) -> None:
@@ -273,13 +267,15 @@ class AddressSpaces:
         """PROT_NONE: nobody can reach the pages, and their contents stay."""
         pages, breath = pages_of(region), Breath()
         step = max(HUGE_PAGE, region.page)
-        spans, parts = await _plan(await protection.present(region, item.offset, item.end), step)
+        spans, parts = await removal.plan(
+            await protection.present(region, item.offset, item.end), step
+        )
         for start, end in spans:
             protection.arm(pages, start, end)
             await breath.take()
         await protection.protect_present(pages, item.offset, item.end)
         for start, end in parts:
-            _alive(region)
+            removal.alive(region)
             assert region.backing is not None
             try:
                 region.backing.stash_pages(start, end - start)
@@ -310,11 +306,11 @@ class AddressSpaces:
             if region.backing is None:
                 return
             # Nobody may write to what the next daemon would discard again.
-            with _leaving(region, offset, offset + length), _to_the_end():
-                private = await _some_private(region, offset, offset + length)
+            with removal.leaving(region, offset, offset + length), _to_the_end():
+                private = await removal.some_private(region, offset, offset + length)
                 while True:
                     after = private[-1].end if private else offset + length
-                    rest = await _some_private(region, after, offset + length)
+                    rest = await removal.some_private(region, after, offset + length)
                     save_objects(
                         self._journal,
                         region,
@@ -324,8 +320,8 @@ class AddressSpaces:
                     for item in private:
                         for fill in pages_of(region).fills(item.offset, item.end):
                             fill.stale = True
-                        await _discard(region, item.offset, item.length)
-                    _alive(region)
+                        await removal.discard(region, item.offset, item.length)
+                    removal.alive(region)
                     self._journal.cleared(region.id)
                     if not rest:
                         break
@@ -343,88 +339,6 @@ def _to_the_end() -> trio.CancelScope:
     return trio.CancelScope(shield=True)
 
 
-@contextlib.contextmanager
-def _leaving(region: Region, start: int, end: int) -> Iterator[None]:
-    """Whoever faults in [start, end) waits until what is there has been replaced."""
-    pages = pages_of(region)
-    pages.leaving.add(start, end)
-    try:
-        yield
-    finally:
-        pages.leaving.clear()
-        if pages.held:
-            pages.held = False
-            protection.wake(region, start, end)
-
-
-async def _some_private(region: Region, start: int, end: int) -> list[Object]:
-    """The first private parts in [start, end), not too many at one time."""
-    found: list[Object] = []
-    breath = Breath()
-    while len(found) < AT_ONE_TIME and (item := region.objects.first(start, end)) is not None:
-        if item.private:
-            found.append(item)
-        start = item.end
-        await breath.take()
-    return found
-
-
-async def _plan(
-    runs: Iterable[tuple[int, int]], step: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """How to take runs of pages away: what to arm, and what to move at one time.
-
-    Armed are spans, gaps of less than `step` with them: a window is one VMA for each, and
-    a process may have so many of them.  Moved is what lies in one aligned step.
-    """
-    spans: list[tuple[int, int]] = []
-    parts: list[tuple[int, int]] = []
-    breath = Breath()
-    for start, end in runs:
-        for at in range(start - start % step, end, step):
-            low, high = max(at, start), min(at + step, end)
-            if parts and low // step == parts[-1][0] // step:
-                parts[-1] = (parts[-1][0], high)
-            else:
-                parts.append((low, high))
-            if spans and low - spans[-1][1] < step:
-                spans[-1] = (spans[-1][0], high)
-            else:
-                spans.append((low, high))
-            await breath.take()
-    return spans, parts
-
-
-async def _clean(region: Region, start: int, end: int) -> None:
-    """Nothing in the range is dirty any more; if anything was, a file did not take it.
-
-    As in the kernel, munmap() succeeds all the same.  Nobody writes there meanwhile.
-    """
-    dirty, breath, lost = pages_of(region).dirty, Breath(), 0
-    while (found := dirty.file_at(start, end)) is not None:
-        dirty.discard(found[0])
-        lost += region.page
-        await breath.take()
-    if lost:
-        log.error("region %s: unmapped %d bytes that a file did not take", region.label(), lost)
-
-
-async def _discard(region: Region, offset: int, length: int) -> None:
-    """Free the memory of a range, whether it is in the backing or in the stash."""
-    _alive(region)
-    assert region.backing is not None
-    await region.backing.discard(offset, length)
-    region.account.freed()
-    first = offset - offset % HUGE_PAGE
-    pages = pages_of(region)
-    if length // HUGE_PAGE < len(pages.collapsed):
-        pages.collapsed.difference_update(range(first, offset + length, HUGE_PAGE))
-    else:
-        pages.collapsed = {
-            chunk for chunk in pages.collapsed if not first <= chunk < offset + length
-        }
-
-
 def _splits(region: Region, start: int, end: int) -> int:
     """How many objects more there are when [start, end) is taken out: 1 or 0."""
     found = region.objects.find(start)
@@ -437,15 +351,3 @@ def _check_objects(region: Region, more: int) -> None:
         raise Refused(errno.ENOMEM, "too many objects in the region")
     if more:
         region.account.check_objects(more)
-
-
-def _alive(region: Region) -> None:
-    if region.backing is None:
-        raise Refused(errno.ENOENT, "the region is gone")
-
-
-def _let_go(region: Region, removed: list[Object]) -> None:
-    """Close the files of which nothing is mapped any more."""
-    for file in dict.fromkeys(item.file for item in removed if item.file is not None):
-        if not region.objects.uses(file):
-            file.let_go()

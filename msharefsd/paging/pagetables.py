@@ -31,6 +31,7 @@ from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.hugetlb import SLOT, HugetlbBacking
 from msharefsd.paging.pages import Pages, pages_of
 from msharefsd.region.region import Region, Sharer
+from msharefsd.threads.breath import Breath
 
 TABLE: Final = 4096
 """The size of a page table; with 4 KiB pages one of PMD entries maps a SLOT."""
@@ -176,12 +177,13 @@ class PageTables:
                 _ask_kernel, seen, limiter=self._thread, abandon_on_cancel=True
             )
         # A number that was used again while we looked is no sharer's.
-        seen.processes = [
-            process
-            for process in seen.processes
-            if process.sharer.number in region.sharers and not process.sharer.ended()
-        ]
-        return render(seen)
+        here, breath = [], Breath()
+        for process in seen.processes:
+            if process.sharer.number in region.sharers and not process.sharer.ended():
+                here.append(process)
+            await breath.take()
+        seen.processes = here
+        return await trio.to_thread.run_sync(render, seen)
 
 
 def _look_at(region: Region) -> _Measurement:

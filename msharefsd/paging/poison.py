@@ -23,8 +23,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable
 from typing import Final
 
 from msharefsd.barriers import barrier
@@ -35,6 +33,7 @@ from msharefsd.linux.uffd import Mode, Outcome
 from msharefsd.memory.backing import Backing
 from msharefsd.paging.fills import Fills
 from msharefsd.paging.hunger import Hunger
+from msharefsd.paging.marks import Marks
 from msharefsd.paging.pages import Pages, Waiting, pages_of
 from msharefsd.paging.populate import Part, Populate
 from msharefsd.paging.window import Window
@@ -44,8 +43,6 @@ from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-MOST_RANGES: Final = 1 << 15
-"""How many poisoned ranges are known of a user's sharers."""
 READERS_RANGES: Final = 64
 """How many of all readers' a call that maps something takes away itself."""
 _LATER: Final = frozenset({Outcome.NO_MEMORY, Outcome.RETRY})
@@ -69,14 +66,13 @@ class Poison:
         self._fills = fills
         self._hunger = hunger
         self._seldom = Seldom()
-        self._ranges: Counter[int] = Counter()
-        """How many are known of each user's."""
+        self.marks = Marks(journal)
 
     def known(self, window: Window, offset: int) -> Outcome:
         """Poison the page of a hole, or of what cannot be had, and remember that."""
         end = offset + window.region.page
         before = window.poisoned.contains(offset)
-        remembered = before or self._remember(window, offset, end)
+        remembered = before or self.marks.remember(window, offset, end)
         outcome = self.fleeting(window, offset)
         if outcome is Outcome.PRESENT and self._forget_protection(window, offset, end):
             outcome = self.fleeting(window, offset)
@@ -89,7 +85,7 @@ class Poison:
                     window.region.label(),
                 )
         elif remembered and not before:
-            self._strike(window, offset, end)
+            self.marks.strike(window, offset, end)
         return outcome
 
     def fleeting(self, window: Window, offset: int) -> Outcome:
@@ -113,55 +109,6 @@ class Poison:
         with contextlib.suppress(OSError):  # not registered for it: no marker
             window.unprotect(start, end, wake=False)
         return True
-
-    # -- what is known --
-
-    def _remember(self, window: Window, start: int, end: int) -> bool:
-        """Write down that [start, end) is poisoned; False if the user has too many."""
-        before = window.poisoned.touching(start, end)
-        if not before and self._ranges[window.sharer.uid] >= MOST_RANGES:
-            return False
-        window.poisoned.add(start, end)
-        now = window.poisoned.find(start)
-        assert now is not None
-        self._change(window, [low for low, _ in before], [now])
-        pages_of(window.region).refused.add(window)
-        return True
-
-    def _strike(self, window: Window, start: int, end: int) -> None:
-        """Nothing in [start, end) is poisoned any more."""
-        parts = list(window.poisoned.within(start, end))
-        window.starved.remove(start, end)
-        if not parts:
-            return
-        before = [whole for low, _ in parts if (whole := window.poisoned.find(low))]
-        window.poisoned.remove(start, end)
-        now = [(low, start) for low, _ in before if low < start]
-        now += [(end, high) for _, high in before if end < high]
-        self._change(window, [low for low, _ in before], now)
-        if not window.poisoned:
-            pages_of(window.region).refused.discard(window)
-
-    def _change(self, window: Window, gone: list[int], now: list[tuple[int, int]]) -> None:
-        self._journal.change_poisoned(window.sharer.number, gone, now)
-        self._ranges[window.sharer.uid] += len(now) - len(gone)
-
-    def restore(self, window: Window, ranges: Iterable[tuple[int, int]]) -> None:
-        """What another daemon knew."""
-        for start, end in ranges:
-            window.poisoned.add(start, end)
-        if window.poisoned:
-            self._ranges[window.sharer.uid] += len(window.poisoned)
-            pages_of(window.region).refused.add(window)
-
-    def forget(self, window: Window) -> None:
-        """It is being detached."""
-        self._ranges[window.sharer.uid] -= len(window.poisoned)
-        if not self._ranges[window.sharer.uid]:
-            del self._ranges[window.sharer.uid]
-        window.poisoned.clear()
-        window.starved.clear()
-        pages_of(window.region).refused.discard(window)
 
     # -- repair --
 
@@ -232,7 +179,7 @@ class Poison:
         self._map(window, start, end, by_others=outcome is Outcome.PRESENT)
         barrier("poison.cleared")
         backing.punch(start, end - start)  # at once: everybody sees what is there
-        self._strike(window, start, end)
+        self.marks.strike(window, start, end)
         return end
 
     def _clear_hidden(self, window: Window, found: Object, start: int, end: int) -> int:
@@ -315,7 +262,7 @@ class Poison:
         """
         self._map(window, start, end, by_others=by_others)
         # Not before: nobody would know of the markers if we died in between.
-        self._strike(window, start, end)
+        self.marks.strike(window, start, end)
 
     def _map(self, window: Window, start: int, end: int, *, by_others: bool) -> None:
         """A piece, which has one object or is about to."""

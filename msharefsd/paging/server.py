@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE: Final = 8
 """How often in a row nothing is there to be read, until it is asked more seldom."""
+LONG_WAIT: Final = 0.05
+"""Who has something so seldom does not make us go round and round (seconds)."""
 FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.5
 
@@ -121,9 +123,10 @@ class PageServer:
         """Until it is gone, or detached, which may be at every await."""
         breath, empty, pause = Breath(), 0, FIRST_PAUSE
         while window.uffd >= 0:
+            since = trio.current_time()
             await trio.lowlevel.wait_readable(window.uffd)
             faults = self._reader.faults(window.uffd) if window.uffd >= 0 else []
-            if faults:
+            if faults or trio.current_time() - since > LONG_WAIT:
                 empty, pause = 0, FIRST_PAUSE
             elif window.uffd >= 0:
                 # Its process has read them; or has made it one that blocks, and such a
@@ -171,7 +174,7 @@ class PageServer:
     def close(self, sharer: Sharer) -> None:
         """A sharer is being detached: let go of its userfaultfd."""
         self.forget(sharer)
-        self.poison.forget(window_of(sharer))
+        self.poison.marks.forget(window_of(sharer))
         trio.lowlevel.notify_closing(sharer.uffd)
         os.close(sharer.uffd)
         # The number may be another file's in a moment, one of our own mount even, and
@@ -306,6 +309,8 @@ class PageServer:
             case Read.HERE | Read.IN_OTHERS:
                 end = max(waiting.end, offset + window.region.page)
                 self.poison.read(window, offset, end, by_others=read is Read.IN_OTHERS)
+                if fault is None:  # who read it may have read less than that
+                    self._again(waiting)
                 window.wake(offset, offset + window.region.page)
 
     def _not_settled(self, waiting: Waiting, error: OSError) -> None:

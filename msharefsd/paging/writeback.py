@@ -40,7 +40,7 @@ from msharefsd.memory.files import MappedFile
 from msharefsd.paging import protection
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.window import Window
-from msharefsd.region.region import Region
+from msharefsd.region.region import Region, State
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.breath import Breath
@@ -52,6 +52,8 @@ INTERVAL: Final = 5.0
 """Seconds between the rounds; the kernel's own default (vm.dirty_writeback_centisecs)."""
 ROUNDS: Final = 16
 """How many files of a user's are written at one time, of those that nobody waits for."""
+AT_ONE_TIME: Final = 256
+"""How many objects of a region that is gone go at one time."""
 MOST_CLEAN: Final = 512
 """How many pages that turn out to be no file's are left out at one time."""
 LAST_SECONDS: Final = 30.0
@@ -265,8 +267,12 @@ class Writeback:
                 raise
 
     def release(self, region: Region) -> None:
-        """Close the memory of a region that is gone, when all of it is written."""
-        if pages_of(region).dirty:
+        """Close the memory of a region that is gone, when all of it is written.
+
+        Each file takes a moment to let go of.
+        """
+        many = region.state is State.GONE and len(region.objects) > AT_ONE_TIME
+        if pages_of(region).dirty or many:
             self._released.append(region)
             self._wanted.set()
         else:
@@ -336,6 +342,7 @@ class Writeback:
                     region.label(),
                     len(pages_of(region).dirty) * region.page,
                 )
+            await _let_files_go(region)
         finally:
             if region.backing is not None:
                 region.close_memory()
@@ -351,6 +358,17 @@ class Writeback:
         for region in self._released:
             region.close_memory()
         self._released = []
+
+
+async def _let_files_go(region: Region) -> None:
+    """As Region.close_memory does, and with pauses."""
+    breath = Breath()
+    while (past := region.objects.past(0, region.size, AT_ONE_TIME)) is not None:
+        removed = region.objects.remove(0, past)
+        for file in dict.fromkeys(item.file for item in removed if item.file is not None):
+            if not region.objects.uses(file):
+                file.let_go()
+            await breath.take()
 
 
 async def _mapped(region: Region, start: int, end: int) -> list[MappedFile]:

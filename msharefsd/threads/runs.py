@@ -31,18 +31,18 @@ class LongestRun(trio.abc.Instrument):
         self.longest = 0.0
         """In seconds."""
 
-    def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 - trio's signature
+    def before_io_wait(self, timeout: float) -> None:
         """Whoever is to be served can be, now: it has started."""
-        self._serving = True
+        self._serving = self._serving or timeout > 0
 
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - as above
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - trio's signature
         """A run begins."""
         self._since = self._clock()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """It ends."""
+        """It ends, and perhaps was too long."""
         took = self._clock() - self._since
-        if not self._serving or took <= self.longest:
+        if not self._serving or took <= self.longest or _is_the_end(task):
             return
         self.longest = took
         if took > TOO_LONG_SECONDS:
@@ -52,6 +52,13 @@ class LongestRun(trio.abc.Instrument):
                 task.name,
                 _place(task),
             )
+
+
+def _is_the_end(task: trio.lowlevel.Task) -> bool:
+    """Whether the main task has ended: nobody is served any more."""
+    above = task.parent_nursery.parent_task if task.parent_nursery else None
+    main = above is not None and above.parent_nursery is None
+    return main and next(task.iter_await_frames(), None) is None
 
 
 def _place(task: trio.lowlevel.Task) -> str:

@@ -584,6 +584,7 @@ def test_what_a_sharer_wrote_before_it_ended_comes_to_the_file(stage: Stage) -> 
         ),
         "written back",
     )
+    eventually(lambda: daemon.metric("written_back_bytes_total") > 0, "and written down")
     # What is clean is left alone: somebody else may have written to the file.
     with stage.shared.open("r+b") as file:
         file.write(b"other")

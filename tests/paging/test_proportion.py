@@ -23,7 +23,7 @@ from msharefsd.journal.journal import Journal
 from msharefsd.linux import uffd
 from msharefsd.linux.uffd import Fault, Feature, Outcome
 from msharefsd.memory.files import MappedFile
-from msharefsd.paging import poison, protection, server, thread
+from msharefsd.paging import marks, poison, protection, thread
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.hunger import mend
 from msharefsd.paging.pages import pages_of
@@ -312,16 +312,16 @@ def saved(spaces: AddressSpaces, region: Region, number: int, *, writable: bool 
 async def test_holes_side_by_side_are_one_range(calls: Calls) -> None:
     with some_region() as (spaces, region, _):
         window = window_of(saved(spaces, region, 1))
-        marks = spaces._server.poison
+        poison_ = spaces._server.poison
         for number in range(1000):
-            assert marks.known(window, number * PAGE) is Outcome.DONE
+            assert poison_.known(window, number * PAGE) is Outcome.DONE
         assert list(window.poisoned) == poisoned(spaces._journal, 1) == [(0, 1000 * PAGE)]
-        marks.mapped(window, 10 * PAGE, 11 * PAGE, by_others=True)
+        poison_.mapped(window, 10 * PAGE, 11 * PAGE, by_others=True)
         here = [(0, 10 * PAGE), (11 * PAGE, 1000 * PAGE)]
         assert list(window.poisoned) == poisoned(spaces._journal, 1) == here
-        assert marks._ranges == {0: 2}
-        marks.forget(window)
-        assert not marks._ranges
+        assert poison_.marks._ranges == {0: 2}
+        poison_.marks.forget(window)
+        assert not poison_.marks._ranges
         del region.sharers[1]
 
 
@@ -341,16 +341,16 @@ async def test_all_sharers_of_a_user_have_so_many_poisoned_ranges(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """r13: an attachment costs nothing, and each had as many."""
-    monkeypatch.setattr(poison, "MOST_RANGES", 5)
+    monkeypatch.setattr(marks, "MOST_RANGES", 5)
     with some_region() as (spaces, region, _):
-        marks = spaces._server.poison
+        poison_ = spaces._server.poison
         windows = [window_of(saved(spaces, region, number)) for number in (1, 2)]
         for window in windows:
             for number in range(4):
-                assert marks.known(window, 2 * number * PAGE) is Outcome.DONE
+                assert poison_.known(window, 2 * number * PAGE) is Outcome.DONE
         assert [len(window.poisoned) for window in windows] == [4, 1]
         # What is known already, or next to it, costs nothing.
-        marks.known(windows[0], PAGE)
+        poison_.known(windows[0], PAGE)
         assert [len(window.poisoned) for window in windows] == [3, 1]
         assert sum("holes" in record.message for record in caplog.records) == 1
         region.sharers.clear()
@@ -368,12 +368,12 @@ async def test_a_reader_s_poison_is_not_the_owner_s_to_clear(
 
     monkeypatch.setattr(Populate, "put", put)
     with some_region() as (spaces, region, _):
-        marks = spaces._server.poison
+        poison_ = spaces._server.poison
         writer = window_of(saved(spaces, region, 1))
         reader = window_of(saved(spaces, region, 2, writable=False))
         for window in (writer, reader):
             for number in range(1000):
-                marks.known(window, 2 * number * PAGE)
+                poison_.known(window, 2 * number * PAGE)
         new = Object(0, SIZE, BOTH, private=False)
         await spaces.mmap(region, new, replace=True)
         assert puts.count(True) == 1000
@@ -383,7 +383,7 @@ async def test_a_reader_s_poison_is_not_the_owner_s_to_clear(
         # By and by, and with nobody waiting.
         async with region.change:
             with measured():
-                await mend(reader, marks.repair)
+                await mend(reader, poison_.repair)
         assert not reader.poisoned
         assert not reader.starved
         region.sharers.clear()
@@ -395,15 +395,15 @@ async def test_what_is_being_replaced_is_not_mended(
     monkeypatch.setattr(Populate, "put", lambda *_, **__: Outcome.DONE)
     with some_region() as (spaces, region, _):
         window = window_of(some_sharer(region, 1))
-        marks, pages = spaces._server.poison, pages_of(region)
+        poison_, pages = spaces._server.poison, pages_of(region)
         region.objects.insert(Object(0, SIZE, BOTH, private=False))
-        marks.restore(window, [(0, PAGE)])
+        poison_.marks.restore(window, [(0, PAGE)])
         window.starved.add(0, PAGE)
         pages.leaving.add(0, SIZE)
-        await mend(window, marks.repair)
+        await mend(window, poison_.repair)
         assert window.poisoned
         pages.leaving.clear()
-        await mend(window, marks.repair)
+        await mend(window, poison_.repair)
         assert not window.poisoned
         region.sharers.clear()
 
@@ -498,7 +498,7 @@ async def test_a_userfaultfd_that_blocks_is_asked_seldom(monkeypatch: pytest.Mon
         set_blocking(fd, True)
         with trio.move_on_after(0.3):
             await page_server.serve(sharer)
-        assert 1 < rounds < server.PATIENCE + 12
+        assert 1 < rounds < 100  # and not thousands
         monkeypatch.undo()
         set_blocking(fd, False)
         region.sharers.clear()
@@ -513,7 +513,7 @@ async def test_a_long_run_is_told(caplog: pytest.LogCaptureFixture) -> None:
         run.before_task_step(task)
         now += seconds
         run.after_task_step(task)
-        run.before_io_wait(0)  # the first one is the start
+        run.before_io_wait(1)  # the first one is the start
     told = [record.getMessage() for record in caplog.records]
     assert [" ".join(each.split()[:9]) for each in told] == [
         "the longest run between two checkpoints took 60 ms",

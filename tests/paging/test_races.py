@@ -231,7 +231,7 @@ async def test_poison_that_could_not_be_cleared_is_not_forgotten(
         region.objects.insert(Object(0, 2 * PAGE, BOTH, private=False))
         sharer = some_sharer(region, 1)
         window = window_of(sharer)
-        spaces._server.poison.restore(window, [(PAGE, 2 * PAGE)])
+        spaces._server.poison.marks.restore(window, [(PAGE, 2 * PAGE)])
         monkeypatch.setattr(Populate, "put", lambda *_, **__: outcome)
         await spaces._server.poison.clear(pages_of(region), 0, region.size, empty=empty)
         assert list(window.poisoned) == list(window.starved) == [(PAGE, 2 * PAGE)]
@@ -250,7 +250,7 @@ async def test_a_hole_that_one_was_refused_shows_nobody_anything(
     with some_region() as (spaces, region, _):
         sharer = some_sharer(region, 1)
         window = window_of(sharer)
-        spaces._server.poison.restore(window, [(PAGE, 2 * PAGE)])
+        spaces._server.poison.marks.restore(window, [(PAGE, 2 * PAGE)])
         monkeypatch.setattr(Populate, "put", put)
         await spaces._server.poison.clear(pages_of(region), 0, region.size)
         assert list(window.poisoned) == [(PAGE, 2 * PAGE)]
