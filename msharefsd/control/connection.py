@@ -2,7 +2,7 @@
 
 One connection attaches one region, and its end is the sharer's end.  So a client
 that is killed at any point leaves nothing: the connection's task undoes what its
-calls did, in one place (`Connection.close`).
+calls did, in one place (`Connection.leave`).
 
 Unless it is we who end.  A client whose pager has died connects to the next one, says
 which attachment it goes on with (REJOIN), and makes its call again.  A call that must
@@ -66,12 +66,15 @@ class Connection:
                 pass
             nursery.cancel_scope.cancel()
 
-    def close(self) -> None:
+    def leave(self) -> None:
         """Undo what the calls of this connection did and did not undo themselves."""
         self._state.detach()
         if self._peer.pidfd is not None:
             self._control.deaths.forget(self._peer.pidfd)
             os.close(self._peer.pidfd)
+
+    def close(self) -> None:
+        """Let go of it, when nobody else has it."""
         drain(self._sock, lambda fd: self._control.disposal.close_fd(fd, self._peer.uid))
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()

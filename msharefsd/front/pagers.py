@@ -31,6 +31,7 @@ from msharefsd.link.board import Board
 from msharefsd.link.channel import Channel, ChannelError, pair
 from msharefsd.link.messages import (
     MOST_NAMES,
+    MOST_NUMBERS,
     Answer,
     Begin,
     Changed,
@@ -65,6 +66,7 @@ SILENT_SECONDS: Final = 30.0
 LOOK_SECONDS: Final = 2.0
 AGAIN_SECONDS: Final = 0.2
 PATIENCE: Final = 8
+GO_SECONDS: Final = 0.01
 MOST_TEXT: Final = 256 << 20
 
 
@@ -122,6 +124,8 @@ class Pager:
         self._asked: dict[int, _Asked] = {}
         self._outgoing: deque[Changed | Done | Go] = deque()
         self._work = trio.Event()
+        self._given: list[int] = []
+        self._gave = trio.Event()
         self.extents: set[int] = set()
         """Regions of which it has said that they have memory."""
 
@@ -138,6 +142,7 @@ class Pager:
             await self._begin()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send_changes)
+                nursery.start_soon(self._say_go)
                 await self._listen()
                 nursery.cancel_scope.cancel()
         except (OSError, ChannelError) as error:
@@ -368,7 +373,18 @@ class Pager:
         # The pager has a descriptor of it, or the message to it: this is not the last close.
         handed.sock.close()
         self.used = trio.current_time()
-        self.tell(Go(number))
+        self._given.append(number)
+        self._gave.set()
+
+    async def _say_go(self) -> None:
+        """In a moment, with others: it is needed when a connection ends, and waking costs."""
+        while True:
+            await self._gave.wait()
+            await trio.sleep(GO_SECONDS)
+            self._gave = trio.Event()
+            given, self._given = self._given, []
+            for at in range(0, len(given), MOST_NUMBERS):
+                self.tell(Go(given[at : at + MOST_NUMBERS]))
 
     # -- what it is asked --
 

@@ -36,6 +36,7 @@ MOST_BYTES: Final = 96 << 10
 """Of one message; what is longer comes in parts, or as a descriptor of memory."""
 MOST_NAMES: Final = 128
 """In one message: a name has at most 255 bytes."""
+MOST_NUMBERS: Final = 4096
 
 
 Kind = Literal["info", "maps", "sharers", "pagetables", "metrics"]
@@ -94,8 +95,8 @@ class Connection(_Message, frozen=True):
     """A client's connection (the descriptor), whose first message is still in it.
 
     `name`: what that message proves a right to, if anything.  `error`, `reason`: why it
-    is turned down, if it is.  It may be used when Go has come: the front has closed its
-    own descriptor then, so that the last close is never the front's.
+    is turned down, if it is.  It may be used at once, and closed when Go has come: the front
+    has closed its own descriptor then, so that the last close is never the front's.
     """
 
     number: int
@@ -105,9 +106,9 @@ class Connection(_Message, frozen=True):
 
 
 class Go(_Message, frozen=True):
-    """The connection of that number is the pager's alone."""
+    """Connections that are the pager's alone now, and may be closed."""
 
-    number: int
+    numbers: list[int]
 
 
 class Changed(_Message, frozen=True):

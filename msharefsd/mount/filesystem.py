@@ -63,6 +63,8 @@ INFO_STRUCT: Final = struct.Struct("=QQ")
 """struct mshare_info of the letter: start and size."""
 
 FOREVER: Final = 3600.0
+A_MOMENT: Final = 0.01
+"""How long the kernel believes attributes that change by themselves (seconds)."""
 ROOT: Final = int(pyfuse3.ROOT_INODE)
 INFO_INODE: Final = 2
 CONTROL_INODE: Final = 3
@@ -247,6 +249,8 @@ class FileSystem(_GuardedOperations):
         # Who may read the region's file may read about the region.
         readable = region.mode & 0o444
         if kind == _FILE:
+            # For the calls that the kernel makes of one: a lookup, and what it is for.
+            entry.attr_timeout = A_MOMENT
             entry.st_mode = ModeT(stat.S_IFREG | region.mode)
             entry.st_size = INFO_STRUCT.size
             entry.st_blocks = region.allocated() // 512

@@ -23,6 +23,7 @@ from msharefsd.link.board import Board
 from msharefsd.link.channel import Channel
 from msharefsd.link.messages import (
     MOST_NAMES,
+    MOST_NUMBERS,
     Answer,
     Begin,
     Changed,
@@ -51,7 +52,6 @@ from msharefsd.threads.disposal import Disposal
 log = logging.getLogger(__name__)
 
 ENDED_SECONDS: Final = 0.02
-MOST_NUMBERS: Final = 4096
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
@@ -69,7 +69,8 @@ class Dialog:
         self._work = trio.Event()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, trio.Event] = {}
-        self._handed: dict[int, tuple[socket.socket, Connection]] = {}
+        self._ours: dict[int, trio.Event] = {}
+        """Connections that the front has, too: set when it has not any more."""
         self._page_tables = PageTables()
         self._stopping = False
         self._ended: list[int] = []
@@ -164,7 +165,7 @@ class Dialog:
 
     # -- what we are told --
 
-    async def run(
+    async def run(  # noqa: C901 - a case each
         self, control: Control, regions: Regions, metrics: Metrics, leave: Callable[[], NoReturn]
     ) -> None:
         """Serve the front until it wants us to end; `leave` when it has ended itself."""
@@ -175,10 +176,12 @@ class Dialog:
                 message, fds = got
                 match message:
                     case Connection():
-                        self._handed[message.number] = socket.socket(fileno=fds.pop()), message
+                        sock = socket.socket(fileno=fds.pop())
+                        self._ours[message.number] = trio.Event()
+                        nursery.start_soon(self._serve, control, sock, message)
                     case Go():
-                        sock, first = self._handed.pop(message.number)
-                        nursery.start_soon(self._serve, control, sock, first)
+                        for number in message.numbers:
+                            self._ours.pop(number).set()
                     case Changed():
                         regions.changed(message.name)
                     case Question():
@@ -198,11 +201,13 @@ class Dialog:
     async def _serve(self, control: Control, sock: socket.socket, first: Connection) -> None:
         """One client's connection, to its end."""
         region = None if first.name is None else control.regions.learn(first.name)
+        ours = self._ours[first.number]
         try:
             try:
                 connection = ClientConnection(control, sock, region)
             except OSError as error:
                 log.error("no room for a sharer: %s", error.strerror)
+                await ours.wait()
                 _turn_away(sock, control.disposal)
                 return
             try:
@@ -215,6 +220,9 @@ class Dialog:
                 # is none.
                 ending = trio.current_effective_deadline() == -math.inf
                 if self._stopping or not ending:
+                    connection.leave()
+                    with trio.CancelScope(shield=True):
+                        await ours.wait()
                     connection.close()
         except* OSError as group:
             # Reset by the peer, or the like: its own affair.

@@ -11,13 +11,31 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import Final
 
 import trio
 
 SLICE_SECONDS: Final = 0.002
 """How long one user goes on while others may wait (processor time of the thread)."""
+
+
+class _Turn:
+    """`async with` it; a class, because each file-system request makes one."""
+
+    __slots__ = ("_since", "_turns", "_uid")
+
+    def __init__(self, turns: Turns, uid: int) -> None:
+        self._turns = turns
+        self._uid = uid
+        self._since = 0.0
+
+    async def __aenter__(self) -> None:
+        if not self._turns.may_begin(self._uid):
+            await self._turns.wait(self._uid)
+        self._since = time.thread_time()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.spent(self._uid, time.thread_time() - self._since)
 
 
 class Turns:
@@ -29,18 +47,20 @@ class Turns:
         self._line: dict[int, deque[trio.Event]] = {}
         self._work = trio.Event()
 
-    @contextlib.asynccontextmanager
-    async def turn(self, uid: int) -> AsyncIterator[None]:
+    def turn(self, uid: int) -> _Turn:
         """Work for a user when it is its turn.  Nothing in there may await."""
-        if uid in self._line or self._spent.get(uid, 0.0) > SLICE_SECONDS:
-            await self._wait(uid)
-        since = time.thread_time()
-        try:
-            yield
-        finally:
-            self._spent[uid] = self._spent.get(uid, 0.0) + time.thread_time() - since
+        return _Turn(self, uid)
 
-    async def _wait(self, uid: int) -> None:
+    def may_begin(self, uid: int) -> bool:
+        """Whether the user has not to wait."""
+        return uid not in self._line and self._spent.get(uid, 0.0) <= SLICE_SECONDS
+
+    def spent(self, uid: int, seconds: float) -> None:
+        """It has worked for so long."""
+        self._spent[uid] = self._spent.get(uid, 0.0) + seconds
+
+    async def wait(self, uid: int) -> None:
+        """Stand in line."""
         event = trio.Event()
         line = self._line.setdefault(uid, deque())
         line.append(event)
