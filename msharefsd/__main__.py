@@ -7,13 +7,13 @@ import faulthandler
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 from msharefsd import config
-from msharefsd.errors import StartError
+from msharefsd.errors import StartError, leaves
 from msharefsd.front import front
 from msharefsd.linux.features import UnsupportedError
 from msharefsd.mount.mounting import MountError
@@ -74,14 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _each(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
-    for failure in group.exceptions:
-        if isinstance(failure, BaseExceptionGroup):
-            yield from _each(failure)
-        else:
-            yield failure
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; the exit code is 0 after SIGTERM, 1 if it failed, 2 for bad settings."""
     overrides = vars(_parser().parse_args(arguments))
@@ -100,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         front.run(settings)
     except* (UnsupportedError, MountError, StartError) as group:
-        for failure in _each(group):
+        for failure in leaves(group):
             logging.getLogger("msharefsd").error("%s", failure)
         code = 1
     return code

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class Refused(OSError):  # noqa: N818 - an answer, not a defect
     """A request is turned down: the errno for the caller, a sentence for people.
@@ -14,6 +16,15 @@ class Refused(OSError):  # noqa: N818 - an answer, not a defect
         super().__init__(code, message)
         self.code = code
         self.message = message
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """The exceptions in a group, and in groups in there."""
+    for each in group.exceptions:
+        if isinstance(each, BaseExceptionGroup):
+            yield from leaves(each)
+        else:
+            yield each
 
 
 class StartError(Exception):

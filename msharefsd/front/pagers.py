@@ -24,7 +24,7 @@ from typing import Final
 
 import trio
 
-from msharefsd.errors import Refused, StartError
+from msharefsd.errors import Refused, StartError, leaves
 from msharefsd.front.starter import Starter
 from msharefsd.link import board
 from msharefsd.link.board import Board
@@ -145,10 +145,12 @@ class Pager:
                 nursery.start_soon(self._say_go)
                 await self._listen()
                 nursery.cancel_scope.cancel()
-        except (OSError, ChannelError) as error:
+        except* (OSError, ChannelError) as group:
             if self.state is not State.ENDING:
-                log.error("pager of user %d: %s", self.uid, error)
+                for error in leaves(group):
+                    log.error("pager of user %d is given up: %s", self.uid, error)
         finally:
+            self.kill()
             self._end()
 
     async def _begin(self) -> None:

@@ -60,9 +60,11 @@ class Puppeteer:
 
     async def _play(self, uid: int, own: socket.socket) -> None:
         channel: Channel[FromFront] = Channel(own, FromFront)
-        with contextlib.suppress(OSError):
-            await self.plays[uid](channel)
-        channel.close()
+        try:
+            with contextlib.suppress(OSError):
+                await self.plays[uid](channel)
+        finally:
+            channel.close()
 
     def close(self) -> None:
         for process in self.processes:
