@@ -167,7 +167,6 @@ class Connection:
 
     async def _handle(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
         """One call; takes from `fds` what it keeps."""
-        self._state.progress()
         match request.op:
             case Op.ATTACH:
                 return await self._attaching.attach(request, fds)
@@ -191,4 +190,5 @@ class Connection:
                 await self._state.detach_and_unlink()
             case _:
                 await self._calls.change(request, fds)
+                self._state.progress()
         return Reply(request.op), None

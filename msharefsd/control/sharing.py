@@ -14,8 +14,8 @@ from msharefsd.errors import Refused
 from msharefsd.region.region import Region, Sharer
 from msharefsd.region.registry import is_last
 
-BUILDING_SECONDS: Final = 60.0
-"""How long others wait for a donor that neither calls nor fills memory."""
+BUILDING_SECONDS: Final = 15.0
+"""How long others wait for a donor that neither maps anything nor fills memory."""
 
 
 class Sharing:
@@ -56,7 +56,7 @@ class Sharing:
         self.nursery.start_soon(self._watch_building, region)
 
     def progress(self) -> None:
-        """A call has come."""
+        """A call has brought the donation on."""
         self._calls += 1
 
     async def _watch_building(self, region: Region) -> None:

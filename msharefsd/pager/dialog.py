@@ -177,8 +177,8 @@ class Dialog:
                 match message:
                     case Connection():
                         sock = socket.socket(fileno=fds.pop())
-                        self._ours[message.number] = trio.Event()
-                        nursery.start_soon(self._serve, control, sock, message)
+                        ours = self._ours[message.number] = trio.Event()
+                        nursery.start_soon(self._serve, control, sock, message, ours)
                     case Go():
                         for number in message.numbers:
                             self._ours.pop(number).set()
@@ -198,10 +198,11 @@ class Dialog:
                         pass
             leave()
 
-    async def _serve(self, control: Control, sock: socket.socket, first: Connection) -> None:
-        """One client's connection, to its end."""
+    async def _serve(
+        self, control: Control, sock: socket.socket, first: Connection, ours: trio.Event
+    ) -> None:
+        """One client's connection, to its end; `ours`: nobody else has it."""
         region = None if first.name is None else control.regions.learn(first.name)
-        ours = self._ours[first.number]
         try:
             try:
                 connection = ClientConnection(control, sock, region)

@@ -15,7 +15,6 @@ where this ends: what becomes of them is the page server's (`settled`).
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from functools import partial
@@ -149,7 +148,7 @@ class Fills:
                 log.error(
                     "region %s: cannot read %s: %s",
                     region.label(),
-                    os.fsdecode(fill.file.path),
+                    fill.file.label(),
                     error.strerror,
                 )
         finally:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -234,7 +233,7 @@ class Writeback:
                 log.error(
                     "region %s: cannot write back to %s: %s",
                     region.label(),
-                    os.fsdecode(run.file.path),
+                    run.file.label(),
                     error.strerror,
                 )
             raise
