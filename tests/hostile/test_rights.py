@@ -75,7 +75,7 @@ def is_given(answer: Answer) -> bool:
 @pytest.mark.skipif(UNPRIVILEGED.read_text().strip() != "0", reason="everybody may have one")
 def test_who_may_have_no_userfaultfd_is_not_given_one(make_daemon: Callable[..., Daemon]) -> None:
     """vm.unprivileged_userfaultfd is 0: an administrator wants it so."""
-    daemon = make_daemon(f"--alignment={ALIGNMENT}").start()
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--userfaultfd=auto").start()
 
     def ask() -> None:
         proof = os.open(daemon.mount / "own", CREATE, 0o600)
@@ -160,7 +160,7 @@ def test_a_container_whose_filter_forbids_it_is_not_given_one(
     make_daemon: Callable[..., Daemon],
 ) -> None:
     """A seccomp filter as containers have it says EPERM to userfaultfd(2)."""
-    daemon = make_daemon(f"--alignment={ALIGNMENT}").start()
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--userfaultfd=auto").start()
 
     def ask() -> None:
         clone_newuser, set_no_new_privs, set_seccomp, number = 0x10000000, 38, 22, 323

@@ -103,7 +103,7 @@ def map_twice(path: Path, *, twice_open: bool) -> Callable[[Evil], Attached]:
 
 
 @pytest.mark.parametrize("twice_open", [False, True])
-@pytest.mark.parametrize("kept", ["keeper", "systemd"])
+@pytest.mark.parametrize("kept", ["alone", "systemd"])
 def test_a_file_that_is_mapped_twice_survives_the_daemon(
     kept: str, twice_open: bool, manager: ServiceManager, make_walls: Make, directory: Path
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_file_that_is_mapped_twice_survives_the_daemon(
     path.write_bytes(b"F" * 8 * PAGE)
     path.chmod(0o666)
     launch = manager.launch if kept == "systemd" else None
-    walls = make_walls(f"--fd-store={kept}", launch=launch)
+    walls = make_walls(launch=launch)
     alice = Two(walls, ALICE, map_twice(path, twice_open=twice_open), check(path))
     for _ in range(2):
         walls.killed()
@@ -134,7 +134,7 @@ def test_a_store_that_somebody_fills_is_not_anothers_loss(
     path = directory / "file"
     path.write_bytes(b"F" * 8 * PAGE)
     path.chmod(0o666)
-    walls = make_walls("--fd-store=systemd", launch=manager.launch)
+    walls = make_walls(launch=manager.launch)
 
     def fill(evil: Evil) -> Attached:
         one = evil.create()
@@ -162,7 +162,7 @@ def test_hundreds_of_mappings_cost_the_manager_little(
     path = directory / "file"
     path.write_bytes(b"F" * 8 * PAGE)
     path.chmod(0o666)
-    walls = make_walls("--fd-store=systemd", launch=manager.launch)
+    walls = make_walls(launch=manager.launch)
     before = len(manager.stored)
 
     def fill(evil: Evil) -> Attached:
