@@ -234,7 +234,10 @@ class Daemon:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(20) == 0, self.log()
+        try:
+            assert self.process.wait(20) == 0, self.log()
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it does not end: {self.whereabouts()}\n{self.log()}")
         self.process = None
         assert mounts.top_mount(str(self.mount)) is None
         assert not self.run.exists()
@@ -250,6 +253,14 @@ class Daemon:
         self.process.wait()
         self.process = None
         eventually(lambda: not any(map(alive, everyone)), "the end of all")
+
+    def whereabouts(self) -> list[str]:
+        """What its processes are doing."""
+        return [
+            f"{command_line(pid)[:40]!r} {processes.state(pid)} {processes.read_proc(pid, 'wchan')}"
+            f" {processes.read_proc(pid, 'stack')}"
+            for pid in self.processes()
+        ]
 
     def freeze(self) -> None:
         """SIGSTOP, all of it."""

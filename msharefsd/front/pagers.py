@@ -31,7 +31,6 @@ from msharefsd.link.board import Board
 from msharefsd.link.channel import Channel, ChannelError, pair
 from msharefsd.link.messages import (
     MOST_NAMES,
-    MOST_NUMBERS,
     Answer,
     Begin,
     Changed,
@@ -124,7 +123,6 @@ class Pager:
         self._asked: dict[int, _Asked] = {}
         self._outgoing: deque[Changed | Done | Go] = deque()
         self._work = trio.Event()
-        self._given: list[int] = []
         self._gave = trio.Event()
         self.extents: set[int] = set()
         """Regions of which it has said that they have memory."""
@@ -352,7 +350,7 @@ class Pager:
         message = self._message(handed)
         try:
             if self._channel.send_now(message, [handed.sock.fileno()]):
-                self._go(handed, message.number)
+                self._go(handed)
                 return True
         except OSError:
             pass
@@ -368,14 +366,13 @@ class Pager:
         except OSError:
             self._connections.pop(message.number, None)
             return False
-        self._go(handed, message.number)
+        self._go(handed)
         return True
 
-    def _go(self, handed: _Handed, number: int) -> None:
+    def _go(self, handed: _Handed) -> None:
         # The pager has a descriptor of it, or the message to it: this is not the last close.
         handed.sock.close()
         self.used = trio.current_time()
-        self._given.append(number)
         self._gave.set()
 
     async def _say_go(self) -> None:
@@ -384,9 +381,7 @@ class Pager:
             await self._gave.wait()
             await trio.sleep(GO_SECONDS)
             self._gave = trio.Event()
-            given, self._given = self._given, []
-            for at in range(0, len(given), MOST_NUMBERS):
-                self.tell(Go(given[at : at + MOST_NUMBERS]))
+            self.tell(Go())
 
     # -- what it is asked --
 

@@ -95,8 +95,8 @@ class Connection(_Message, frozen=True):
     """A client's connection (the descriptor), whose first message is still in it.
 
     `name`: what that message proves a right to, if anything.  `error`, `reason`: why it
-    is turned down, if it is.  It may be used at once, and closed when Go has come: the front
-    has closed its own descriptor then, so that the last close is never the front's.
+    is turned down, if it is.  It may be used at once, and closed when the next message has
+    come: the front has closed its own descriptor then, so the last close is never the front's.
     """
 
     number: int
@@ -106,9 +106,11 @@ class Connection(_Message, frozen=True):
 
 
 class Go(_Message, frozen=True):
-    """Connections that are the pager's alone now, and may be closed."""
+    """Whatever connections came before are the pager's alone, and may be closed.
 
-    numbers: list[int]
+    Any other message that comes later says so, too: the front closes its descriptor of a
+    connection before it does anything else.
+    """
 
 
 class Changed(_Message, frozen=True):

@@ -69,8 +69,6 @@ class Dialog:
         self._work = trio.Event()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, trio.Event] = {}
-        self._ours: dict[int, trio.Event] = {}
-        """Connections that the front has, too: set when it has not any more."""
         self._page_tables = PageTables()
         self._stopping = False
         self._ended: list[int] = []
@@ -172,16 +170,19 @@ class Dialog:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.send_news)
             nursery.start_soon(self._tell_ended)
+            shared: list[trio.Event] = []  # of connections that the front may still have, too
             while (got := await self._channel.receive()) is not None:
                 message, fds = got
+                while shared:
+                    shared.pop().set()
                 match message:
                     case Connection():
                         sock = socket.socket(fileno=fds.pop())
-                        ours = self._ours[message.number] = trio.Event()
+                        ours = trio.Event()
                         nursery.start_soon(self._serve, control, sock, message, ours)
+                        shared.append(ours)
                     case Go():
-                        for number in message.numbers:
-                            self._ours.pop(number).set()
+                        pass
                     case Changed():
                         regions.changed(message.name)
                     case Question():

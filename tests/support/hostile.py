@@ -547,9 +547,11 @@ def linger_pending(evil: Evil) -> None:
     for _ in range(100):
         one = Bare(evil.mount)
         fd = lingering()
-        for fds in ((fd,), (null, null, fd), (null,) * 200 + (fd,)):
-            one.send(b"", *fds)
-            one.send(b"half", *fds)
+        # The kernel lets nobody have more under way than they may have open.
+        with contextlib.suppress(OSError):
+            for fds in ((fd,), (null, null, fd), (null,) * 200 + (fd,)):
+                one.send(b"", *fds)
+                one.send(b"half", *fds)
         let_go(fd)
         one.sock.close()
     evil.held()
