@@ -92,8 +92,10 @@ def processor_time(daemon: Daemon) -> float:
 OF_OTHERS: Final = (
     # That a pager hangs is told, and is somebody else's than alice's.
     rf"user (?!{ALICE}\b)\d+'s regions cannot be served",
-    rf"pager of user (?!{ALICE}\b)\d+, process \d+, "
-    "(is not ready yet|does not answer|does not end)",
+    (
+        rf"pager of user (?!{ALICE}\b)\d+, process \d+, "
+        "(is not ready yet|does not answer|does not end)"
+    ),
     r"process \d+ has been killed and does not end: going on without it",
 )
 
