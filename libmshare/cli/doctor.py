@@ -29,7 +29,7 @@ from msharefsd.mount import mounting
 _DESCRIPTORS_A_SHARER: Final = 3
 """In the daemon: see msharefsd(8)."""
 _SILENCE: Final = re.compile(
-    r'^msharefs_pager_silent_seconds\{uid="(\d+)",pid="(\d+)"\} ([\d.e+-]+)$', re.MULTILINE
+    r'^msharefs_pager_silent_seconds\{pid="(\d+)",uid="(\d+)"\} ([\d.e+-]+)$', re.MULTILINE
 )
 _SILENT_SECONDS: Final = 3.0
 _GIB: Final = 1 << 30
@@ -149,7 +149,7 @@ def _silence(root: str) -> list[tuple[str, str, float]]:
         text = Path(f"{root}/.metrics").read_text(encoding="utf-8")
     except OSError as error:
         raise explain(error, b".metrics") from None
-    return [(uid, pid, float(seconds)) for uid, pid, seconds in _SILENCE.findall(text)]
+    return [(uid, pid, float(seconds)) for pid, uid, seconds in _SILENCE.findall(text)]
 
 
 def _pagers(pagers: list[tuple[str, str, float]]) -> Iterator[Finding]:
