@@ -170,7 +170,7 @@ def test_a_reader_who_touches_a_mapping_of_her_own(
     way: str, make_walls: Make, client_program: Path, directory: Path
 ) -> None:
     walls = make_walls(config=CONFIG)
-    walls.daemon.expected.append(r"may have \d+M? memory|no memory for a fault")
+    walls.daemon.expected.append(r"may have \d+M? memory|no memory for a fault|where none belong")
     with clients(client_program, walls.daemon) as start:
         alice = start(user=ALICE, group=ALICE, extra_groups=[])
         stage = Stage(walls, alice, directory)
@@ -185,7 +185,7 @@ def test_a_reader_who_touches_while_the_daemon_is_away(
 ) -> None:
     """The next one has no memory of its own of what was there."""
     walls = make_walls(config=CONFIG)
-    walls.daemon.expected.append(r"may have \d+M? memory|no memory for a fault")
+    walls.daemon.expected.append(r"may have \d+M? memory|no memory for a fault|where none belong")
     with clients(client_program, walls.daemon) as start:
         alice = start(user=ALICE, group=ALICE, extra_groups=[])
         stage = Stage(walls, alice, directory)
@@ -218,7 +218,7 @@ def test_a_reader_who_goes_on_touching_when_alice_has_nothing_more(
 ) -> None:
     """What she makes of holes is given back when it is noticed, or never comes to be."""
     walls = make_walls(config=CONFIG)
-    walls.daemon.expected.append(r"may have \d+M? memory|no memory for a fault")
+    walls.daemon.expected.append(r"may have \d+M? memory|no memory for a fault|where none belong")
     with clients(client_program, walls.daemon) as start:
         alice = start(user=ALICE, group=ALICE, extra_groups=[])
         stage = Stage(walls, alice, directory)
