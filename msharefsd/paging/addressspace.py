@@ -32,6 +32,7 @@ from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.paging import protection
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
+from msharefsd.paging.watch import is_plain
 from msharefsd.paging.writeback import Writeback
 from msharefsd.region.objects import MOST_OBJECTS, Object
 from msharefsd.region.record import save_objects
@@ -105,6 +106,8 @@ class AddressSpaces:
                     await self._server.poison.clear(pages, new.offset, new.length, empty=True)
                     _alive(region)
                     self._journal.cleared(region.id)
+                    if pages.looked_at and is_plain(new):
+                        await protection.disarm(pages, new.offset, new.end)
 
     async def _thin_out(self, region: Region, start: int, end: int) -> None:
         """Take objects out until few are left in the range: those go in one piece.

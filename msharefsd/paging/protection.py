@@ -23,6 +23,7 @@ the window or the ioctl, nothing is missed, and in the usual case nobody waits.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -96,6 +97,24 @@ def _arm(window: Window, start: int, end: int, modes: Mode) -> None:
                 errno.ENOMEM,
                 f"process {window.sharer.pid} has no room for a VMA: see vm.max_map_count",
             ) from error
+
+
+async def disarm(pages: Pages, start: int, end: int) -> None:
+    """In a region that is watched: [start, end) is plain memory now, and is empty.
+
+    Otherwise each sharer would go on to ask for every chunk of it that others have, and
+    have no huge pages there.  The kernel takes no mode away but by taking all, so for an
+    instant nothing is registered; zeros are right there, whoever makes them.
+    """
+    breath = Breath()
+    for low, high in list(pages.armed.within(start, end)):
+        for window in list(pages.writers()):
+            if window.sharer.number in pages.region.sharers:
+                attempt(window.unregister, low, high)
+                with contextlib.suppress(OSError):  # ENOMEM too: nothing depends on it
+                    window.register(low, high, Mode.MISSING)
+            await breath.take()
+        pages.armed.remove(low, high)
 
 
 def protect(pages: Pages, start: int, end: int, windows: Iterable[Window] | None = None) -> None:
