@@ -304,9 +304,11 @@ def _of_one_source(backing: Backing, start: int, end: int, offset: int) -> tuple
     if stashed:
         start, end = next(pieces(max(BUFFER, backing.page), offset, start, end))
         end = min(end, backing.stash.next_absent(offset))
+        other = backing.stash.next_absent(start)
     else:
         end = min(end, backing.stash.next_data(offset))
-    if backing.stash.next_data(start) < offset:
+        other = backing.stash.next_data(start)
+    if other < offset:
         start = offset
     return start, end, stashed
 
