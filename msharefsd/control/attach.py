@@ -18,6 +18,7 @@ from msharefsd.linux import processes, syscalls
 from msharefsd.memory import hugetlb
 from msharefsd.memory.hugetlb import HugetlbBacking
 from msharefsd.paging.pages import pages_of
+from msharefsd.paging.watching import is_untrusted
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State, writes
 
@@ -106,6 +107,11 @@ class Attaching:
             self._adopt(fds[1])
             if created:
                 flags |= ReplyFlag.CREATED
+        # A donor has a descriptor to write with, until it is done.
+        if ReplyFlag.DONATE not in flags and is_untrusted(
+            region, self._peer.uid, writable=writable
+        ):
+            await self._watch(region)
         sharer = regions.attach(
             region,
             self._peer.pid,
@@ -121,12 +127,18 @@ class Attaching:
         self._control.metrics.attaches.inc()
         self._state.join(sharer)
         assert region.backing is not None
-        if pages_of(region).armed:
+        if pages_of(region).armed or pages_of(region).looked_at:
             flags |= ReplyFlag.PROTECTED
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
         fd = region.backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
         return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
+
+    async def _watch(self, region: Region) -> None:
+        """Who is about to have the memory's descriptor must change nothing by it."""
+        await self._control.pages.watching.begin(region)
+        if region.backing is None or region.state is State.GONE:
+            raise Refused(errno.ENOENT, "the region is gone")
 
     def _made_file(self, region: Region) -> bool:
         """Whether the peer has made the region's file, which it says."""
@@ -254,7 +266,8 @@ class Attaching:
         region = sharer.region
         assert region.backing is not None
         fd = None if sharer.writable else region.backing.descriptor(writable=False)
-        flags = ReplyFlag.PROTECTED if pages_of(region).armed else wire.NO_FLAGS
+        pages = pages_of(region)
+        flags = ReplyFlag.PROTECTED if pages.armed or pages.looked_at else wire.NO_FLAGS
         return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
 
     async def vma_file(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:

@@ -37,7 +37,10 @@ class Calls:
     async def ready(self) -> None:
         """The window is mapped and not open yet: protect in it what is protected."""
         sharer = self._state.need_sharer()
-        await protection.admit(pages_of(sharer.region), sharer)
+        if sharer.writable:
+            await protection.admit(pages_of(sharer.region), sharer)
+        else:
+            await self._control.pages.watching.admit(sharer)
 
     async def change(self, request: Request, fds: list[int]) -> None:
         """Carry out one of them; takes a mapped file out of `fds`."""

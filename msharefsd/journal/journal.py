@@ -12,7 +12,10 @@ says:
   (mmap over something, madvise), and they are finished once that is done,
 - what an object's protection forbids is protected again,
 - a `dirty` page has been written to, or was about to be; a `poisoned` range raises SIGBUS
-  in that sharer, or was about to.
+  in that sharer, or was about to,
+- a region that is `watched` has a sharer that could put pages of zeros into it: which of
+  its files' pages the pager has put is in `put`, after they are there and before anybody
+  may write to them; pages that are being copied to the stash are in `stashing` (watch.py).
 
 The answer of a call that must not be done twice goes with the change it made, in one
 transaction: `sharers.done` is the number of the last call that was done (wire.h), and
@@ -82,6 +85,19 @@ CREATE TABLE poisoned (
     offset INTEGER NOT NULL, length INTEGER NOT NULL,
     PRIMARY KEY (sharer, offset)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE watched (
+    region INTEGER PRIMARY KEY REFERENCES regions ON DELETE CASCADE
+) STRICT;
+CREATE TABLE put (
+    region INTEGER NOT NULL REFERENCES regions ON DELETE CASCADE,
+    offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    PRIMARY KEY (region, offset)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE stashing (
+    region INTEGER NOT NULL REFERENCES regions ON DELETE CASCADE,
+    offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    PRIMARY KEY (region, offset)
+) STRICT, WITHOUT ROWID;
 """
 
 
@@ -89,7 +105,7 @@ class Journal(Database):
     """What one pager does."""
 
     file = "journal.sqlite"
-    schema = 2
+    schema = 3
     tables = _TABLES
     volatile = ("regions", "files")
 
@@ -115,7 +131,7 @@ class Journal(Database):
     def empty_region(self, region: int) -> None:
         """It has no objects any more."""
         with self.transaction():
-            for table in ("objects", "clearing", "dirty"):
+            for table in ("objects", "clearing", "dirty", "watched", "put", "stashing"):
                 self._database.execute(
                     f"DELETE FROM {table} WHERE region = ?",  # noqa: S608 - the names above
                     (region,),
@@ -238,6 +254,47 @@ class Journal(Database):
                 [(sharer, start, end - start) for start, end in now],
             )
 
+    def watch(self, region: int, put: Iterable[tuple[int, int]]) -> None:
+        """What is in the region's files' pages is written down from now on.
+
+        `put`: (start, end) of what is there.  Raises Refused(ENOSPC).
+        """
+        with self.transaction():
+            self._database.execute("REPLACE INTO watched VALUES (?)", (region,))
+            self._database.execute("DELETE FROM put WHERE region = ?", (region,))
+            self._put(region, (), put)
+
+    def change_put(self, region: int, gone: Iterable[int], now: Iterable[tuple[int, int]]) -> None:
+        """Which ranges have been put: `gone` and `now` as in change_poisoned().
+
+        Raises Refused(ENOSPC).
+        """
+        with self.transaction():
+            self._put(region, gone, now)
+
+    def _put(self, region: int, gone: Iterable[int], now: Iterable[tuple[int, int]]) -> None:
+        self._database.executemany(
+            "DELETE FROM put WHERE region = ? AND offset = ?",
+            [(region, offset) for offset in gone],
+        )
+        self._database.executemany(
+            "REPLACE INTO put VALUES (?, ?, ?)",
+            [(region, start, end - start) for start, end in now],
+        )
+
+    def stashing(self, region: int, runs: Iterable[tuple[int, int]]) -> None:
+        """What is about to be copied to the stash: (start, end).  Raises Refused(ENOSPC)."""
+        with self.transaction():
+            self._database.executemany(
+                "REPLACE INTO stashing VALUES (?, ?, ?)",
+                [(region, start, end - start) for start, end in runs],
+            )
+
+    def stashed(self, region: int) -> None:
+        """All of that is in the stash as a whole, or none of it.  Raises Refused(ENOSPC)."""
+        with self.transaction():
+            self._database.execute("DELETE FROM stashing WHERE region = ?", (region,))
+
     # -- reading, by the next pager --
 
     def next_sharer(self) -> int:
@@ -288,3 +345,22 @@ class Journal(Database):
             "SELECT offset, offset + length FROM poisoned WHERE sharer = ?", (sharer,)
         )
         return rows.fetchall()
+
+    def watched(self, region: int) -> bool:
+        """Whether somebody could put pages of zeros into it."""
+        rows = self._database.execute("SELECT 1 FROM watched WHERE region = ?", (region,))
+        return rows.fetchone() is not None
+
+    def put(self, region: int) -> list[tuple[int, int]]:
+        """The ranges [start, end) of files' pages that were put."""
+        return self._ranges("put", region)
+
+    def left_stashing(self, region: int) -> list[tuple[int, int]]:
+        """The ranges [start, end) that may be in the stash in part."""
+        return self._ranges("stashing", region)
+
+    def _ranges(self, table: str, region: int) -> list[tuple[int, int]]:
+        return self._database.execute(
+            f"SELECT offset, offset + length FROM {table} WHERE region = ?",  # noqa: S608 - ours
+            (region,),
+        ).fetchall()

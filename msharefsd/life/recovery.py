@@ -11,7 +11,9 @@ What is finished here that the dead daemon had begun:
 - A page may be in the backing and in the stash, because it is copied before it is
   punched, either way.  The backing's is the one that counts: going in, both are the
   same, or the stash's is not whole; coming out, the backing's may have been written
-  to since.
+  to since.  Where somebody untrusted can read the region the backing's may be a page of
+  zeros that this one has made, and other rules hold, by which the stash's counts but for
+  what was being copied to it: paging/watch.py has them, and why nothing is lost.
 - Objects that must be protected are, once more, in every sharer.  A protection too many
   goes away by itself, at the first write.
 - A page that was poisoned for a moment, to fail a system call, comes back.  Poison in
@@ -47,6 +49,7 @@ from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
+from msharefsd.region.ranges import Ranges
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
 from msharefsd.threads.breath import Breath
@@ -167,7 +170,8 @@ def _finish_memory(journal: Journal, region: Region) -> None:
     memory = region.backing
     assert memory is not None
     stash = memory.stash
-    if stash is not None:
+    watched = journal.watched(region.id)
+    if stash is not None and not watched:
         for start, end in list(stash.data(0, region.size)):
             for first, last in list(memory.data(start, end - start)):
                 stash.punch(first, last - first)
@@ -196,6 +200,9 @@ async def adopt_sharers(
     journal: Journal, regions: Regions, pages: PageServer, spaces: AddressSpaces, orphans: Orphans
 ) -> None:
     """Take the sharers that live, and put right in them what was left half done."""
+    for region in regions.alive():
+        if region.backing is not None and journal.watched(region.id):
+            pages.watching.adopt(region)
     adopted = _reach_all(journal, regions)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
@@ -300,7 +307,7 @@ def _reach(sharer: Sharer) -> int:
 async def _put_right(
     journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
 ) -> None:
-    pages, breath = pages_of(region), Breath()
+    pages, breath, failed = pages_of(region), Breath(), Ranges()
     for item in list(region.objects):
         try:
             if not item.accessible:
@@ -309,6 +316,7 @@ async def _put_right(
                 protection.arm(pages, item.offset, item.end)
                 await protection.protect_present(pages, item.offset, item.end)
         except Refused as refused:
+            failed.add(item.offset, item.end)
             log.error(
                 "region %s: cannot protect %d bytes at %#x: %s",
                 region.label(),
@@ -317,6 +325,7 @@ async def _put_right(
                 refused.message,
             )
         await breath.take()
+    await server.watching.put_right(region, failed)
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
         if found is not None and found.file is not None and found.written_back:

@@ -94,7 +94,8 @@ LACKING: Final = {
     "poison": "no UFFDIO_POISON (Linux 6.6): a system call on a hole raises SIGBUS instead of "
     "failing with EFAULT",
     "map_present": "no UFFD_FEATURE_MINOR_SHMEM (Linux 5.14): a page that had SIGBUS for want of "
-    "memory keeps it in that process",
+    "memory keeps it in that process, and who may only read a region can put zeros where a file's "
+    "contents or hidden memory belong",
     "write_protect": "no UFFD_FEATURE_WP_HUGETLBFS_SHMEM (Linux 5.19): objects that are not "
     "writable, and writable MAP_SHARED files, cannot be mapped",
     "exact_address": "no UFFD_FEATURE_EXACT_ADDRESS (Linux 5.18): si_addr of a SIGSEGV is the "

@@ -208,6 +208,11 @@ def register(fd: int, start: int, length: int, mode: Mode) -> None:
     fcntl.ioctl(fd, UFFDIO_REGISTER, _REGISTER.pack(start, length, int(mode), 0))
 
 
+def unregister(fd: int, start: int, length: int) -> None:
+    """UFFDIO_UNREGISTER of `length` bytes at `start`."""
+    fcntl.ioctl(fd, UFFDIO_UNREGISTER, _RANGE.pack(start, length))
+
+
 PATIENCE_SECONDS: Final = 0.02
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Final
 
 import trio
@@ -128,13 +128,16 @@ class Backing(SparseFile):
         return self.next_data(page) == page or self.is_stashed(page)
 
     def read(self, offset: int, length: int) -> bytes:
-        """The contents of whole pages, wherever each is.  Raises OSError."""
+        """The contents of whole pages, wherever each is; what is in the stash is right.
+
+        Raises OSError.
+        """
         content = os.pread(self.fd, length, offset)
         if self._stash is None or self._stash.next_data(offset) >= offset + length:
             return content
         pages = bytearray(content)
         for at in range(offset, offset + len(content), self.page):
-            if self.next_data(at) != at and self.is_stashed(at):
+            if self.is_stashed(at):
                 there = slice(at - offset, at - offset + self.page)
                 pages[there] = os.pread(self._stash.fd, self.page, at)
         return bytes(pages)
@@ -147,9 +150,14 @@ class Backing(SparseFile):
 
         Raises OSError: ENOSPC, ENOMEM.
         """
+        self.copy_to_stash(self.data(offset, length))
+        self.punch(offset, length)
+
+    def copy_to_stash(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Have pages in the stash as well.  Raises as stash_pages()."""
         if self._stash is None:
             self._stash = ShmObject(self._stash_name, self.size)
-        for start, end in self.data(offset, length):
+        for start, end in runs:
             at = start
             while at < end:
                 content = os.pread(self.fd, min(end - at, HUGE_PAGE), at)
@@ -157,7 +165,17 @@ class Backing(SparseFile):
                     break  # truncated by a sharer
                 at += os.pwrite(self._stash.fd, content, at)
         barrier("backing.stashed")
-        self.punch(offset, length)
+
+    def look(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """As `data`, and finds also what came without our doing."""
+        return self.data(start, end - start)
+
+    def overwrite(self, offset: int, content: bytes) -> bool:
+        """Give pages that are there other contents in place; False where that cannot be.
+
+        Raises OSError.
+        """
+        return os.pwrite(self.fd, content, offset) == len(content)
 
     async def runs(self, start: int, end: int) -> list[tuple[int, int]]:
         """As `data`, and other things go on meanwhile; in pieces of at most AT_ONCE."""

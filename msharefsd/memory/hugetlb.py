@@ -343,6 +343,16 @@ class HugetlbBacking(Backing):
             offset += self.page - offset % self.page
         return offset
 
+    def look(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """As `data`, and finds also what is not in the host mapping yet."""
+        for at in range(start, end, self.page):
+            if self.is_present(at):
+                yield at, at + self.page
+
+    def overwrite(self, offset: int, content: bytes) -> bool:  # noqa: ARG002 - hugetlbfs has no write(2)
+        """Not here."""
+        return False
+
     async def runs(self, start: int, end: int) -> list[tuple[int, int]]:
         """As `data`, and other things go on meanwhile."""
         found: list[tuple[int, int]] = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -30,6 +31,7 @@ from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.paging import protection, removal
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
+from msharefsd.paging.watch import is_plain
 from msharefsd.paging.writeback import Writeback
 from msharefsd.region.objects import MOST_OBJECTS, Object
 from msharefsd.region.record import save_objects
@@ -84,8 +86,7 @@ class AddressSpaces:
             if occupied and not replace:
                 raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
             _check_objects(region, 1 + _splits(region, new.offset, new.end))
-            if new.guarded and new.accessible:
-                protection.arm(pages, new.offset, new.end)
+            protection.arm_for(pages, new)
             with removal.leaving(region, new.offset, new.end):
                 if occupied:
                     await self._write_back(region, new.offset, new.end)
@@ -100,6 +101,8 @@ class AddressSpaces:
                     await self._server.poison.clear(pages, new.offset, new.length, empty=True)
                     removal.alive(region)
                     self._journal.cleared(region.id)
+                    if pages.looked_at and is_plain(new):
+                        await protection.disarm(pages, new.offset, new.end)
 
     async def _thin_out(self, region: Region, start: int, end: int) -> None:
         """Take objects out until few are left in the range: those go in one piece.
@@ -122,14 +125,15 @@ class AddressSpaces:
         """
         removed = region.objects.insert(new) if new else region.objects.remove(offset, length)
         try:
-            save_objects(
-                self._journal,
-                region,
-                by=by,
-                gone=(offset, length),
-                # A hole has no memory anyway, which the next daemon sees to.
-                clearing=[(offset, length)] if new else [],
-            )
+            with self._forgetting(region, [(offset, offset + length)]):
+                save_objects(
+                    self._journal,
+                    region,
+                    by=by,
+                    gone=(offset, length),
+                    # A hole has no memory anyway, which the next daemon sees to.
+                    clearing=[(offset, length)] if new else [],
+                )
         except Refused:
             region.objects.remove(offset, length)
             for item in removed:
@@ -139,6 +143,19 @@ class AddressSpaces:
             new.file.hold()
         removal.let_go(region, removed)
         return removed
+
+    @contextlib.contextmanager
+    def _forgetting(self, region: Region, ranges: list[tuple[int, int]]) -> Iterator[None]:
+        """With what is written down meanwhile: nothing in these is put any more."""
+        watch = pages_of(region).watch
+        if watch is None:
+            yield
+            return
+        with self._journal.transaction():
+            watch.write_gone(ranges)
+            yield
+        for start, end in ranges:
+            watch.forget(start, end)
 
     async def _finish_removal(
         self, region: Region, offset: int, length: int, removed: list[Object]
@@ -157,8 +174,7 @@ class AddressSpaces:
             if region.objects.first(new.offset, new.end) is not None:
                 raise Refused(errno.EINVAL, "the donor's mappings overlap")
             _check_objects(region, 1)
-            if new.guarded and new.accessible:
-                protection.arm(pages_of(region), new.offset, new.end)
+            protection.arm_for(pages_of(region), new)
             region.objects.insert(new)
 
     async def hide_donated(self, region: Region) -> None:
@@ -176,6 +192,8 @@ class AddressSpaces:
         await self._write_back(region, offset, offset + length)
         async with region.change:
             _check_objects(region, _splits(region, offset, offset + length))
+            if pages_of(region).looked_at:
+                protection.arm(pages_of(region), offset, offset + length)
             with removal.leaving(region, offset, offset + length):
                 await self._write_back(region, offset, offset + length)
                 removal.alive(region)
@@ -226,8 +244,19 @@ class AddressSpaces:
 
     async def _apply(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
         new = replace(item, prot=prot)
+        watch = pages_of(region).watch
         if new.guarded:
             self._prepare_to_protect(region, new)
+        if watch is not None and not new.accessible:
+            watch.hiding.add(new.offset, new.end)
+        try:
+            await self._change(region, item, new, by)
+        finally:
+            if watch is not None:
+                watch.hiding.remove(new.offset, new.end)
+
+    async def _change(self, region: Region, item: Object, new: Object, by: Sharer | None) -> None:
+        prot = new.prot
         region.objects.protect(item.offset, item.length, prot)
         try:
             save_objects(self._journal, region, by=by)
@@ -256,10 +285,11 @@ class AddressSpaces:
 
     def _prepare_to_protect(self, region: Region, new: Object) -> None:
         assert region.backing is not None
-        if new.accessible:
-            protection.arm(pages_of(region), new.offset, new.end)
-        elif not self._capabilities.write_protect and (
-            region.backing.next_data(new.offset) < new.end
+        protection.arm_for(pages_of(region), new)
+        if (
+            not new.accessible
+            and not self._capabilities.write_protect
+            and (region.backing.next_data(new.offset) < new.end)
         ):
             raise Refused(errno.EOPNOTSUPP, "this kernel cannot protect it (Linux 5.19)")
 
@@ -278,7 +308,7 @@ class AddressSpaces:
             removal.alive(region)
             assert region.backing is not None
             try:
-                region.backing.stash_pages(start, end - start)
+                pages.stash(start, end)
             except OSError as error:
                 code = error.errno or errno.ENOMEM
                 raise Refused(code, "no memory to move it to") from error
@@ -311,12 +341,13 @@ class AddressSpaces:
                 while True:
                     after = private[-1].end if private else offset + length
                     rest = await removal.some_private(region, after, offset + length)
-                    save_objects(
-                        self._journal,
-                        region,
-                        by=None if rest else by,
-                        clearing=[(item.offset, item.length) for item in private],
-                    )
+                    with self._forgetting(region, [(item.offset, item.end) for item in private]):
+                        save_objects(
+                            self._journal,
+                            region,
+                            by=None if rest else by,
+                            clearing=[(item.offset, item.length) for item in private],
+                        )
                     for item in private:
                         for fill in pages_of(region).fills(item.offset, item.end):
                             fill.stale = True

@@ -25,7 +25,7 @@ from msharefsd.linux.uffd import Outcome
 from msharefsd.memory.backing import Backing
 from msharefsd.paging.background import Background
 from msharefsd.paging.pages import Fill, Pages, Waiting, pages_of
-from msharefsd.paging.populate import NOT_ALL, Populate, pieces
+from msharefsd.paging.populate import NOT_ALL, Populate, Source, pieces
 from msharefsd.paging.window import Window
 from msharefsd.region.objects import Object
 from msharefsd.telemetry.seldom import Seldom
@@ -182,6 +182,7 @@ class Fills:
         windows = [each.window for each in waiting]
         windows += [fill.window] if fill.window.attached else []
         target = next((each for each in windows if each.writable), windows[0] if windows else None)
+        pages.clean(fill.start, fill.end)
         present = {each.offset for each in waiting if backing.next_data(each.offset) == each.offset}
         outcome = Outcome.DONE
         for item in region.objects.within(fill.start, usable):
@@ -212,7 +213,7 @@ class Fills:
         address: int,
         waiting: list[Waiting],
     ) -> Outcome:
-        put = self._populate.put
+        put = partial(self._populate.put, source=Source.FILE)
         outcome = put(target, start, end, address, guarded=item.guarded)
         if outcome in NOT_ALL:
             # As in Populate.around: at least the pages that somebody waits for.

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from msharefsd.linux.uffd import Fault
+from msharefsd.linux.uffd import Fault, Mode
 from msharefsd.memory.buffers import BUFFER
 from msharefsd.memory.files import MappedFile
 from msharefsd.paging.dirty import Dirty
+from msharefsd.paging.watch import Watch
 from msharefsd.paging.window import Window, window_of
 from msharefsd.region.ranges import Ranges
 from msharefsd.region.region import Region
@@ -52,7 +53,11 @@ class Pages:
 
     region: Region
     armed: Ranges = field(default_factory=Ranges)
-    """Where windows are registered for write protection."""
+    """Where windows are registered for `modes`."""
+    modes: Mode = Mode.MISSING | Mode.WP
+    """For write protection, and in a region that is watched for looking at what is there."""
+    watch: Watch | None = None
+    """If somebody untrusted can read it: what belongs there."""
     dirty: Dirty = field(default_factory=Dirty)
     """Pages of shared file mappings that are to be written back."""
     leaving: Ranges = field(default_factory=Ranges)
@@ -78,6 +83,24 @@ class Pages:
     def writers(self) -> Iterator[Window]:
         """The windows that need protection: readers' are read-only mappings."""
         return (window_of(each) for each in self.region.sharers.values() if each.writable)
+
+    @property
+    def looked_at(self) -> bool:
+        """Whether windows are registered for looking at what comes into them."""
+        return bool(self.modes & Mode.MINOR)
+
+    def clean(self, start: int, end: int) -> None:
+        """Take out what does not belong in [start, end)."""
+        if self.watch is not None:
+            self.watch.clean(start, end)
+
+    def stash(self, start: int, end: int) -> None:
+        """Move the pages of [start, end) to the stash: see Backing.stash_pages()."""
+        assert self.region.backing is not None
+        if self.watch is not None:
+            self.watch.stash(start, end)
+        else:
+            self.region.backing.stash_pages(start, end - start)
 
     # -- what is being read: each fill lies in one piece --
 

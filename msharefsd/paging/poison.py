@@ -191,6 +191,7 @@ class Poison:
         """
         backing = window.region.backing
         assert backing is not None
+        pages_of(window.region).clean(start, end)
         end, present, stashed = _alike(backing, start, end)
         if present:  # populated by another, and not hidden yet
             self.mapped(window, start, end, by_others=True)
@@ -221,7 +222,9 @@ class Poison:
         backing = region.backing
         assert backing is not None
         piece = pages_of(region).piece
-        stop, present, stashed = _alike(backing, start, min(end, start - start % piece + piece))
+        stop = min(end, start - start % piece + piece)
+        pages_of(region).clean(start, stop)
+        stop, present, stashed = _alike(backing, start, stop)
         if present:
             self.mapped(window, start, stop, by_others=True)
             return stop
@@ -249,6 +252,7 @@ class Poison:
         """What of [start, end) could be read from a file is there: where it was poisoned."""
         backing = window.region.backing
         assert backing is not None
+        pages_of(window.region).clean(start, end)
         for low, high in list(window.poisoned.within(start, end)):
             # Poison is right where there has been a hole meanwhile.
             for first, last in list(backing.data(low, high - low)):

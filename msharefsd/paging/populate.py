@@ -13,10 +13,13 @@ Nothing here awaits: what its caller has found out of the region is true to the 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Final
 
 from msharefsd.barriers import barrier
@@ -28,6 +31,7 @@ from msharefsd.memory.backing import Backing
 from msharefsd.memory.buffers import BUFFER, Buffers, Zeros
 from msharefsd.paging import protection
 from msharefsd.paging.pages import Pages, pages_of
+from msharefsd.paging.watch import Watch
 from msharefsd.paging.window import Mapping, Window
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region
@@ -35,6 +39,19 @@ from msharefsd.telemetry.metrics import Metrics
 
 NOT_ALL: Final = frozenset({Outcome.NO_MEMORY, Outcome.RETRY, Outcome.STRANGE})
 """A chunk that could not be populated: perhaps the one page can."""
+
+
+TRIES: Final = 16
+"""How often a page that a reader has made is taken out before one that is to be put."""
+
+
+class Source(Enum):
+    """Where the contents of pages come from."""
+
+    ZEROS = auto()
+    """Memory that nobody has written, or what is there for a moment only."""
+    STASH = auto()
+    FILE = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +126,7 @@ class Populate:
         start, end = part.start, part.end
         if not part.stashed:
             return self.put(window, start, end, None, guarded=found.guarded)
-        backing = window.region.backing
+        backing, watch = window.region.backing, pages_of(window.region).watch
         assert backing is not None
         assert backing.stash is not None
         stash = backing.stash
@@ -117,10 +134,19 @@ class Populate:
         try:
             got = os.preadv(stash.fd, [buffer.view[: end - start]], start)
             end = start + got - got % backing.page
-            outcome = self.put(window, start, end, buffer.address, guarded=found.guarded)
+            outcome = self.put(
+                window, start, end, buffer.address, guarded=found.guarded, source=Source.STASH
+            )
             barrier("stash.copied")
             if outcome in (Outcome.DONE, Outcome.PRESENT):
+                if watch is not None and found.file is not None:
+                    watch.add(start, end)
+                    barrier("stash.put")
                 stash.punch(start, end - start)
+                if watch is not None:
+                    _let_write(window, start, end, guarded=found.guarded)
+        except Refused as error:  # it stays in the stash
+            return uffd.outcome_of(error)
         finally:
             self.buffers.give_back(buffer)
         return outcome
@@ -128,18 +154,29 @@ class Populate:
     # -- into whom --
 
     def put(
-        self, window: Window, start: int, end: int, address: int | None, *, guarded: bool
+        self,
+        window: Window,
+        start: int,
+        end: int,
+        address: int | None,
+        *,
+        guarded: bool,
+        source: Source = Source.ZEROS,
     ) -> Outcome:
         """Populate what is absent in [start, end) from `address`, or with zeros.
 
         Into the sharer if it pays; for a reader, and where nobody pays, into the host
         mapping.  DONE when nothing is absent and whoever waited there has been woken.
+
+        In a region that is watched nobody can write to what comes from a file before that
+        is written down, nor to what comes from the stash before _let_write().
         """
         region = window.region
         pages = pages_of(region)
         backing = region.backing
         assert backing is not None
         pays = window.writable and backing.charges_sharer
+        watch = pages.watch if source is not Source.ZEROS else None
         try:
             if guarded:  # before anybody can see the pages
                 protection.protect(pages, start, end)
@@ -151,7 +188,12 @@ class Populate:
             return uffd.outcome_of(error)
         if pays:
             _pays(pages, window, start, end)
-        outcome = self._absent(backing, target, start, end, address, protect=guarded and pays)
+        if watch is not None:
+            watch.clean(start, end)
+        protect = pays and (guarded or watch is not None)
+        outcome = self._absent(backing, target, start, end, address, protect=protect, watch=watch)
+        if watch is not None:
+            outcome = _written_down(watch, window, start, end, outcome, source, guarded=guarded)
         if not pays and outcome in (Outcome.DONE, Outcome.PRESENT):
             window.wake(start, end)
             return Outcome.DONE
@@ -166,6 +208,7 @@ class Populate:
         address: int | None,
         *,
         protect: bool,
+        watch: Watch | None,
     ) -> Outcome:
         """Populate what is absent in [start, end) in one address space.
 
@@ -173,7 +216,7 @@ class Populate:
         page that turned out to be present: PRESENT if there was one.
         """
         result = Outcome.DONE
-        at = start
+        at, tries = start, TRIES
         while at < end:
             if address is None:
                 done, outcome = target.zeropage(at, end)
@@ -187,8 +230,20 @@ class Populate:
                 # for all the same (it mapped the window in a way of its own).
                 if not backing.believes_present(at):
                     return Outcome.NO_MEMORY
-                at = max(backing.next_absent(at), at + backing.page)
                 result = outcome
+                if watch is not None and address is not None:
+                    put = watch.put.find(at)
+                    if put is not None:
+                        at = put[1]
+                    elif tries:
+                        tries -= 1
+                        watch.met(at)
+                    elif _replaced(backing, at, address + at - start):
+                        at += backing.page
+                    else:
+                        return Outcome.NO_MEMORY
+                    continue
+                at = max(backing.next_absent(at), at + backing.page)
             elif outcome is not Outcome.DONE and done == 0:
                 return outcome
         return result
@@ -197,6 +252,46 @@ class Populate:
 def _pays(pages: Pages, window: Window, start: int, end: int) -> None:
     for chunk in range(start - start % HUGE_PAGE, end, HUGE_PAGE):
         pages.payers[chunk] = window.sharer.number
+
+
+def _written_down(
+    watch: Watch,
+    window: Window,
+    start: int,
+    end: int,
+    outcome: Outcome,
+    source: Source,
+    *,
+    guarded: bool,
+) -> Outcome:
+    """What has been put is put: what it comes to then."""
+    barrier("watch.copied")
+    if outcome not in (Outcome.DONE, Outcome.PRESENT):
+        watch.clean(start, end, ours=True)
+    elif source is Source.FILE:
+        try:
+            watch.add(start, end)
+        except Refused as error:
+            watch.clean(start, end, ours=True)
+            return uffd.outcome_of(error)
+        barrier("watch.put")
+        _let_write(window, start, end, guarded=guarded)
+    return outcome
+
+
+def _let_write(window: Window, start: int, end: int, *, guarded: bool) -> None:
+    """What has been put protected may be written, if its object says so."""
+    if window.writable and not guarded:
+        with contextlib.suppress(OSError):  # then it is found out at the first write
+            window.unprotect(start, end)
+
+
+def _replaced(backing: Backing, page: int, address: int) -> bool:
+    """Write over a page that a reader makes again and again; nobody else has it mapped."""
+    try:
+        return backing.overwrite(page, ctypes.string_at(address, backing.page))
+    except OSError:
+        return False
 
 
 def _of_one_source(backing: Backing, start: int, end: int, offset: int) -> tuple[int, int, bool]:
@@ -210,9 +305,11 @@ def _of_one_source(backing: Backing, start: int, end: int, offset: int) -> tuple
     if stashed:
         start, end = next(pieces(max(BUFFER, backing.page), offset, start, end))
         end = min(end, backing.stash.next_absent(offset))
+        other = backing.stash.next_absent(start)
     else:
         end = min(end, backing.stash.next_data(offset))
-    if backing.stash.next_data(start) < offset:
+        other = backing.stash.next_data(start)
+    if other < offset:
         start = offset
     return start, end, stashed
 

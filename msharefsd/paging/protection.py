@@ -23,6 +23,7 @@ the window or the ioctl, nothing is missed, and in the usual case nobody waits.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -31,7 +32,9 @@ from msharefsd.errors import Refused
 from msharefsd.linux.uffd import Mode
 from msharefsd.memory.sparse import AT_ONCE
 from msharefsd.paging.pages import Pages
+from msharefsd.paging.watch import is_plain
 from msharefsd.paging.window import Window, window_of
+from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
 
@@ -43,7 +46,8 @@ _HARMLESS: Final = frozenset(
 )
 
 
-def _try(call: Callable[[int, int], None], start: int, end: int) -> None:
+def attempt(call: Callable[[int, int], None], start: int, end: int) -> None:
+    """Make an ioctl on a sharer's range; what is wrong with it there is its own affair."""
     try:
         call(start, end)
     except OSError as error:
@@ -51,30 +55,40 @@ def _try(call: Callable[[int, int], None], start: int, end: int) -> None:
             raise
 
 
-def _tell(window: Window) -> None:
+def tell(window: Window) -> None:
+    """Have a sharer that may not have its window yet ask when it has."""
     if not window.ready:
         window.sharer.note()
 
 
-def arm(pages: Pages, start: int, end: int) -> None:
+def arm(pages: Pages, start: int, end: int, *, anew: bool = False) -> None:
     """Make it possible to protect [start, end); offsets in the region.
+
+    In a region that is watched also to look at what is there before it comes into a
+    window.  `anew`: that it is, is new.
 
     Raises Refused(ENOMEM) when a sharer has no room for another VMA.
     """
-    if pages.armed.covers(start, end):
+    if pages.armed.covers(start, end) and not anew:
         return
     for window in pages.writers():
-        _tell(window)
-        _arm(window, start, end)
+        tell(window)
+        _arm(window, start, end, pages.modes)
     pages.armed.add(start, end)
 
 
-def _arm(window: Window, start: int, end: int) -> None:
+def arm_for(pages: Pages, new: Object) -> None:
+    """Arm what an object that is about to be there, or to be changed to that, needs."""
+    if (new.guarded and new.accessible) or (pages.looked_at and not is_plain(new)):
+        arm(pages, new.offset, new.end)
+
+
+def _arm(window: Window, start: int, end: int, modes: Mode) -> None:
     def register(first: int, last: int) -> None:
-        window.register(first, last, Mode.MISSING | Mode.WP)
+        window.register(first, last, modes)
 
     try:
-        _try(register, start, end)
+        attempt(register, start, end)
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
@@ -85,6 +99,24 @@ def _arm(window: Window, start: int, end: int) -> None:
             ) from error
 
 
+async def disarm(pages: Pages, start: int, end: int) -> None:
+    """In a region that is watched: [start, end) is plain memory now, and is empty.
+
+    Otherwise each sharer would go on to ask for every chunk of it that others have, and
+    have no huge pages there.  The kernel takes no mode away but by taking all, so for an
+    instant nothing is registered; zeros are right there, whoever makes them.
+    """
+    breath = Breath()
+    for low, high in list(pages.armed.within(start, end)):
+        for window in list(pages.writers()):
+            if window.sharer.number in pages.region.sharers:
+                attempt(window.unregister, low, high)
+                with contextlib.suppress(OSError):  # ENOMEM too: nothing depends on it
+                    window.register(low, high, Mode.MISSING)
+            await breath.take()
+        pages.armed.remove(low, high)
+
+
 def protect(pages: Pages, start: int, end: int, windows: Iterable[Window] | None = None) -> None:
     """Have writes to pages in [start, end) reported, whoever makes them.
 
@@ -93,8 +125,8 @@ def protect(pages: Pages, start: int, end: int, windows: Iterable[Window] | None
     for window in pages.writers() if windows is None else windows:
         # One that has been detached has no userfaultfd any more.
         if window.sharer.number in pages.region.sharers:
-            _tell(window)
-            _try(window.protect, start, end)
+            tell(window)
+            attempt(window.protect, start, end)
 
 
 async def present(region: Region, start: int, end: int) -> list[tuple[int, int]]:
@@ -124,7 +156,7 @@ async def unprotect(pages: Pages, start: int, end: int) -> None:
             last = min(first + step, high)
             for window in list(pages.writers()):
                 if window.sharer.number in pages.region.sharers:
-                    _try(window.unprotect, first, last)
+                    attempt(window.unprotect, first, last)
                 await breath.take()
 
 
@@ -156,7 +188,7 @@ async def admit(pages: Pages, sharer: Sharer) -> None:
     for start, end in list(pages.armed):
         if not window.attached:
             return
-        _arm(window, start, end)
+        _arm(window, start, end, pages.modes)
         await breath.take()
     at = 0
     while window.attached and (item := region.objects.first(at, region.size)) is not None:
@@ -172,9 +204,9 @@ async def admit(pages: Pages, sharer: Sharer) -> None:
 def wake(region: Region, start: int, end: int) -> None:
     """Let every sharer's threads that wait in [start, end) look again."""
     for sharer in region.sharers.values():
-        _try(window_of(sharer).wake, start, end)
+        attempt(window_of(sharer).wake, start, end)
 
 
 def wake_sharer(sharer: Sharer) -> None:
     """Let all threads of a sharer that wait in the region look again."""
-    _try(window_of(sharer).wake, 0, sharer.region.size)
+    attempt(window_of(sharer).wake, 0, sharer.region.size)

@@ -36,10 +36,11 @@ from msharefsd.linux.uffd import Fault, Outcome
 from msharefsd.paging.background import Background
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
 from msharefsd.paging.hunger import Hunger
-from msharefsd.paging.pages import Waiting, pages_of
+from msharefsd.paging.pages import Pages, Waiting, pages_of
 from msharefsd.paging.poison import Poison
 from msharefsd.paging.populate import Populate
 from msharefsd.paging.violation import Violations
+from msharefsd.paging.watching import Watching
 from msharefsd.paging.window import Window, window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer
@@ -84,12 +85,16 @@ class PageServer:
         )
         self.poison = Poison(capabilities, journal, self._populate, self.fills, self._hunger)
         self._violations = Violations(capabilities, self.poison, self._background)
+        self.watching = Watching(
+            capabilities, journal, metrics, threads, self._background, region_memory
+        )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Everything that outlives a single fault; forever."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._background.run)
             nursery.start_soon(self._hunger.run, self.poison.repair)
+            nursery.start_soon(self.watching.run)
             task_status.started()
 
     # -- sharers --
@@ -205,13 +210,36 @@ class PageServer:
         found = region.objects.find(offset)
         if fault.protected:
             return self._write_fault(window, found, offset, fault)
-        if fault.minor:  # a page that had to be registered for that: see poison.py
-            end = offset + region.page
-            guarded = found is not None and found.guarded and window.writable
-            _, outcome = window.map_present(offset, end, protect=guarded)
-            window.wake(offset, end)
-            return outcome
+        if pages.watch is not None:
+            self.watching.notice(region)
+        if fault.minor:
+            return self._present(window, pages, fault, found, offset)
         return self._missing(window, fault, found, offset)
+
+    def _present(
+        self, window: Window, pages: Pages, fault: Fault, found: Object | None, offset: int
+    ) -> Outcome:
+        """A touch of a page that is there and not in this window: it comes there, if it may.
+
+        Registered for that are pages that had to be (poison.py), and what is watched.
+        """
+        start, end = offset, offset + window.region.page
+        watch = pages.watch
+        if watch is not None and watch.judging:
+            if found is None or not watch.belongs(found, offset):
+                watch.clean(start, end)
+                return self._missing(window, fault, found, offset)
+            first, length = window.chunks.chunk(offset)
+            start, end = watch.around(found, offset, first, first + length)
+        guarded = found is not None and found.guarded and window.writable
+        done, outcome = window.map_present(offset, end, protect=guarded)
+        if done and start < offset:
+            # As far as it goes: some may be mapped already, or not be there.
+            window.map_present(start, offset, protect=guarded)
+        window.wake(offset, offset + window.region.page)
+        if outcome is Outcome.STRANGE and not done:
+            return self.poison.fleeting(window, offset)
+        return outcome
 
     def _missing(self, window: Window, fault: Fault, found: Object | None, offset: int) -> Outcome:
         """A touch of a page that is absent."""
@@ -236,6 +264,8 @@ class PageServer:
         """The page at `offset` of an object, and its chunk as far as it goes."""
         part = self._populate.part(window.region, found, chunk, offset)
         if part is None:
+            if self.watching.relieve(window, offset):
+                return Outcome.DONE  # and is woken
             return self._no_memory(window, offset, fault.thread)
         if found.file is not None and not part.stashed:
             self.fills.read(found, part.start, part.end, Waiting(window, offset, fault))

@@ -24,6 +24,7 @@ from msharefsd.linux.features import Capabilities
 from msharefsd.linux.uffd import Fault, Outcome
 from msharefsd.paging import thread
 from msharefsd.paging.background import Background
+from msharefsd.paging.pages import pages_of
 from msharefsd.paging.poison import Poison
 from msharefsd.paging.thread import Threads, Where
 from msharefsd.paging.window import Window
@@ -135,7 +136,7 @@ class Violations:
             return
         try:
             if found is not None and window.writable:
-                region.backing.stash_pages(offset, region.page)
+                pages_of(region).stash(offset, end)
             barrier("violation.stashed")
             with contextlib.suppress(OSError):
                 window.unprotect(offset, end, wake=False)

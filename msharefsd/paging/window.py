@@ -68,6 +68,10 @@ class Mapping:
         """Register for these modes and no others."""
         uffd.register(self._holder.uffd, self.start + start, end - start, mode)
 
+    def unregister(self, start: int, end: int) -> None:
+        """Have nothing reported."""
+        uffd.unregister(self._holder.uffd, self.start + start, end - start)
+
     def protect(self, start: int, end: int) -> None:
         """Have writes reported."""
         uffd.write_protect(self._holder.uffd, self.start + start, end - start)

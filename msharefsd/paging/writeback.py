@@ -191,7 +191,7 @@ class Writeback:
         for page in dirty.of(file, start, end):
             item = region.objects.find(page)
             mine = item is not None and item.file is file and item.written_back
-            if item is None or not mine or not backing.holds(page):
+            if item is None or not mine or not _has(region, page):
                 clean.append(page)  # replaced after the fault that we were told of
                 if len(clean) < MOST_CLEAN:
                     continue
@@ -368,6 +368,14 @@ async def _let_files_go(region: Region) -> None:
             if not region.objects.uses(file):
                 file.let_go()
             await breath.take()
+
+
+def _has(region: Region, page: int) -> bool:
+    """Whether there is a page that a sharer may have written to."""
+    backing, watch = region.backing, pages_of(region).watch
+    if backing is None or not backing.holds(page):
+        return False
+    return watch is None or watch.put.contains(page) or backing.is_stashed(page)
 
 
 async def _mapped(region: Region, start: int, end: int) -> list[MappedFile]:

@@ -141,6 +141,10 @@ class Account:
         if self.allowance.memory != config.NO_LIMIT and self.memory() > self._memory_limit():
             raise self._refusal("memory", self.allowance.memory, errno.EDQUOT)
 
+    def is_over(self) -> bool:
+        """Whether the user's regions hold more than they may."""
+        return self.allowance.memory != config.NO_LIMIT and self.memory() > self._memory_limit()
+
     def memory(self) -> int:
         """Bytes that the user's regions hold."""
         return sum(region.allocated() for region in self.regions)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from bare import Bare, in_child
 from conftest import (
     ALIGNMENT,
     BASE,
@@ -33,7 +34,8 @@ from conftest import (
     huge_pages,
 )
 
-from msharefsd.linux import mounts, processes
+from msharefsd.control.wire import Op, RequestFlag
+from msharefsd.linux import mounts, processes, syscalls, uffd
 
 SIZE = 4 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -248,10 +250,15 @@ MATRIX: dict[str, Scene] = {
 
 @pytest.mark.parametrize("barrier", MATRIX)
 def test_the_daemon_dies_at(stage: Stage, barrier: str) -> None:
+    dies_at(stage, barrier, MATRIX[barrier])
+
+
+def dies_at(stage: Stage, barrier: str, scene: Scene) -> None:
+    """It dies there, and everything is right with the next one."""
     daemon = stage.daemon
     daemon.kill()
     launch_parked(daemon, barrier)
-    client, command, result, changed = MATRIX[barrier](stage)
+    client, command, result, changed = scene(stage)
     # It meets the daemon that will die, by waiting for it.
     client.send(*command)
     parked(daemon)
@@ -280,6 +287,71 @@ def test_the_daemon_dies_at(stage: Stage, barrier: str) -> None:
         assert other.do("check", stage.at(Stage.PRIVATE), FILE, ord("p")) == "0"
     stage.check(without=changed)
     stage.leave()
+
+
+MALLORY = 65531
+"""Nobody's number; /etc/passwd need not have it."""
+
+
+def touch_everything(daemon: Daemon) -> Callable[[], None]:
+    """A reader of another user has been there, and goes on touching what it was given.
+
+    It is no sharer any more: what it has is the descriptor.  Returns how it is ended.
+    """
+    os.chmod(daemon.mount / "r", 0o604)
+    begun, ready = os.pipe()
+
+    def touch() -> None:
+        one = Bare(daemon.mount)
+        proof = os.open(daemon.mount / "r", os.O_RDONLY)
+        asked = one.call(Op.USERFAULTFD, proof)
+        own = syscalls.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK | uffd.USER_MODE_ONLY)
+        assert asked.error == 0
+        answer = one.call(Op.ATTACH, proof, own, oflags=os.O_RDONLY, flags=RequestFlag.AS_IT_LIES)
+        assert answer.error == 0, answer
+        os.close(own)
+        one.sock.close()
+        size = 352 * PAGE
+        at = syscalls.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, answer.fd, 0)
+        told = False
+        while True:
+            for page in range(Stage.SHARED * PAGE, size, PAGE):
+                syscalls.madvise(at + page, PAGE, syscalls.MADV_POPULATE_READ)
+            if not told:
+                told = os.write(ready, b"x") > 0
+            time.sleep(0.002)
+
+    child = in_child(touch, uid=MALLORY)
+    assert os.read(begun, 1)
+
+    def end() -> None:
+        assert child.poll() is None
+        child.kill()
+        os.close(begun)
+        os.close(ready)
+
+    return end
+
+
+MORE: dict[str, Scene] = {
+    "watch.copied": lambda s: (s.first, ("store", s.at(s.PRIVATE + 50), ord("p")), "0", -1),
+    "watch.put": lambda s: (s.second, ("store", s.at(s.PRIVATE + 50), ord("p")), "0", -1),
+    "stash.copied": lambda s: (
+        s.second,
+        ("to_memory", s.at(s.CONSTANT), 1),
+        "-14",
+        -1,
+    ),
+}
+
+
+@pytest.mark.parametrize("barrier", [*MATRIX, *MORE])
+def test_the_daemon_dies_while_a_reader_touches_everything(stage: Stage, barrier: str) -> None:
+    stage.daemon.expected.append("where none belong")
+    end = touch_everything(stage.daemon)
+    dies_at(stage, barrier, {**MATRIX, **MORE}[barrier])
+    assert stage.daemon.metric("intruded_pages_total") > 0
+    end()
 
 
 def test_a_protection_that_outlives_its_object_is_no_obstacle(stage: Stage) -> None:

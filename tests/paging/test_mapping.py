@@ -239,6 +239,22 @@ def test_memory_that_nobody_may_touch_keeps_its_contents(pair: Pair, spawn: Spaw
     assert reader.do("load", BASE + 31 * PAGE) == "3"
 
 
+def test_what_comes_back_brings_no_zeros_for_pages_of_a_file_beside_it(
+    pair: Pair, directory: Path
+) -> None:
+    first, second = pair
+    path = directory / "letters"
+    path.write_bytes(b"F" * 16 * PAGE)
+    length = 16 * PAGE
+    first.ok("mmap", BASE, length, BOTH, PRIVATE | FIXED, path, os.O_RDONLY, 0)
+    assert first.do("scan", BASE, length) == str(ord("F"))
+    first.ok("mprotect", BASE, length, NONE)
+    first.ok("mprotect", BASE, length, BOTH)
+    first.ok("madvise", BASE, length // 2, DONTNEED)
+    assert second.do("load", BASE + length // 2) == str(ord("F"))
+    assert second.do("load", BASE) == str(ord("F"))
+
+
 def test_protection_up_to_a_hole(pair: Pair) -> None:
     first, second = pair
     first.ok("mmap", BASE, 2 * PAGE, BOTH, SHARED | FIXED)
