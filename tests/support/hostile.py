@@ -903,7 +903,7 @@ def hung_file(evil: Evil) -> None:
 def hung_write(evil: Evil) -> None:
     assert evil.hung is not None
     one = evil.create()
-    for number in range(20):
+    for number in range(6):  # of the eight threads that she has: then she waits for herself
         file = os.open(evil.hung / "full", os.O_RDWR)
         at = number * 2 * PAGE
         one.mmap(at, PAGE, 3, SHARED, file)
