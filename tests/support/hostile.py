@@ -899,7 +899,11 @@ def hung_file(evil: Evil) -> None:
     one.send(message(Op.MUNMAP, (0, PAGE, 0, 0, 0)))
 
 
-@attack("a mapped file whose server does not take what was written", "cannot", needs_hung=True)
+@attack(
+    "a mapped file whose server does not take what was written",
+    "cannot|is gone with",
+    needs_hung=True,
+)
 def hung_write(evil: Evil) -> None:
     assert evil.hung is not None
     one = evil.create()
