@@ -101,8 +101,7 @@ class AddressSpaces:
                     await self._server.poison.clear(pages, new.offset, new.length, empty=True)
                     removal.alive(region)
                     self._journal.cleared(region.id)
-                    if pages.looked_at and is_plain(new):
-                        await protection.disarm(pages, new.offset, new.end)
+                    await _let_go_of_plain(region, new)
 
     async def _thin_out(self, region: Region, start: int, end: int) -> None:
         """Take objects out until few are left in the range: those go in one piece.
@@ -282,6 +281,8 @@ class AddressSpaces:
         if new.accessible and not item.accessible:
             removal.alive(region)
             await self._server.poison.clear(pages_of(region), new.offset, new.length)
+            removal.alive(region)
+        await _let_go_of_plain(region, new)
 
     def _prepare_to_protect(self, region: Region, new: Object) -> None:
         assert region.backing is not None
@@ -368,6 +369,18 @@ def _to_the_end() -> trio.CancelScope:
     Nothing in there waits for a file.
     """
     return trio.CancelScope(shield=True)
+
+
+async def _let_go_of_plain(region: Region, new: Object) -> None:
+    """An object is there now: if its memory is plain nobody need look at what comes there.
+
+    But for what is in the stash: zeros in its place would be wrong.
+    """
+    pages, backing = pages_of(region), region.backing
+    if backing is None or not pages.looked_at or not is_plain(new):
+        return
+    if backing.stash is None or backing.stash.next_data(new.offset) >= new.end:
+        await protection.disarm(pages, new.offset, new.end)
 
 
 def _splits(region: Region, start: int, end: int) -> int:

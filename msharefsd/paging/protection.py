@@ -100,7 +100,7 @@ def _arm(window: Window, start: int, end: int, modes: Mode) -> None:
 
 
 async def disarm(pages: Pages, start: int, end: int) -> None:
-    """In a region that is watched: [start, end) is plain memory now, and is empty.
+    """In a region that is watched: [start, end) is plain memory now, and none is stashed.
 
     Otherwise each sharer would go on to ask for every chunk of it that others have, and
     have no huge pages there.  The kernel takes no mode away but by taking all, so for an

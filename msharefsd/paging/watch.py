@@ -34,9 +34,11 @@ What the journal says is never ahead of memory in a way that loses anything:
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 from msharefsd.journal.journal import Journal
+from msharefsd.memory.buffers import BUFFER
 from msharefsd.region.objects import Object
 from msharefsd.region.ranges import Ranges
 from msharefsd.region.region import Region
@@ -200,6 +202,9 @@ class Watch:
     def stash(self, start: int, end: int) -> None:
         """Move what belongs in [start, end) to the stash, and take out what does not.
 
+        Zeros of memory that is no file's are as good when they are gone: a reader may have
+        made them, and the stash is not to be filled by that.
+
         As Backing.stash_pages(): nobody can write there.  Raises OSError, Refused(ENOSPC).
         """
         backing = self._region.backing
@@ -228,12 +233,30 @@ class Watch:
         for first, last in backing.data(start, end - start):
             for found in self._region.objects.within(first, last - first):
                 at, strange = found.offset, list(self._strange(found)) if self.judging else []
-                for low, high in strange:
-                    if at < low:
+                for low, high in [*strange, (found.end, found.end)]:
+                    if found.file is None:
+                        yield from self._not_zeros(at, low)
+                    elif at < low:
                         yield at, low
                     at = high
-                if at < found.end:
-                    yield at, found.end
+
+    def _not_zeros(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        backing, run = self._region.backing, start
+        assert backing is not None
+        page = backing.page
+        zeros = bytes(page)
+        while start < end:
+            content = os.pread(backing.fd, min(end - start, max(BUFFER, page)), start)
+            if not content:
+                end = start  # truncated by a sharer
+            for at in range(0, len(content), page):
+                if content[at : at + page] == zeros:
+                    if run < start + at:
+                        yield run, start + at
+                    run = start + at + page
+            start += len(content)
+        if run < end:
+            yield run, end
 
     # -- the next pager --
 

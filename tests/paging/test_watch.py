@@ -184,6 +184,17 @@ def test_what_is_hidden_does_not_hide_what_a_reader_made(stage: Stage) -> None:
     assert stage.stashed() == {HIDDEN: b"h"}
 
 
+def test_zeros_of_memory_take_no_room_in_the_stash(stage: Stage) -> None:
+    for page, content in ((MEMORY, b"a"), (MEMORY + 1, b"\0"), (MEMORY + 2, b"c")):
+        stage.write(page, content)
+    stage.write(MEMORY + 15, b"\0")
+    stage.put(FILE)
+    stage.write(FILE, b"\0")  # by who may: it is what the page holds
+    stage.watch.stash(0, 32 * PAGE)
+    assert stage.stashed() == {FILE: b"\0", MEMORY: b"a", MEMORY + 2: b"c"}
+    assert stage.here() == []
+
+
 def test_who_has_no_room_in_the_stash_has_nothing_moved(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
