@@ -73,9 +73,9 @@ class Connection:
             self._control.deaths.forget(self._peer.pidfd)
             os.close(self._peer.pidfd)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Let go of it, when nobody else has it."""
-        drain(self._sock, lambda fd: self._control.disposal.close_fd(fd, self._peer.uid))
+        await drain(self._sock, lambda fds: self._control.disposal.close_fds(fds, self._peer.uid))
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
 

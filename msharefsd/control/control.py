@@ -9,6 +9,7 @@ from typing import Protocol
 
 from msharefsd.control.orphans import Orphans
 from msharefsd.control.peer import Peer
+from msharefsd.control.wire import MAX_FDS
 from msharefsd.linux import syscalls, uffd
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.processes import Deaths
@@ -91,6 +92,9 @@ class Control:
         self-check, and the kernel never sends it again; and a region's backing is ours.  A
         file of another FUSE mount waits for whoever serves that.
         """
+        if len(fds) > MAX_FDS:  # not what any call brings
+            self.disposal.close_fds(fds, uid)
+            return
         for fd in fds:
             if self.is_ours(syscalls.identify(fd)):
                 os.close(fd)

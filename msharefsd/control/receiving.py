@@ -17,6 +17,8 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from msharefsd.threads.breath import Breath
+
 SCM_MAX_FD: Final = 253
 """The most descriptors of one message (unix(7), include/net/scm.h)."""
 _CREDENTIALS: Final = 12  # struct ucred
@@ -44,7 +46,7 @@ def receive_now(sock: socket.socket, size: int) -> tuple[bytes, list[int], int]:
     return _receive(sock, size)[:3]
 
 
-def drain(sock: socket.socket, dispose: Callable[[int], None]) -> None:
+async def drain(sock: socket.socket, dispose: Callable[[list[int]], None]) -> None:
     """Read a connection empty, and let nothing more in, before it is closed.
 
     After SHUT_RD whoever sends has EPIPE (unix_dgram_sendmsg(), net/unix/af_unix.c), so what
@@ -54,9 +56,10 @@ def drain(sock: socket.socket, dispose: Callable[[int], None]) -> None:
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         sock.shutdown(socket.SHUT_RD)
+        breath = Breath()
         while True:
             _, fds, _, is_message = _receive(sock, 1)
-            for fd in fds:
-                dispose(fd)
+            dispose(fds)
             if not is_message:
                 return
+            await breath.take()

@@ -210,7 +210,7 @@ class Dialog:
             except OSError as error:
                 log.error("no room for a sharer: %s", error.strerror)
                 await ours.wait()
-                _turn_away(sock, control.disposal)
+                await _turn_away(sock, control.disposal)
                 return
             try:
                 if first.error:
@@ -225,7 +225,7 @@ class Dialog:
                     connection.leave()
                     with trio.CancelScope(shield=True):
                         await ours.wait()
-                    connection.close()
+                        await connection.close()
         except* OSError as group:
             # Reset by the peer, or the like: its own affair.
             log.debug("connection ended: %s", group.exceptions)
@@ -287,6 +287,6 @@ def _sealed(text: bytes) -> int:
     return fd
 
 
-def _turn_away(sock: socket.socket, disposal: Disposal) -> None:
-    drain(sock, disposal.close_fd)
+async def _turn_away(sock: socket.socket, disposal: Disposal) -> None:
+    await drain(sock, disposal.close_fds)
     sock.close()

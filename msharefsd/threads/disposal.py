@@ -71,6 +71,17 @@ class Disposal:
         """close(2), soon."""
         self.run(lambda: os.close(fd), uid)
 
+    def close_fds(self, fds: list[int], uid: int | None = None) -> None:
+        """As close_fd, of many."""
+
+        def close() -> None:
+            for fd in fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+
+        if fds:
+            self.run(close, uid)
+
     def pending(self, uid: int) -> int:
         """How many files of a user's wait to be closed."""
         with self._lock:

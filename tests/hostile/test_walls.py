@@ -55,7 +55,7 @@ def withstand(walls: Walls, attack: Attack) -> None:
         os.unlink(walls.daemon.mount / each.name)
 
 
-@pytest.mark.timeout(110)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", OWN)
 def test_alice_goes_on_beside(name: str, make_walls: Make) -> None:
     attack = ATTACKS[name]
@@ -64,7 +64,7 @@ def test_alice_goes_on_beside(name: str, make_walls: Make) -> None:
     withstand(walls, attack)
 
 
-@pytest.mark.timeout(110)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ON_ALICE)
 def test_alice_goes_on_in_the_very_region_of(name: str, make_walls: Make) -> None:
     """Whom she lets read it can neither hold her up nor change what she has."""
@@ -74,7 +74,7 @@ def test_alice_goes_on_in_the_very_region_of(name: str, make_walls: Make) -> Non
     withstand(walls, attack)
 
 
-@pytest.mark.timeout(110)
+@pytest.mark.timeout(300)
 def test_two_who_attack_and_two_who_go_on(make_walls: Make) -> None:
     walls = make_walls()
     walls.victim()

@@ -37,7 +37,7 @@ _HEAD: Final = struct.Struct(f"=6Q{len(Kind)}Q{len(Kind)}Q256s")
 _PAUSED_AT: Final = 24
 _RESTS: Final = 4
 BOARD_BYTES: Final = _HEAD.size + len(Kind) * SAMPLES * 4
-ENOUGH: Final = {Kind.TOUCH: 200, Kind.CALL: 20, Kind.FORK: 5, Kind.STAT: 20, Kind.LIST: 5}
+ENOUGH: Final = {Kind.TOUCH: 100, Kind.CALL: 10, Kind.FORK: 3, Kind.STAT: 10, Kind.LIST: 3}
 """What she does in a fraction of a second, if nobody keeps her from it."""
 HANG_SECONDS: Final = float(os.environ.get("MSHARE_HANG_SECONDS", "20"))
 """No load explains that she does not get that far in this time."""
@@ -131,11 +131,17 @@ class Victim:
         return noted
 
     def goes_on(self, seconds: float = HANG_SECONDS) -> None:
-        """Wait until she has done enough of everything, from now on.  Raises StuckError."""
-        before = self.check()
+        """Wait until she has done enough of everything, from now on.
+
+        Raises StuckError when nothing of it has come on for so many seconds: a machine that
+        has much else to do is slow, and that is no hang.
+        """
+        before = last = self.check()
         deadline = time.monotonic() + seconds
         while True:
             now = self.check()
+            if now.done != last.done:
+                last, deadline = now, time.monotonic() + seconds
             less = [
                 f"{kind.name} {now.done[kind] - before.done[kind]} of {enough}"
                 for kind, enough in ENOUGH.items()
@@ -144,7 +150,9 @@ class Victim:
             if not less:
                 return
             if time.monotonic() > deadline:
-                raise StuckError(f"in {seconds:.0f} s only {', '.join(less)}; {now.waits()}")
+                raise StuckError(
+                    f"for {seconds:.0f} s nothing, and only {', '.join(less)}; {now.waits()}"
+                )
             time.sleep(0.005)
 
     def rest(self) -> None:
