@@ -103,9 +103,12 @@ class World:
             raise
 
     def descriptors(self) -> list[str]:
-        """What the daemon's descriptors are open on, for people."""
-        directory = f"/proc/{self.daemon.pid}/fd"
-        return [os.readlink(f"{directory}/{name}") for name in os.listdir(directory)]
+        """What the descriptors of its processes are open on, for people."""
+        return [
+            f"{Path(f'/proc/{pid}/cmdline').read_text()[-40:]}: {os.readlink(f'/proc/{pid}/fd/{name}')}"
+            for pid in self.daemon.processes()
+            for name in os.listdir(f"/proc/{pid}/fd")
+        ]
 
 
 @pytest.fixture(name="world")
@@ -158,6 +161,7 @@ def _of_another_process() -> int:
     child = os.fork()
     if child == 0:
         socket.send_fds(there, [b"x"], [uffd.open_new()])
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # connections it has by inheritance
         time.sleep(60)
         os._exit(0)
     fd = socket.recv_fds(here, 1, 1)[1][0]
