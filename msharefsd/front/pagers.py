@@ -160,7 +160,8 @@ class Pager:
             for at in range(0, max(len(names), 1), MOST_NAMES):
                 last = at + MOST_NAMES >= len(names)
                 begin = Begin(names[at : at + MOST_NAMES], last, self._device)
-                await self._channel.send(begin, [memory] if at == 0 else [])
+                with contextlib.suppress(OSError):  # it has ended, and said why
+                    await self._channel.send(begin, [memory] if at == 0 else [])
         finally:
             os.close(memory)
 

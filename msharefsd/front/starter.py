@@ -83,8 +83,9 @@ class Starter:
 def _run(front: socket.socket, main: Main) -> None:
     """The starter's life."""
     # What ends the front from a terminal is not for us: we end when it does.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, _reap)
     os.closerange(_FIRST, front.fileno())
     os.closerange(front.fileno() + 1, _MOST)
     setproctitle("msharefsd: starter")
@@ -94,6 +95,8 @@ def _run(front: socket.socket, main: Main) -> None:
             return
         (uid,) = _REQUEST.unpack(data)
         channel = socket.socket(fileno=fds[0])
+        # One that ends at once is there until we have its pidfd.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         try:
             pid = os.fork()
         except OSError as error:
@@ -102,15 +105,24 @@ def _run(front: socket.socket, main: Main) -> None:
             if pid == 0:
                 front.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
                 main(uid, channel)
             _answer(front, pid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         channel.close()
+
+
+def _reap(_number: int, _frame: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
 
 
 def _answer(front: socket.socket, pid: int) -> None:
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError as error:  # no room, or it has ended already
+    except OSError as error:  # no room
         front.send(_REPLY.pack(-(error.errno or 1)))
         return
     socket.send_fds(front, [_REPLY.pack(pid)], [pidfd])

@@ -100,14 +100,19 @@ class Channel(Generic[Incoming]):
                 return got if got[1] is not None else None
             await trio.lowlevel.wait_readable(self._sock)
 
+    def _recvmsg(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+        return self._sock.recvmsg(MOST_BYTES, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+
     def receive_now(self) -> tuple[Incoming, list[int]] | tuple[None, None] | None:
         """As `receive`, without waiting: None if there is nothing, (None, None) at the end."""
         if self.closed:
             return None, None
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                MOST_BYTES, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
-            )
+            try:
+                data, ancillary, flags, _ = self._recvmsg()
+            except ConnectionResetError:
+                # It ended without reading all that we sent; what it said before comes next.
+                data, ancillary, flags, _ = self._recvmsg()
         except BlockingIOError:
             return None
         except ConnectionError:

@@ -105,7 +105,7 @@ class World:
     def descriptors(self) -> list[str]:
         """What the descriptors of its processes are open on, for people."""
         return [
-            f"{Path(f'/proc/{pid}/cmdline').read_text()[-40:]}: {os.readlink(f'/proc/{pid}/fd/{name}')}"
+            f"{pid}: {os.readlink(f'/proc/{pid}/fd/{name}')}"
             for pid in self.daemon.processes()
             for name in os.listdir(f"/proc/{pid}/fd")
         ]
