@@ -110,8 +110,10 @@ async def disarm(pages: Pages, start: int, end: int) -> None:
     for low, high in list(pages.armed.within(start, end)):
         for window in list(pages.writers()):
             if window.sharer.number in pages.region.sharers:
-                attempt(window.unregister, low, high)
-                with contextlib.suppress(OSError):  # ENOMEM too: nothing depends on it
+                # ENOMEM, too, which says here that the process has ended or that it has no
+                # room for another VMA: nothing depends on it.
+                with contextlib.suppress(OSError):
+                    window.unregister(low, high)
                     window.register(low, high, Mode.MISSING)
             await breath.take()
         pages.armed.remove(low, high)

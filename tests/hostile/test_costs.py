@@ -76,7 +76,8 @@ def steps(walls: Walls, act: Callable[[Evil], Iterator[object]]) -> Iterator[Chi
             os.close(end)
         for name in os.listdir(walls.daemon.mount):
             if name.startswith("evil"):
-                os.unlink(walls.daemon.mount / name)
+                with contextlib.suppress(OSError):  # no room even for that: its test says so
+                    os.unlink(walls.daemon.mount / name)
 
 
 def touch_holes(evil: Evil) -> Iterator[None]:
@@ -131,6 +132,9 @@ def fill_records(evil: Evil) -> Iterator[None]:
     yield
 
 
+@pytest.mark.xfail(
+    reason="all records lie on one file system: docs/security.md, “What is open”", strict=True
+)
 @pytest.mark.timeout(110)
 def test_records_of_one_user_leave_room_for_anothers(make_walls: Make, directory: Path) -> None:
     small = directory / "small"
@@ -143,7 +147,7 @@ def test_records_of_one_user_leave_room_for_anothers(make_walls: Make, directory
 
     try:
         walls = make_walls(launch=launch)
-        walls.daemon.expected.append(r"(WARNING|ERROR): .*(space|state|room|records)")
+        walls.daemon.expected.append(r"(WARNING|ERROR): .*(space|state|room|records|disk is full)")
         walls.daemon.expected.append(r"user \d+ may have")
         walls.victim()
         before = len(walls.daemon.log().splitlines())

@@ -25,6 +25,11 @@ pytestmark = pytest.mark.shm_only
 
 OWN = [name for name, attack in ATTACKS.items() if not attack.on_alice]
 ON_ALICE = [name for name, attack in ATTACKS.items() if attack.on_alice]
+OPEN = {
+    "a reader whose address space is locked": "her pager calls on it, and waits with it: "
+    "docs/security.md, “What is open”"
+}
+"""What is known not to be withstood yet."""
 
 
 def withstand(walls: Walls, attack: Attack) -> None:
@@ -65,7 +70,15 @@ def test_alice_goes_on_beside(name: str, make_walls: Make) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ON_ALICE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.xfail(reason=OPEN[name], strict=True)] if name in OPEN else []
+        )
+        for name in ON_ALICE
+    ],
+)
 def test_alice_goes_on_in_the_very_region_of(name: str, make_walls: Make) -> None:
     """Whom she lets read it can neither hold her up nor change what she has."""
     attack = ATTACKS[name]

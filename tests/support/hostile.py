@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import itertools
 import mmap
@@ -871,6 +872,7 @@ def dumping(evil: Evil) -> None:
         os.abort()
 
     def dies() -> None:
+        faulthandler.disable()  # pytest's: this is no failure of a test
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 2)
         while True:
@@ -1260,7 +1262,12 @@ def second_mapping(one: Bare, kind: int, prot: int) -> int | None:
         return None
 
 
-@attack("a reader that maps it a second time and touches all of it", on_alice=True, runnable=2)
+@attack(
+    "a reader that maps it a second time and touches all of it",
+    r"somebody who may only read it makes pages",
+    on_alice=True,
+    runnable=2,
+)
 def reader_touches(evil: Evil) -> None:
     """Contents: a page that is absent becomes zeros, for everybody."""
     one = evil.read()
