@@ -319,7 +319,7 @@ def check_lines(daemon: Daemon) -> None:
     """Each line begins as the daemon begins lines, and says nothing to a terminal."""
     data = daemon.log_file.read_bytes()
     for line in data.decode(errors="surrogateescape").splitlines():
-        assert re.match(r"msharefsd: (DEBUG|INFO|WARNING|ERROR): ", line), line
+        assert re.match(r"msharefsd(\[\w+\])?: (DEBUG|INFO|WARNING|ERROR): ", line), line
     text = data.decode(errors="surrogateescape")
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", text), data
 
