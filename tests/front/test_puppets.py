@@ -19,7 +19,7 @@ import trio.testing
 from msharefsd.errors import Refused
 from msharefsd.front import pagers as module
 from msharefsd.front.pagers import Pager, Pagers, State
-from msharefsd.link.channel import Channel
+from msharefsd.link.channel import Channel, pair
 from msharefsd.link.messages import (
     Answer,
     Begin,
@@ -29,7 +29,9 @@ from msharefsd.link.messages import (
     Established,
     Extent,
     FromFront,
+    FromPager,
     Gone,
+    Held,
     NameRecord,
     Question,
     Ready,
@@ -174,6 +176,42 @@ async def test_one_that_dies_is_started_again_and_what_waits_is_handed_to_the_ne
                 await trio.testing.wait_all_tasks_blocked()
         assert len(lives) == 2
         theirs.close()
+
+
+class Hasty(Puppeteer):
+    """Its pagers say why they cannot serve, and have ended before they are told anything."""
+
+    async def start(self, uid: int, channel: socket.socket) -> tuple[int, int]:
+        async def nothing(_: Channel[FromFront]) -> None:
+            pass
+
+        self.plays[uid] = nothing
+        own: Channel[FromFront] = Channel(socket.socket(fileno=os.dup(channel.fileno())), FromFront)
+        assert own.send_now(Held("because", for_good=True))
+        own.close()
+        return await super().start(uid, channel)
+
+
+async def test_one_that_ends_before_it_is_told_anything_has_said_why() -> None:
+    async with trio.open_nursery() as nursery:
+        starter: Any = Hasty(nursery, {})
+        pager = Pager(ALICE, Names(1 << 21), (0, 1))
+        with trio.fail_after(20):
+            await pager.run(starter)
+        starter.close()
+    assert pager.failed == Held("because", for_good=True)
+
+
+def test_what_was_said_is_heard_though_what_was_sent_was_not_read() -> None:
+    ours, theirs = pair()
+    front: Channel[FromPager] = Channel(ours, FromPager)
+    pager: Channel[FromFront] = Channel(theirs, FromFront)
+    assert front.send_now(Begin([], last=True, device=(0, 1)))
+    assert pager.send_now(Held("because", for_good=True))
+    pager.close()
+    assert front.receive_now() == (Held("because", for_good=True), [])
+    assert front.receive_now() == (None, None)
+    front.close()
 
 
 async def test_one_that_lies_about_another_users_region_is_given_up(
