@@ -10,6 +10,7 @@ the kernel lets it end.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -421,6 +422,8 @@ class Pager:
         if fds and 0 < message.size <= MOST_TEXT:
             # Made by the pager and sealed: it cannot be cut, or changed.
             asked.text = os.pread(fds[0], message.size, 0)
+        elif message.size:
+            asked.answer = Answer(message.number, error=errno.EMFILE)
         asked.answered.set()
 
     async def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
@@ -46,6 +47,7 @@ from msharefsd.region import texts
 from msharefsd.region.region import Region
 from msharefsd.region.registry import Regions
 from msharefsd.telemetry.metrics import Metrics
+from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.breath import Breath
 from msharefsd.threads.disposal import Disposal
 
@@ -65,6 +67,7 @@ class Dialog:
 
     def __init__(self, channel: Channel[FromFront]) -> None:
         self._channel = channel
+        self._seldom = Seldom()
         self._outgoing: deque[Ended | Emptied | Gone | Unlink] = deque()
         self._work = trio.Event()
         self._numbers = itertools.count(1)
@@ -176,6 +179,10 @@ class Dialog:
                 while shared:
                     shared.pop().set()
                 match message:
+                    case Connection() if not fds:
+                        if self._seldom.now("no room"):
+                            log.error("turning clients away: %s", os.strerror(errno.EMFILE))
+                        self._has_ended(message.number)
                     case Connection():
                         sock = socket.socket(fileno=fds.pop())
                         ours = trio.Event()

@@ -91,11 +91,6 @@ def test_the_daemon_raises_its_descriptor_limit(
         assert daemon.sharers("r") == 41
 
 
-@pytest.mark.xfail(
-    reason="a pager without descriptors falls silent and is replaced; nothing is lost, but its "
-    "clients wait for 30 s",
-    run=False,
-)
 def test_without_descriptors_clients_are_turned_away_and_the_daemon_lives(
     make_daemon: Callable[..., Daemon], client_program: Path
 ) -> None:
