@@ -174,37 +174,41 @@ class Dialog:
             nursery.start_soon(self.send_news)
             nursery.start_soon(self._tell_ended)
             shared: list[trio.Event] = []  # of connections that the front may still have, too
-            while (got := await self._channel.receive()) is not None:
-                message, fds = got
-                while shared:
+            try:
+                while (got := await self._channel.receive()) is not None:
+                    message, fds = got
+                    while shared:
+                        shared.pop().set()
+                    match message:
+                        case Connection() if not fds:
+                            self._no_room(message.number)
+                        case Connection():
+                            sock = socket.socket(fileno=fds.pop())
+                            ours = trio.Event()
+                            nursery.start_soon(self._serve, control, sock, message, ours)
+                            shared.append(ours)
+                        case Changed():
+                            regions.changed(message.name)
+                        case Question():
+                            nursery.start_soon(self._answer, regions, metrics, message)
+                        case Done():
+                            self._waiting.get(message.number, trio.Event()).set()
+                        case Stop():
+                            self._stopping = True
+                            nursery.cancel_scope.cancel()
+                            return
+                        case Go() | Begin():
+                            pass
+            finally:
+                while shared:  # who ends waits for these, whatever has ended us
                     shared.pop().set()
-                match message:
-                    case Connection() if not fds:
-                        if self._seldom.now("no room"):
-                            log.error("turning clients away: %s", os.strerror(errno.EMFILE))
-                        self._has_ended(message.number)
-                    case Connection():
-                        sock = socket.socket(fileno=fds.pop())
-                        ours = trio.Event()
-                        nursery.start_soon(self._serve, control, sock, message, ours)
-                        shared.append(ours)
-                    case Go():
-                        pass
-                    case Changed():
-                        regions.changed(message.name)
-                    case Question():
-                        nursery.start_soon(self._answer, regions, metrics, message)
-                    case Done():
-                        event = self._waiting.get(message.number)
-                        if event is not None:
-                            event.set()
-                    case Stop():
-                        self._stopping = True
-                        nursery.cancel_scope.cancel()
-                        return
-                    case Begin():
-                        pass
             leave()
+
+    def _no_room(self, number: int) -> None:
+        """A connection came without its descriptor, and so is hung up on."""
+        if self._seldom.now("no room"):
+            log.error("turning clients away: %s", os.strerror(errno.EMFILE))
+        self._has_ended(number)
 
     async def _serve(
         self, control: Control, sock: socket.socket, first: Connection, ours: trio.Event
