@@ -37,7 +37,7 @@ from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
 from msharefsd.life.selfcheck import SelfCheck
-from msharefsd.linux import features
+from msharefsd.linux import features, priority
 from msharefsd.linux.mounts import Mount, top_mount
 from msharefsd.mount import mounting
 from msharefsd.mount.asking import Asking
@@ -120,7 +120,7 @@ class _Front:
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
         pagers = asked.pagers = Pagers(self.starter, names, mount.device)
-        router = Router(names, pagers, limits, mount.device)
+        router = Router(names, pagers, limits, turns, mount.device)
         async with trio.open_nursery() as pagers_nursery:
             await pagers_nursery.start(pagers.run)
             with contextlib.ExitStack() as serving:
@@ -133,9 +133,9 @@ class _Front:
                     await self._adopt(pagers, directory)
                     with trio.fail_after(SELF_CHECK_SECONDS):
                         bound = await bind_control(config.mountpoint)
-                    listener = serving.enter_context(trio.socket.from_stdlib_socket(bound))
-                    nursery.start_soon(router.run, listener)
+                    nursery.start_soon(router.run, serving.enter_context(bound))
                     end.for_good = False
+                    priority.give_back()
                     log.info(
                         "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
                     )

@@ -6,6 +6,9 @@ region's file, or its memory.  The front looks at that message and leaves it whe
 never the last, and what a client has sent is received, used and closed by a pager alone.
 Who proves no right to anything is turned down by the pager of its own user.
 
+All that wait are accepted at once, and looked at in turns by user (threads/fairness.py): the
+line that the kernel keeps is one for all, so who fills it must not find it empty slowly.
+
 What is asked of a client's descriptor here is statx(2) with AT_STATX_DONT_SYNC, which file
 systems answer from what they have; see linux/syscalls.py.
 """
@@ -29,6 +32,7 @@ from msharefsd.linux.credentials import credentials
 from msharefsd.mount.names import Name, Names
 from msharefsd.region.limits import Limits
 from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
 
@@ -36,36 +40,47 @@ BACKLOG: Final = 4096
 _ROOM: Final = socket.CMSG_SPACE(12) + socket.CMSG_LEN(4)
 """For who has sent it, and one descriptor."""
 AGAIN_SECONDS: Final = 0.1
+_AT_ONCE: Final = 256
+"""How many connections are accepted before others have their turn: some milliseconds."""
 
 
 class Router:
     """Accepts connections and hands each to a pager."""
 
     def __init__(
-        self, names: Names, pagers: Pagers, limits: Limits, mount_device: tuple[int, int]
+        self,
+        names: Names,
+        pagers: Pagers,
+        limits: Limits,
+        turns: Turns,
+        mount_device: tuple[int, int],
     ) -> None:
         """`mount_device`: the device numbers of the mount, whose files are proofs."""
         self._names = names
         self._pagers = pagers
         self._limits = limits
+        self._turns = turns
         self._mount_device = mount_device
         self._seldom = Seldom()
 
-    async def run(self, listener: trio.socket.SocketType) -> None:
-        """Serve until cancelled."""
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until cancelled; `listener` does not block."""
         async with trio.open_nursery() as nursery:
             while True:
                 try:
-                    sock, _ = await listener.accept()
+                    for _ in range(_AT_ONCE):
+                        sock, _ = listener.accept()
+                        nursery.start_soon(self._route, sock)
+                    await trio.lowlevel.checkpoint()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(listener)
                 except OSError as error:
                     if self._seldom.now(error.errno):
                         log.error("cannot accept a connection: %s", error.strerror)
                     await trio.sleep(AGAIN_SECONDS)
-                    continue
-                nursery.start_soon(self._route, sock)
 
-    async def _route(self, accepted: trio.socket.SocketType) -> None:
-        sock = socket.socket(fileno=accepted.detach())
+    async def _route(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
         uid = credentials(sock)[1]
         over = contextlib.ExitStack()
         try:
@@ -73,7 +88,9 @@ class Router:
                 over.enter_context(self._limits.account(uid).connection())
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 await trio.lowlevel.wait_readable(sock)
-                first = _look(sock)
+                async with self._turns.turn(uid):
+                    first = _look(sock)
+                    name = self._proven(first) if first else None
             except Refused as refused:
                 await self._pagers.turn_down(sock, uid, refused, over.close)
                 return
@@ -81,7 +98,6 @@ class Router:
                 sock.close()  # it has hung up, and there was nothing in it
                 over.close()
                 return
-            name = self._proven(first)
             home = uid if name is None else name.home
             await self._pagers.hand_over(sock, home, name, over.close)
         except Exception:
@@ -96,8 +112,6 @@ class Router:
     def _proven(self, fds: list[int]) -> Name | None:
         """The region that the first descriptor of a message is of; closes them."""
         try:
-            if not fds:
-                return None
             identity = syscalls.identify(fds[0])
             device = identity.major, identity.minor
             if device == self._mount_device:

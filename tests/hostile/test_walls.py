@@ -28,8 +28,6 @@ OWN = [name for name, attack in ATTACKS.items() if not attack.on_alice]
 ON_ALICE = [name for name, attack in ATTACKS.items() if attack.on_alice]
 OPEN = {
     "a reader whose address space is locked": "her pager calls on it, and waits with it",
-    "150 threads that list and read what regions have": "the next daemon is late beside them",
-    "connections that come and go with half of a message": "they cost the front too much",
 }
 """What is known not to be withstood yet: docs/security.md, “What is open”."""
 
