@@ -15,7 +15,7 @@ import time
 import pytest
 from _pytest.mark import ParameterSet
 from conftest import eventually
-from hostile import ATTACKS, QUIET_READER, Attack
+from hostile import ATTACKS, MALLORY, MANY_USERS, QUIET_READER, Attack
 from victim import ALICE
 from walls import SETTLE_SECONDS, Make, Walls, processor_time
 from walls import make_walls_fixture as _make_walls_fixture  # noqa: F401 - what tests ask for
@@ -48,6 +48,7 @@ def withstand(walls: Walls, attack: Attack) -> None:
         # What a region gets when it is first read is no leak.
         with walls.attacked(QUIET_READER):
             walls.all_go_on()
+    walls.found_by(MALLORY, *MANY_USERS)
     before = walls.settled()
     walls.go()
     with walls.attacked(attack):

@@ -1,6 +1,11 @@
-"""A daemon of an ordinary user."""
+"""To be an ordinary user: a daemon, or for a moment."""
 
 from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
 
 NOBODY = 65534
 
@@ -15,3 +20,14 @@ os.setuid({NOBODY})
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
 sys.exit(msharefsd.command.main(sys.argv[1:]))
 """
+
+
+@contextlib.contextmanager
+def seen_by(uid: int) -> Iterator[None]:
+    """What this thread asks of file systems a user asks (setfsuid(2))."""
+    libc = ctypes.CDLL(None)
+    libc.setfsuid(uid)
+    try:
+        yield
+    finally:
+        libc.setfsuid(os.geteuid())
