@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -54,6 +55,7 @@ from msharefsd.link.messages import (
 from msharefsd.linux.processes import read_proc
 from msharefsd.mount.asking import Text
 from msharefsd.mount.names import Name, Names
+from msharefsd.pager.pager import DIRECTORY as USERS
 from msharefsd.telemetry.metrics import Sample
 from msharefsd.telemetry.seldom import Seldom
 
@@ -180,8 +182,7 @@ class Pager:
             asked.answered.set()
         self._asked.clear()
         for name in self._names.of_home(self.uid):
-            name.allocated()
-            name.look = None
+            name.let_go()
             if not name.linked and not name.size:
                 self._names.gone(name.id)
         if self._board is not None:
@@ -288,6 +289,7 @@ class Pager:
         name = self._names.with_id(extent.id)
         if name is not None and self._board is not None:
             name.look = partial(self._board.get, extent.slot)
+            name.count = partial(self._board.sharers, extent.slot)
         self._names.established(extent)
 
     def _established(self, message: Established) -> None:
@@ -426,12 +428,31 @@ class Pager:
             asked.answer = Answer(message.number, error=errno.EMFILE)
         asked.answered.set()
 
-    async def stop(self) -> None:
-        """Have it remove everything and end."""
+    async def stop(self, *, purge: bool = False) -> None:
+        """Have it write back and end; with `purge` it removes all that is written back."""
         self.state = State.ENDING
         if self._channel is not None:
             with contextlib.suppress(OSError):
-                await self._channel.send(Stop())
+                await self._channel.send(Stop(purge))
+
+
+def homes(directory: Path) -> list[int]:
+    """The users whose pagers have left something in a run directory."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(name) for name in os.listdir(directory / USERS) if name.isdecimal())
+    return []
+
+
+async def adopt(pagers: Pagers, directory: Path, seconds: float) -> list[Pager]:
+    """Have pagers take over what was left; waits so long.  Raises StartError if one cannot."""
+    started = [pagers.start(home) for home in homes(directory)]
+    with trio.move_on_after(seconds):
+        for pager in started:
+            await pager.ready.wait()
+    for pager in started:
+        if pager.failed is not None and pager.failed.for_good:
+            raise StartError(pager.failed.reason)
+    return started
 
 
 class Pagers:
@@ -585,12 +606,15 @@ class Pagers:
         """How many there were when pagers were asked last."""
         return int(sum(value for name, _, value in self.samples() if name == "msharefs_sharers"))
 
-    async def stop(self, seconds: float) -> list[Pager]:
-        """Have all remove everything and end; those that have not after so many seconds."""
+    async def stop(self, seconds: float, *, purge: bool = False) -> list[Pager]:
+        """Have all write back and end; those that have not after so many seconds.
+
+        With `purge` they remove everything that their files have taken.
+        """
         self._stopping = True
         async with trio.open_nursery() as nursery:
             for pager in self.all():
-                nursery.start_soon(pager.stop)
+                nursery.start_soon(partial(pager.stop, purge=purge))
         with trio.move_on_after(seconds):
             for pager in self.all():
                 await pager.gone.wait()

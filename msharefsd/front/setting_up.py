@@ -34,14 +34,37 @@ _MOST_DESCRIPTORS: Final = 1 << 20
 class End:
     """How the daemon ends."""
 
-    for_good: bool
-    """Nothing stays.  Otherwise everything does, for the next daemon: as when we are
-    killed, so it is what happens unless somebody says otherwise."""
+    unmount: bool = True
+    """The mount goes.  Otherwise it stays and tells its users to wait, as when we are
+    killed."""
+    empty: bool = False
+    """There is nothing that a next daemon would need to know."""
+
+
+def _missing(path: Path) -> list[Path]:
+    """What of a path does not exist: the deepest first."""
+    return [each for each in (path, *path.parents) if not os.path.lexists(each)]
+
+
+def _take_away(made: list[Path]) -> None:
+    for each in made:
+        with contextlib.suppress(OSError):
+            each.rmdir()
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """The run directory, ours alone while we live.  Raises StartError."""
+    made = _missing(directory)
+    try:
+        with _locked(directory):
+            yield
+    finally:
+        _take_away(made)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     try:
         trust.make_directory(directory)
     except trust.UntrustedError as error:
@@ -51,13 +74,13 @@ def locked(directory: Path) -> Iterator[None]:
     fd = lock.take_run_directory(directory)
     try:
         yield
+    finally:
         # What the next daemon needs is in there, or nothing of ours any more; anything
         # else is not ours to remove.
         with contextlib.suppress(OSError):
             if set(os.listdir(directory)) <= {lock.FILE}:
                 os.unlink(directory / lock.FILE)
                 directory.rmdir()
-    finally:
         os.close(fd)
 
 
@@ -75,7 +98,7 @@ def raise_descriptor_limit() -> None:
 
 
 @contextlib.contextmanager
-def huge_pages(config: Config, found: Capabilities, directory: Path, end: End) -> Iterator[None]:
+def huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator[None]:
     """Where the hugetlb backing has its names, if there can be one.  Raises StartError."""
     if not found.hugetlb:
         if config.backing == HugetlbBacking.kind:
@@ -92,13 +115,16 @@ def huge_pages(config: Config, found: Capabilities, directory: Path, end: End) -
             log.warning("no huge pages are reserved: %s", pool.command())
         yield
     finally:
-        if end.for_good:
+        # What lies in it stays, and the next daemon finds it.
+        if pool.empty():
             pool.unmount()
 
 
 @contextlib.contextmanager
 def mounted(config: Config, workspace: Path, operations: FileSystem, end: End) -> Iterator[None]:
     """The file system, at its mountpoint.  Raises StartError, MountError."""
+    made = _missing(Path(config.mountpoint))
+    served = False
     workspace.mkdir(exist_ok=True)
     try:
         grafted = mounting.prepare(config.mountpoint, workspace)
@@ -114,14 +140,17 @@ def mounted(config: Config, workspace: Path, operations: FileSystem, end: End) -
             ) from error
         try:
             yield
+            served = True
         finally:
             # A mount whose daemon is gone tells its users to wait for the next one.
-            if end.for_good and mounting.is_mounted(config.mountpoint):
+            if end.unmount and mounting.is_mounted(config.mountpoint):
                 mounting.unmount(config.mountpoint)
             pyfuse3.close(unmount=False)
     finally:
-        if grafted and end.for_good:
+        if grafted and end.unmount:
             mounting.ungraft()
+        if not served:
+            _take_away(made)
 
 
 def open_root(mountpoint: str) -> int:

@@ -95,6 +95,12 @@ class Pool:
             options = f"pagesize={self.page >> 10}K,mode=0700"
             syscalls.mount("msharefs", target, "hugetlbfs", flags, options)
 
+    def empty(self) -> bool:
+        """Whether no region has its memory there."""
+        with contextlib.suppress(OSError):
+            return not os.listdir(self.directory)
+        return True
+
     def unmount(self) -> None:
         """Take it down; who has memory of it mapped keeps that.  Never raises."""
         with contextlib.suppress(OSError):

@@ -4,7 +4,8 @@ It has one user's memory and everything that belongs to it, and makes system cal
 that user's processes hold.  So it may be stopped by them, and nobody else is.
 
 It ends when the front does, at once and without a word: as if it had been killed, because
-that must be right at any time.  Only when it is told to does it remove what it has.
+that must be right at any time.  If it is told to end, it writes back before that; and only
+when it is told to does it remove what it has (purge.py).
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from msharefsd.memory.hugetlb import HugetlbBacking, Pool
 from msharefsd.memory.kept import Files
 from msharefsd.memory.names import MemoryNames
 from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.pager import purging
 from msharefsd.pager.dialog import Dialog, FrontEndedError
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.collapse import Collapser
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.writeback import Writeback
-from msharefsd.region.region import Region
 from msharefsd.region.registry import Regions
 from msharefsd.security import privileges
 from msharefsd.telemetry.metrics import Metrics
@@ -225,17 +226,18 @@ class _Pager:
                 if config.collapse and found.collapse:
                     collapser = Collapser(self._metrics, config.collapse_seconds)
                     nursery.start_soon(collapser.run, regions.alive)
-                await self._dialog.run(control, regions, self._metrics, _leave)
+                finish = partial(writeback.finish, regions.alive)
+                purge = await self._dialog.run(control, regions, self._metrics, finish, _leave)
                 nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
-                await self._remove_all(writeback)
+                if purge:
+                    await purging.remove_all(regions, writeback.finish)
+                    await self._dialog.flush()
+                if not any(True for _ in regions.alive()):
+                    self._remove_state()
 
-    async def _remove_all(self, writeback: Writeback) -> None:
-        """We were told to: nothing stays."""
-        await writeback.finish(self._regions.alive())
-        self._regions.release = Region.close_memory
-        self._regions.close()
-        await self._dialog.flush()
+    def _remove_state(self) -> None:
+        """There is nothing that another pager would need it for."""
         self._keeper.close(for_good=True)
         self._disposal.close()
         self._journal.close(remove=True)

@@ -8,7 +8,7 @@ BECOME_NOBODY = f"""
 # The interpreter may lie where only root can read: import first, then become the
 # user, and be dumpable again (prctl(2)), as a program that the user started is.
 import ctypes, os, sys
-import msharefsd.__main__
+import msharefsd.__main__, msharefsd.front.front, msharefsd.front.purging
 os.setgroups([])
 os.setgid({NOBODY})
 os.setuid({NOBODY})
