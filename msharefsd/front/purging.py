@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -71,7 +72,8 @@ def run(config: Config, *, force: bool) -> None:
 
 def _unmount(config: Config) -> None:
     mounting.clear_stale(config.mountpoint)
-    mounting.ungraft()
+    if os.path.dirname(config.mountpoint) == mounting.SYS_FS and os.geteuid() == 0:
+        mounting.ungraft()
 
 
 async def _purge(names: Names, starter: Starter, directory: Path, *, force: bool) -> None:

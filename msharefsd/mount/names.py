@@ -76,6 +76,11 @@ class Name:
             self.memory = self.look()
         return self.memory
 
+    @property
+    def lingers(self) -> bool:
+        """Whether it was removed, and has memory until nobody has it attached any more."""
+        return not self.linked and self.size > 0
+
     def shared(self) -> int:
         """How many processes have it attached, as far as its pager has said."""
         if self.count is not None:
