@@ -1,136 +1,22 @@
-"""The command `msharefsd`."""
+"""Where `msharefsd` starts: it takes precedence, and loads the rest."""
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import logging
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from msharefsd.life.signals import Signals
-
-
-class _Version(argparse.Action):
-    """Asked for seldom, and it takes its time."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        parser.exit(message=f"{parser.prog} {version('msharefs')}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="msharefsd",
-        description="Mount msharefs and serve its regions, in the foreground.",
-        epilog="Sizes take K, M, G and T.  Whatever ends it, regions stay for the next "
-        "msharefsd; --purge removes them.  See msharefsd(8).",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--mountpoint",
-        help="where to mount (/sys/fs/mshare; a user's own: $XDG_RUNTIME_DIR/mshare)",
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
-    parser.add_argument(
-        "--alignment",
-        metavar="SIZE",
-        help="what addresses and sizes of regions are multiples of (512G)",
-    )
-    parser.add_argument(
-        "--backing",
-        choices=["shm", "hugetlb"],
-        help="what holds the pages of regions that do not ask (shm)",
-    )
-    parser.add_argument(
-        "--huge-page", metavar="SIZE", help="the pages of the hugetlb backing: 2M or 1G (2M)"
-    )
-    parser.add_argument("--region-memory", metavar="SIZE", help="the most memory of a region")
-    parser.add_argument(
-        "--collapse",
-        action=argparse.BooleanOptionalAction,
-        help="make huge pages of what several sharers have (yes)",
-    )
-    parser.add_argument(
-        "--run-directory", metavar="DIR", help="for the lock and the like (in /run/msharefs)"
-    )
-    parser.add_argument(
-        "--userfaultfd",
-        metavar="WHO",
-        help="who may be handed /dev/userfaultfd: all, none, group:NAME; auto: nobody, unless "
-        "vm.unprivileged_userfaultfd is 1 (auto)",
-    )
-    parser.add_argument("--connect-group", metavar="GROUP", help="who may connect (everybody)")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
-    parser.add_argument(
-        "--without",
-        action="append",
-        metavar="FEATURE",
-        help="do without a kernel feature, to test that",
-    )
-    parser.add_argument(
-        "--purge",
-        action="store_true",
-        help="remove all regions that a msharefsd has left, and end; says what it removes, and "
-        "refuses what is in use",
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="with --purge: also what is in use (its next touch is SIGBUS), and what no journal "
-        "knows",
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show it and exit")
-    return parser
+from msharefsd.linux import priority
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the daemon; the exit code is 0 after a signal, 1 if it failed, 2 for bad settings."""
+    """The daemon, from the command line; see `command.main()`."""
     signals = Signals()
-    try:
-        return _main(arguments, signals)
-    finally:
-        signals.close()
+    priority.take_precedence()
+    # To load it takes most of the processor time of a start.
+    from msharefsd import command
 
-
-def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
-    # What takes its time to load comes when signals are heard already.
-    from msharefsd import config
-    from msharefsd.errors import StartError, leaves
-    from msharefsd.front import front, purging
-    from msharefsd.linux.features import UnsupportedError
-    from msharefsd.mount.mounting import MountError
-
-    parser = _parser()
-    overrides = vars(parser.parse_args(arguments))
-    purge, force = overrides.pop("purge", False), overrides.pop("force", False)
-    if force and not purge:
-        parser.error("--force is for --purge")
-    try:
-        settings = config.load(overrides.pop("config", None), overrides)
-    except config.ConfigError as error:
-        print(f"msharefsd: {error}", file=sys.stderr)
-        return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="msharefsd: %(levelname)s: %(message)s"
-    )
-    faulthandler.enable()
-    os.umask(os.umask(0o022) | 0o022)  # what we make is never for others to write
-    os.chdir("/")  # never keep a file system busy, least of all our own
-    code = 0
-    try:
-        if purge:
-            purging.run(settings, force=force)
-        else:
-            front.run(settings, signals)
-    except* (UnsupportedError, MountError, StartError) as group:
-        for failure in leaves(group):
-            logging.getLogger("msharefsd").error("%s", failure)
-        code = 1
-    return code
+    return command.main(arguments, signals)
 
 
 if __name__ == "__main__":

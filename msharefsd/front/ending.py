@@ -15,6 +15,7 @@ from msharefsd.front.setting_up import End
 from msharefsd.life.signals import Signals
 from msharefsd.mount.names import Name, Names
 from msharefsd.telemetry.figures import plural, size
+from msharefsd.threads import runs
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Ending:
             self._begun = True
             log.info("%s: stopping", reason)
             self._end.unmount = not hand_over
+        runs.over()
         self._scope.cancel()
 
     def hands_over(self) -> bool:

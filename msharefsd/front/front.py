@@ -23,12 +23,12 @@ from msharefsd.barriers import barrier
 from msharefsd.config import Config
 from msharefsd.errors import StartError
 from msharefsd.front.ending import Ending, rest, sentence, what_is_kept
-from msharefsd.front.pagers import Pager, Pagers, adopt
+from msharefsd.front.pagers import Pager, Pagers, adopt, homes
 from msharefsd.front.router import Router
 from msharefsd.front.setting_up import (
     End,
-    bind_control,
     huge_pages,
+    identified,
     locked,
     mounted,
     open_root,
@@ -40,10 +40,11 @@ from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
 from msharefsd.life.selfcheck import SelfCheck
 from msharefsd.life.signals import Signals
-from msharefsd.linux import features
+from msharefsd.linux import features, priority
 from msharefsd.linux.mounts import Mount, top_mount
 from msharefsd.mount import mounting
 from msharefsd.mount.asking import Asking
+from msharefsd.mount.controls import Controls
 from msharefsd.mount.filesystem import FileSystem
 from msharefsd.mount.names import Names
 from msharefsd.pager.pager import DIRECTORY, Setting
@@ -78,13 +79,14 @@ def run(config: Config, signals: Signals) -> None:
         stack.enter_context(locked(directory))
         end = End()
         stack.enter_context(huge_pages(config, found, directory))
-        starter = Starter(partial(pager_main, Setting(config, found, directory)))
+        identity = identified(directory)
+        starter = Starter(partial(pager_main, Setting(config, found, directory, identity)))
         stack.callback(starter.close)
         journal = NamesJournal(directory)
         end.empty = not journal.names()
         stack.callback(lambda: _clear(directory, journal, end))
         trio.run(
-            _Front(config, end, journal, starter, signals).serve,
+            _Front(config, end, journal, starter, signals, identity).serve,
             stack,
             strict_exception_groups=True,
             instruments=runs.instruments(),
@@ -104,6 +106,7 @@ class _Front:
     journal: NamesJournal
     starter: Starter
     signals: Signals
+    identity: str
 
     async def serve(self, stack: contextlib.ExitStack) -> None:
         config, end = self.config, self.end
@@ -117,7 +120,9 @@ class _Front:
         names = Names(config.alignment_bytes, limits, self.journal)
         turns = Turns()
         asked = _Asked(metrics)
-        operations = FileSystem(names, Asking(asked), turns, config.control_group)
+        controls = Controls(config.control_group)
+        stack.callback(controls.close)
+        operations = FileSystem(names, Asking(asked), turns, controls)
         directory = Path(config.run_directory)
         stack.enter_context(mounted(config, directory / "graft", operations, end))
         mount = top_mount(config.mountpoint)
@@ -126,7 +131,7 @@ class _Front:
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
         pagers = asked.pagers = Pagers(self.starter, names, mount.device)
-        router = Router(names, pagers, limits, mount.device)
+        router = Router(names, pagers, limits, turns, mount.device)
         async with trio.open_nursery() as pagers_nursery:
             await pagers_nursery.start(pagers.run)
             with contextlib.ExitStack() as serving:
@@ -137,12 +142,12 @@ class _Front:
                     nursery.start_soon(turns.run)
                     nursery.start_soon(_stop_when_unmounted, mount, ending)
                     check = await self._check(serving)
-                    await self._adopt(pagers, directory)
+                    await self._adopt(pagers, homes(directory, self.identity, names))
+                    await nursery.start(router.run)
                     with trio.fail_after(SELF_CHECK_SECONDS):
-                        bound = await bind_control(config.mountpoint)
-                    listener = serving.enter_context(trio.socket.from_stdlib_socket(bound))
-                    nursery.start_soon(router.run, listener)
+                        await controls.bind(config.mountpoint, router.serve)
                     end.unmount = False  # as when we are killed, if something fails
+                    priority.give_back()
                     log.info(
                         "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
                     )
@@ -156,9 +161,9 @@ class _Front:
             pagers_nursery.cancel_scope.cancel()
         log.info("stopped%s", sentence(kept, config, handed_over=not end.unmount))
 
-    async def _adopt(self, pagers: Pagers, directory: Path) -> None:
+    async def _adopt(self, pagers: Pagers, whose: list[int]) -> None:
         """Have pagers take over what was left.  One that cannot keeps nobody else waiting."""
-        for pager in await adopt(pagers, directory, ADOPT_SECONDS):
+        for pager in await adopt(pagers, whose, ADOPT_SECONDS):
             if not pager.ready.is_set():
                 log.warning(
                     "pager of user %d, process %d, is not ready yet (%s): its regions wait",

@@ -53,9 +53,11 @@ from msharefsd.link.messages import (
     Unlink,
 )
 from msharefsd.linux.processes import read_proc
+from msharefsd.memory.names import users
 from msharefsd.mount.asking import Text
 from msharefsd.mount.names import Name, Names
 from msharefsd.pager.pager import DIRECTORY as USERS
+from msharefsd.pager.pager import HUGE
 from msharefsd.telemetry.metrics import Sample
 from msharefsd.telemetry.seldom import Seldom
 
@@ -436,22 +438,28 @@ class Pager:
                 await self._channel.send(Stop(purge))
 
 
-def homes(directory: Path) -> list[int]:
-    """The users whose pagers have left something in a run directory."""
+def homes(directory: Path, identity: str, names: Names) -> list[int]:
+    """The users of whom something was left: a journal, memory, or regions in the front's."""
+    found = users(directory, identity, directory / HUGE) | names.homes()
     with contextlib.suppress(FileNotFoundError):
-        return sorted(int(name) for name in os.listdir(directory / USERS) if name.isdecimal())
-    return []
+        found |= {int(name) for name in os.listdir(directory / USERS) if name.isdecimal()}
+    return sorted(found)
 
 
-async def adopt(pagers: Pagers, directory: Path, seconds: float) -> list[Pager]:
-    """Have pagers take over what was left; waits so long.  Raises StartError if one cannot."""
-    started = [pagers.start(home) for home in homes(directory)]
+async def adopt(pagers: Pagers, whose: list[int], seconds: float) -> list[Pager]:
+    """Have users' pagers take over what was left; waits so long.
+
+    Raises StartError if one cannot and never will.
+    """
+    pagers.adopting = True  # what fails now is told by who starts
+    started = [pagers.start(home) for home in whose]
     with trio.move_on_after(seconds):
         for pager in started:
             await pager.ready.wait()
     for pager in started:
         if pager.failed is not None and pager.failed.for_good:
             raise StartError(pager.failed.reason)
+    pagers.adopting = False
     return started
 
 
@@ -467,6 +475,8 @@ class Pagers:
         self._nursery: trio.Nursery | None = None
         self._seldom = Seldom()
         self._stopping = False
+        self.adopting = False
+        """Whether somebody takes over what was left, and says what comes of it."""
         self.departed: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         """What pagers had counted that have ended."""
         names.changed = self._changed
@@ -528,7 +538,8 @@ class Pagers:
                 if name.endswith("_total"):
                     key = name, tuple(sorted(labels.items()))
                     self.departed[key] = self.departed.get(key, 0.0) + value
-        if pager.failed is not None and self._seldom.now((pager.uid, "failed")):
+        quiet = self.adopting and pager.failed is not None and pager.failed.for_good
+        if pager.failed is not None and not quiet and self._seldom.now((pager.uid, "failed")):
             log.error("user %d's regions cannot be served: %s", pager.uid, pager.failed.reason)
         # Who left memory behind is not left alone with it.
         if self._names_have_memory(pager.uid) and not self._stopping:

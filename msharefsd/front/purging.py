@@ -18,8 +18,8 @@ import trio
 from msharefsd.config import Config
 from msharefsd.errors import StartError
 from msharefsd.front.ending import LAST_SECONDS, Kept, summary, what_is_kept
-from msharefsd.front.pagers import Pagers, adopt
-from msharefsd.front.setting_up import huge_pages, locked, raise_descriptor_limit
+from msharefsd.front.pagers import Pagers, adopt, homes
+from msharefsd.front.setting_up import huge_pages, identified, locked, raise_descriptor_limit
 from msharefsd.front.starter import Starter
 from msharefsd.journal.names import NamesJournal
 from msharefsd.linux import features
@@ -54,13 +54,15 @@ def run(config: Config, *, force: bool) -> None:
         stack.enter_context(locked(directory))
         _unmount(config)
         stack.enter_context(huge_pages(config, found, directory))
-        starter = Starter(partial(pager_main, Setting(config, found, directory)))
+        identity = identified(directory)
+        setting = Setting(config, found, directory, identity, purge=force)
+        starter = Starter(partial(pager_main, setting))
         stack.callback(starter.close)
-        journal = NamesJournal(directory)
+        journal = _names(directory, force=force)
         names = Names(config.alignment_bytes, journal=journal)
         try:
             trio.run(
-                partial(_purge, names, starter, directory, force=force),
+                partial(_purge, names, starter, homes(directory, identity, names), force=force),
                 strict_exception_groups=True,
             )
         finally:
@@ -70,18 +72,30 @@ def run(config: Config, *, force: bool) -> None:
             journal.close(remove=not left)
 
 
+def _names(directory: Path, *, force: bool) -> NamesJournal:
+    """The front's journal; with `force` a new one, if it is damaged.  Raises StartError."""
+    try:
+        return NamesJournal(directory)
+    except StartError as error:
+        if not force:
+            raise
+        log.warning("%s", error)
+        NamesJournal.discard(directory)
+        return NamesJournal(directory)
+
+
 def _unmount(config: Config) -> None:
     mounting.clear_stale(config.mountpoint)
     if os.path.dirname(config.mountpoint) == mounting.SYS_FS and os.geteuid() == 0:
         mounting.ungraft()
 
 
-async def _purge(names: Names, starter: Starter, directory: Path, *, force: bool) -> None:
+async def _purge(names: Names, starter: Starter, whose: list[int], *, force: bool) -> None:
     privileges.drop(privileges.FRONT)
     pagers = Pagers(starter, names, _NOWHERE)
     async with trio.open_nursery() as nursery:
         await nursery.start(pagers.run)
-        for pager in await adopt(pagers, directory, ADOPT_SECONDS):
+        for pager in await adopt(pagers, whose, ADOPT_SECONDS):
             if not pager.ready.is_set():
                 raise StartError(
                     f"pager of user {pager.uid}, process {pager.pid}, is not ready "

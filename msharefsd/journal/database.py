@@ -32,6 +32,9 @@ from msharefsd.errors import Refused, StartError
 log = logging.getLogger(__name__)
 
 COMPLAIN_SECONDS: Final = 10.0
+_LEAST_PAGES: Final = 64
+_MOST_LOG_PAGES: Final = 200
+"""After so many the log goes into the database: often, and so never for long."""
 
 
 def _boot() -> str:
@@ -49,6 +52,9 @@ class Database:
     """How to make it."""
     volatile: ClassVar[tuple[str, ...]]
     """What has no meaning after the machine was started anew."""
+    share: ClassVar[int]
+    """It takes at most one of so many parts of what its file system has for it: who fills it
+    leaves room for others'."""
 
     def __init__(self, directory: Path | None = None) -> None:
         """Open the database in `directory`, or make it; without one keep it in memory.
@@ -71,10 +77,15 @@ class Database:
             self._open()
         except sqlite3.Error as error:
             self.close()
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                raise StartError(
+                    f"{self._path} cannot be written ({error}): make room in its file system.  "
+                    "What is in it was not changed"
+                ) from error
             raise StartError(
                 f"{self._path} cannot be used ({error}): it is damaged, or no database of "
-                "msharefsd.  Nothing was changed.  Put a good one in its place, or remove it to "
-                "start without the regions of before"
+                "msharefsd.  Nothing was changed.  Put a good one in its place, or have msharefsd "
+                "--purge --force remove it and the regions that it is about"
             ) from error
         except StartError:
             self.close()
@@ -86,13 +97,14 @@ class Database:
         execute("PRAGMA foreign_keys = ON")
         execute("PRAGMA temp_store = MEMORY")  # or its file stays open in exclusive mode
         execute("PRAGMA synchronous = OFF")
-        execute("PRAGMA wal_autocheckpoint = 200")  # more often, and so never for long
+        self._limit()
         (version,) = execute("PRAGMA user_version").fetchone()
         (tables,) = execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if tables and version != self.schema:
             raise StartError(
                 f"{self._path} has schema {version}, and this msharefsd writes {self.schema}: "
-                "start the version that wrote it, or remove the file to start without its regions"
+                "start the version that wrote it, or have msharefsd --purge --force remove it and "
+                "its regions"
             )
         if tables:
             (verdict,) = execute("PRAGMA quick_check(1)").fetchone()
@@ -111,6 +123,17 @@ class Database:
                     execute(statement)
                 execute("INSERT INTO boot VALUES (?)", (_boot(),))
                 execute(f"PRAGMA user_version = {self.schema}")
+
+    def _limit(self) -> None:
+        (size,) = self._database.execute("PRAGMA page_size").fetchone()
+        pages = 1 << 30
+        if self._path is not None:
+            found = os.statvfs(self._path.parent)
+            room = found.f_bavail * found.f_frsize + os.stat(self._path).st_size
+            pages = max(_LEAST_PAGES, room // self.share // size)
+        self._database.execute(f"PRAGMA max_page_count = {pages}")
+        most = min(_MOST_LOG_PAGES, pages // 4)
+        self._database.execute(f"PRAGMA wal_autocheckpoint = {most}")
 
     # -- writing --
 
@@ -166,9 +189,22 @@ class Database:
         """Let go of the database; with `remove` nothing of it stays."""
         self._database.close()
         if remove and self._path is not None:
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{self._path}{suffix}")
+            self.discard(self._path.parent)
+
+    @classmethod
+    def exists(cls, directory: Path) -> bool:
+        """Whether there is one with anything in it."""
+        try:
+            return os.stat(directory / cls.file).st_size > 0
+        except FileNotFoundError:
+            return False
+
+    @classmethod
+    def discard(cls, directory: Path) -> None:
+        """Remove what there is of one, whatever is in it."""
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(directory / f"{cls.file}{suffix}")
 
 
 def signed(number: int) -> int:

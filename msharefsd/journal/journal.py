@@ -43,7 +43,8 @@ CREATE TABLE regions (
     start INTEGER NOT NULL, size INTEGER NOT NULL,
     read_only INTEGER NOT NULL,
     creator INTEGER NOT NULL, made_file INTEGER NOT NULL,
-    kind TEXT NOT NULL, backing_name TEXT, stash_name TEXT
+    kind TEXT NOT NULL, backing_name TEXT, stash_name TEXT,
+    stashed INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE files (
     key INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -105,9 +106,10 @@ class Journal(Database):
     """What one pager does."""
 
     file = "journal.sqlite"
-    schema = 3
+    schema = 4
     tables = _TABLES
     volatile = ("regions", "files")
+    share = 16
 
     def save_region(self, row: SavedRegion) -> None:
         """Write everything about a region but its objects and sharers.

@@ -23,6 +23,7 @@ class SavedRegion(NamedTuple):
     kind: str
     backing_name: str | None
     stash_name: str | None
+    stashed: int
 
 
 class SavedFile(NamedTuple):

@@ -30,6 +30,7 @@ def region_row(region: Region) -> SavedRegion:
         region.kind,
         region.memory.backing if region.memory else None,
         region.memory.stash if region.memory else None,
+        region.stashed,
     )
 
 

@@ -106,6 +106,8 @@ class Region:
     """Of its backing."""
     memory: MemoryNames | None = None
     """What its memory is called, from before it is made until it is gone."""
+    stashed: bool = False
+    """Whether there is a stash, or was about to be one."""
     board: Board | None = None
     slot: int = NOWHERE
     """Where it shows how much memory it holds."""

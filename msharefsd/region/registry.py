@@ -13,6 +13,7 @@ import contextlib
 import errno
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import trio
 
@@ -167,7 +168,13 @@ class Regions:
         if self.board is not None:
             region.board, region.slot = self.board, self.board.take()
         region.backing.growth = region.grown
+        region.backing.stashing = partial(self._stashes, region)
         region.show()
+
+    def _stashes(self, region: Region) -> None:
+        """Pages are about to be hidden: a stash that is missing later is a loss."""
+        if not region.stashed:
+            self.change(region, stashed=True)
 
     def change(self, region: Region, **fields: object) -> None:
         """Set fields of a region, and write it down.  Raises Refused, and nothing is set."""
@@ -232,6 +239,7 @@ class Regions:
         self.journal.forget_region(region.id)
         region.start = region.size = 0
         region.memory = None
+        region.stashed = False
         region.state = State.FILE
 
     def commit(self, region: Region, by: Sharer | None = None) -> None:

@@ -149,8 +149,8 @@ class Stage:
         assert daemon.metric("sharers") == 0
 
 
-@pytest.fixture
-def stage(daemon: Daemon, client_program: Path, directory: Path) -> Iterator[Stage]:
+@pytest.fixture(name="stage")
+def stage_fixture(daemon: Daemon, client_program: Path, directory: Path) -> Iterator[Stage]:
     with clients(client_program, daemon) as start:
         made = Stage(daemon, start(), start(), directory, start)
         made.set_up()
