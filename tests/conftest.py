@@ -227,6 +227,23 @@ class Daemon:
         assert self.process is not None and self.process.poll() is None, self.log()
         return self
 
+    def begins(self) -> bool:
+        """Start, and say whether it serves then, or has ended because it cannot."""
+        offset = self.log().count("ready:")
+        self.launch()
+        process = self.process
+        assert process is not None
+        eventually(
+            lambda: process.poll() is not None or self.log().count("ready:") > offset,
+            "that it starts or says why not",
+            60,
+        )
+        if process.poll() is None:
+            return True
+        assert process.returncode == 1, self.log()
+        self.process = None
+        return False
+
     @property
     def pid(self) -> int:
         assert self.process is not None

@@ -142,7 +142,7 @@ class _Front:
                     nursery.start_soon(turns.run)
                     nursery.start_soon(_stop_when_unmounted, mount, ending)
                     check = await self._check(serving)
-                    await self._adopt(pagers, homes(directory, self.identity, names))
+                    await self._adopt(pagers, await homes(directory, self.identity, names))
                     await nursery.start(router.run)
                     with trio.fail_after(SELF_CHECK_SECONDS):
                         await controls.bind(config.mountpoint, router.serve)

@@ -438,9 +438,10 @@ class Pager:
                 await self._channel.send(Stop(purge))
 
 
-def homes(directory: Path, identity: str, names: Names) -> list[int]:
+async def homes(directory: Path, identity: str, names: Names) -> list[int]:
     """The users of whom something was left: a journal, memory, or regions in the front's."""
-    found = users(directory, identity, directory / HUGE) | names.homes()
+    found = names.homes()
+    found |= await trio.to_thread.run_sync(users, directory, identity, directory / HUGE)
     with contextlib.suppress(FileNotFoundError):
         found |= {int(name) for name in os.listdir(directory / USERS) if name.isdecimal()}
     return sorted(found)

@@ -62,7 +62,7 @@ def run(config: Config, *, force: bool) -> None:
         names = Names(config.alignment_bytes, journal=journal)
         try:
             trio.run(
-                partial(_purge, names, starter, homes(directory, identity, names), force=force),
+                partial(_purge, names, starter, directory, identity, force=force),
                 strict_exception_groups=True,
             )
         finally:
@@ -90,12 +90,14 @@ def _unmount(config: Config) -> None:
         mounting.ungraft()
 
 
-async def _purge(names: Names, starter: Starter, whose: list[int], *, force: bool) -> None:
+async def _purge(
+    names: Names, starter: Starter, directory: Path, identity: str, *, force: bool
+) -> None:
     privileges.drop(privileges.FRONT)
     pagers = Pagers(starter, names, _NOWHERE)
     async with trio.open_nursery() as nursery:
         await nursery.start(pagers.run)
-        for pager in await adopt(pagers, whose, ADOPT_SECONDS):
+        for pager in await adopt(pagers, await homes(directory, identity, names), ADOPT_SECONDS):
             if not pager.ready.is_set():
                 raise StartError(
                     f"pager of user {pager.uid}, process {pager.pid}, is not ready "

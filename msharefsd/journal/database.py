@@ -23,7 +23,7 @@ import sqlite3
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -63,6 +63,7 @@ class Database:
         """
         self._path = None if directory is None else directory / self.file
         self._depth = 0
+        self._written: list[Callable[[], object]] = []
         self._complained = -math.inf
         if self._path is not None:
             _check_file(self._path)
@@ -150,7 +151,11 @@ class Database:
             yield
             if self._depth == 1:
                 self._database.execute("COMMIT")
+                written, self._written = self._written, []
+                for call in written:
+                    call()
         except BaseException as error:
+            self._written = []
             if self._depth == 1 and self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
@@ -159,6 +164,13 @@ class Database:
             raise
         finally:
             self._depth -= 1
+
+    def when_written(self, call: Callable[[], object]) -> None:
+        """Call it when what is being written is there: at once, or after the transaction."""
+        if self._depth:
+            self._written.append(call)
+        else:
+            call()
 
     def _complain(self, error: sqlite3.Error) -> None:
         # A full disk, say: then every fault comes here.

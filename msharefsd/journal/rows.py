@@ -24,6 +24,7 @@ class SavedRegion(NamedTuple):
     backing_name: str | None
     stash_name: str | None
     stashed: int
+    changes: int
 
 
 class SavedFile(NamedTuple):

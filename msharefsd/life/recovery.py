@@ -124,6 +124,7 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         made_file=bool(row.made_file),
         kind=row.kind,
         stashed=bool(row.stashed),
+        changes=row.changes,
     )
     if region.state is not State.BUILDING:
         region.settled.set()
@@ -183,9 +184,8 @@ def _lose_hidden(journal: Journal, region: Region, memory: Backing) -> None:
                 lost += start - at
             at = end
     region.stashed = False
-    with journal.transaction():
-        save_objects(journal, region)
-        journal.save_region(region_row(region))
+    save_objects(journal, region)
+    journal.save_region(region_row(region))
     log.error(
         "region %s: somebody has removed the memory that its hidden pages were in: %d bytes that "
         "are PROT_NONE are a hole now",

@@ -3,19 +3,24 @@
 A cleaner, logind's RemoveIPC= at a user's last logout, or somebody's rm(1) takes a name out
 of /dev/shm.  Sharers notice nothing; but the next pager would find nothing.  The kernel lets
 nobody give such a file a name again (linkat(2): ENOENT), so its descriptor goes to the user's
-keeper, and the next pager gets it from there.
+keeper, and the next pager gets it from there.  If the name went while there was no pager,
+whoever has the memory attached has it still.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import trio
 
 from msharefsd.life.keeping import Keeper
 from msharefsd.memory.names import path
+from msharefsd.memory.shm import SHM_DIRECTORY
 from msharefsd.memory.sparse import SparseFile
 from msharefsd.region.region import Region
 from msharefsd.threads.breath import Breath
@@ -100,3 +105,42 @@ class Saver:
             region.label(),
             name,
         )
+
+
+def held_by(pids: Iterable[int], name: str) -> int:
+    """Memory that has no name any more, as processes have it open or mapped; -1 if none has.
+
+    They decide what their descriptors are, but not who owns a file in /dev/shm.
+    """
+    gone = f"{path(name)} (deleted)"
+    for pid in pids:
+        for kind in ("fd", "map_files"):
+            for link in _links(f"/proc/{pid}/{kind}"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(link) == gone and (fd := _opened(link)) >= 0:
+                        return fd
+    return -1
+
+
+def _links(directory: str) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            yield f"{directory}/{name}"
+
+
+def _opened(link: str) -> int:
+    """A descriptor of ours, if what is there is memory of ours.  Raises OSError."""
+    place = os.open(link, os.O_PATH | os.O_CLOEXEC)
+    try:
+        found = os.fstat(place)
+        if (
+            stat.S_ISREG(found.st_mode)
+            and found.st_uid == os.geteuid()
+            and stat.S_IMODE(found.st_mode) == 0o600
+            and found.st_nlink == 0
+            and found.st_dev == os.stat(SHM_DIRECTORY).st_dev
+        ):
+            return os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(place)
+    return -1

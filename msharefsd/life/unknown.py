@@ -1,9 +1,9 @@
-"""Memory that carries our mark and that no journal knows.
+"""Memory that carries our mark and that no journal knows, or that is newer than its journal.
 
-A journal names memory before it is made, so this happens in one way only: the journal was
-lost, emptied, or put back as it had been before.  To go on then would mean to guess: whose
-objects, which files, which sharers.  So nothing is changed and nothing is served, until
-somebody who knows has said what to do.
+A journal names memory before it is made, and has a change before memory has seen it.  So this
+happens in one way only: the journal was lost, emptied, or put back as it had been before.  To
+go on then would mean to guess: whose objects, which files, which sharers.  So nothing is
+changed and nothing is served, until somebody who knows has said what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ MOST_TOLD = 4
 
 
 def _unknown(journal: Journal, mark: Mark, huge: Path) -> list[str]:
-    known = {name for row in journal.regions() for name in (row.backing_name, row.stash_name)}
+    known = {
+        name
+        for row in journal.regions()
+        if row.backing_name is not None and names.stamped(row.backing_name) <= row.changes
+        for name in (row.backing_name, row.stash_name)
+    }
     return [name for name in mark.found(huge) if name not in known]
 
 
@@ -37,10 +42,10 @@ def check(journal: Journal, mark: Mark, huge: Path, where: Path) -> None:
     if len(unknown) > MOST_TOLD:
         told.append(f"{len(unknown) - MOST_TOLD} more")
     raise StartError(
-        f"{where} does not know of memory of user {mark.uid}'s regions: {', '.join(told)}.  It is "
-        "missing, empty, or older than that memory.  Nothing was changed: put the right one in "
-        "its place; or save what is there (cp --sparse=always), and have msharefsd --purge "
-        "--force remove it"
+        f"{where} does not know of memory of user {mark.uid}'s regions: {', '.join(told)}.  It "
+        "was removed, or emptied, or is older than that memory.  Nothing was changed: put the "
+        "right one in its place; or save what is there (cp --sparse=always), and have msharefsd "
+        "--purge --force remove it"
     )
 
 

@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +26,7 @@ from msharefsd.memory.shm import MARK, SHM_DIRECTORY, unlink_shm
 
 IDENTITY_FILE: Final = "identity"
 _IDENTITY_BYTES: Final = 8
+_HUGE_NAME: Final = re.compile(r"(\d{1,10})-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,26 @@ class Mark:
         return sorted(name for name in here if _is_ours(path(name)))
 
 
+# Memory knows which change of its region's objects it has seen: an attribute of its file,
+# which nobody else may set (xattr(7)).  A journal that is behind it was put back.
+
+_CHANGES: Final = "trusted.msharefs.changes" if os.geteuid() == 0 else "user.msharefs.changes"
+
+
+def stamp(fd: int, number: int) -> None:
+    """Write down the number of a change.  Where there are no attributes it is not known."""
+    with contextlib.suppress(OSError):
+        os.setxattr(fd, _CHANGES, b"%d" % number)
+
+
+def stamped(name: str) -> int:
+    """The number of the last change that memory of that name has seen; 0 if it is not known."""
+    try:
+        return int(os.getxattr(path(name), _CHANGES, follow_symlinks=False))
+    except (OSError, ValueError):
+        return 0
+
+
 def path(name: str) -> str:
     """Where memory of that name lies."""
     return SHM_DIRECTORY + name if name.count("/") == 1 else name
@@ -109,21 +129,19 @@ def _is_ours(file: str) -> bool:
 
 
 def users(run_directory: Path, number: str, huge: Path) -> set[int]:
-    """Whose regions have memory there that is ours; `number` is the run directory's."""
-    start = f"{prefix(run_directory)}{number}-"
-    return {uid for uid in _uids(start, huge) if Mark(run_directory, number, uid).found(huge)}
+    """Whose regions have memory there that is ours; `number` is the run directory's.
 
-
-def _uids(start: str, huge: Path) -> Iterator[int]:
-    for name in os.listdir(SHM_DIRECTORY):
-        match = re.match(rf"{re.escape(start)}(\d{{1,10}})-", f"/{name}")
-        if match is not None:
-            yield int(match[1])
-    with contextlib.suppress(OSError):
-        for name in os.listdir(huge):
-            match = re.match(r"(\d{1,10})-", name)
-            if match is not None:
-                yield int(match[1])
+    Anybody may have put any number of files there: one look at each, and for a thread.
+    """
+    ours = re.compile(rf"{re.escape(prefix(run_directory)[1:])}{number}-(\d{{1,10}})-")
+    found: set[int] = set()
+    for directory, pattern in ((SHM_DIRECTORY, ours), (str(huge), _HUGE_NAME)):
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                match = pattern.match(entry.name)
+                if match is not None and int(match[1]) not in found and _is_ours(entry.path):
+                    found.add(int(match[1]))
+    return found
 
 
 def left_behind(run_directory: Path) -> list[str]:

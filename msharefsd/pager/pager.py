@@ -34,12 +34,13 @@ from msharefsd.journal.journal import Journal
 from msharefsd.life import lock, recovery, unknown
 from msharefsd.life.keeping import Keeper
 from msharefsd.life.limiting import make_limits
-from msharefsd.life.saving import Saver
+from msharefsd.life.saving import Saver, held_by
 from msharefsd.link.channel import Channel
 from msharefsd.link.messages import FromFront, Held
 from msharefsd.linux import priority
 from msharefsd.linux.features import LACKING, Capabilities
 from msharefsd.linux.processes import Deaths
+from msharefsd.memory import names
 from msharefsd.memory.backing import NOT_LEFT, Backing, Left
 from msharefsd.memory.hugetlb import HugetlbBacking, Pool
 from msharefsd.memory.kept import Files
@@ -221,7 +222,12 @@ class _Pager:
         self, saver: Saver, number: int, memory: MemoryNames, start: int, size: int, kind: str
     ) -> Backing:
         """What another pager has left, with its name or without."""
-        return self._make_backing(memory, start, size, kind, adopt=True, left=saver.left(number))
+        backing, stash = saver.left(number)
+        if backing < 0 and not os.path.exists(names.path(memory.backing)):
+            sharers = [row.pid for row in self._journal.sharers() if row.region == number]
+            backing = held_by(sharers, memory.backing)
+        left = backing, stash
+        return self._make_backing(memory, start, size, kind, adopt=True, left=left)
 
     async def run(self) -> None:
         """Adopt what is there, serve, and end."""

@@ -108,6 +108,8 @@ class Region:
     """What its memory is called, from before it is made until it is gone."""
     stashed: bool = False
     """Whether there is a stash, or was about to be one."""
+    changes: int = 0
+    """How often its objects have been written down."""
     board: Board | None = None
     slot: int = NOWHERE
     """Where it shows how much memory it holds."""

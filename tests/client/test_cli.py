@@ -854,6 +854,35 @@ def test_doctor(mshare: Command, daemon: Daemon) -> None:
         )
 
 
+def test_doctor_finds_memory_of_nobody(mshare: Command, spawn: Callable[..., Client]) -> None:
+    donate(spawn, "r")
+    check = "memory of nobody known"
+
+    def found() -> list[dict[str, str]]:
+        return [
+            each
+            for each in json.loads(mshare.run("doctor", "--json").stdout)
+            if each["check"] == check
+        ]
+
+    before = found()
+    left = Path("/dev/shm/msharefs-00000000-0123456789abcdef-0-left")
+    others = left.with_name(f"{left.name}-of-mallory")
+    left.write_bytes(bytes(8192))
+    others.touch()
+    os.chown(others, NOBODY, NOBODY)
+    try:
+        (one,) = found()
+        assert one["status"] == "warn"
+        assert str(left) in one["found"] or before
+        assert str(others) not in one["found"]
+        assert "cp --sparse=always" in one["advice"]
+    finally:
+        left.unlink()
+        others.unlink()
+    assert found() == before
+
+
 def test_doctor_finds_no_mount_and_other_mounts(
     make_daemon: Callable[..., Daemon], directory: Path
 ) -> None:

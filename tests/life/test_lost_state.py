@@ -259,6 +259,25 @@ def test_memory_that_loses_its_name_is_saved(stage: Stage) -> None:
     stage.leave()
 
 
+def test_memory_that_lost_its_name_without_a_daemon_is_had_from_who_has_it(
+    daemon: Daemon, spawn: Callable[..., Client]
+) -> None:
+    writer = spawn(user=MALLORY, group=MALLORY, extra_groups=[])
+    region(writer, 7)
+    daemon.halt()
+    for name in daemon.shm_objects():
+        (SHM / name).unlink()
+    daemon.expected += ["somebody has removed"]
+    daemon.start()
+    assert writer.do("load", BASE) == "7"
+    writer.ok("store", BASE + SIZE // 2, 8)
+    late = spawn()
+    late.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+    assert late.do("load", BASE) == "7"
+    assert late.do("load", BASE + SIZE // 2) == "8"
+    eventually(lambda: "somebody has removed" in daemon.log(), "that it is said")
+
+
 def test_a_stash_that_is_lost_is_no_zeros(stage: Stage) -> None:
     """Whoever opens what was hidden has SIGBUS."""
     daemon = stage.daemon

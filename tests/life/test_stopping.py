@@ -252,6 +252,8 @@ def test_after_a_purge_nobody_waits(daemon: Daemon, pair: tuple[Client, Client])
             assert client.do("from_memory", page, 1) == "-14"
     assert daemon.shm_objects() == []
     assert not daemon.run.exists()
+    for client in pair:
+        assert client.do("munmap", BASE, PAGE) == "-116", "and no daemon is waited for"
     daemon.start()
     for client in pair:
         assert client.do("mmap", BASE, PAGE, READ | WRITE, SHARED_FIXED) == "-116"
