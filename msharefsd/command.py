@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from msharefsd import config
-from msharefsd.errors import StartError, leaves
+from msharefsd.errors import StartError, StateError, leaves
 from msharefsd.front import front, purging
 from msharefsd.life.signals import Signals
 from msharefsd.linux import priority
@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
     """Run the daemon; the exit code is 0 after a signal, 1 if it failed, 2 for bad settings.
 
+    3 if what was left cannot be used, and somebody has to decide.
+
     `signals`: who has listened since the program began.
     """
     signals = signals or Signals()
@@ -127,5 +129,5 @@ def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
     except* (UnsupportedError, MountError, StartError) as group:
         for failure in leaves(group):
             logging.getLogger("msharefsd").error("%s", failure)
-        code = 1
+            code = max(code, 3 if isinstance(failure, StateError) else 1)
     return code

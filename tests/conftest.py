@@ -240,7 +240,7 @@ class Daemon:
         )
         if process.poll() is None:
             return True
-        assert process.returncode == 1, self.log()
+        assert process.returncode in (1, 3), self.log()
         self.process = None
         return False
 

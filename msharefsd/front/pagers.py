@@ -26,7 +26,7 @@ from typing import Final
 
 import trio
 
-from msharefsd.errors import Refused, StartError, leaves
+from msharefsd.errors import Refused, StartError, StateError, leaves
 from msharefsd.front.starter import Starter
 from msharefsd.link import board
 from msharefsd.link.board import Board
@@ -450,7 +450,7 @@ async def homes(directory: Path, identity: str, names: Names) -> list[int]:
 async def adopt(pagers: Pagers, whose: list[int], seconds: float) -> list[Pager]:
     """Have users' pagers take over what was left; waits so long.
 
-    Raises StartError if one cannot and never will.
+    Raises StateError if one cannot and never will.
     """
     pagers.adopting = True  # what fails now is told by who starts
     started = [pagers.start(home) for home in whose]
@@ -459,7 +459,7 @@ async def adopt(pagers: Pagers, whose: list[int], seconds: float) -> list[Pager]
             await pager.ready.wait()
     for pager in started:
         if pager.failed is not None and pager.failed.for_good:
-            raise StartError(pager.failed.reason)
+            raise StateError(pager.failed.reason)
     pagers.adopting = False
     return started
 

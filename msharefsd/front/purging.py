@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from msharefsd.config import Config
-from msharefsd.errors import StartError
+from msharefsd.errors import StartError, StateError
 from msharefsd.front.ending import LAST_SECONDS, Kept, summary, what_is_kept
 from msharefsd.front.pagers import Pagers, adopt, homes
 from msharefsd.front.setting_up import huge_pages, identified, locked, raise_descriptor_limit
@@ -73,10 +73,10 @@ def run(config: Config, *, force: bool) -> None:
 
 
 def _names(directory: Path, *, force: bool) -> NamesJournal:
-    """The front's journal; with `force` a new one, if it is damaged.  Raises StartError."""
+    """The front's journal; with `force` a new one, if it is damaged.  Raises StateError."""
     try:
         return NamesJournal(directory)
-    except StartError as error:
+    except StateError as error:
         if not force:
             raise
         log.warning("%s", error)

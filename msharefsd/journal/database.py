@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Final
 
-from msharefsd.errors import Refused, StartError
+from msharefsd.errors import Refused, StartError, StateError
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Database:
     def __init__(self, directory: Path | None = None) -> None:
         """Open the database in `directory`, or make it; without one keep it in memory.
 
-        Raises StartError when what is there cannot be used.
+        Raises StateError when what is there cannot be used, StartError when there is no room.
         """
         self._path = None if directory is None else directory / self.file
         self._depth = 0
@@ -83,7 +83,7 @@ class Database:
                     f"{self._path} cannot be written ({error}): make room in its file system.  "
                     "What is in it was not changed"
                 ) from error
-            raise StartError(
+            raise StateError(
                 f"{self._path} cannot be used ({error}): it is damaged, or no database of "
                 "msharefsd.  Nothing was changed.  Put a good one in its place, or have msharefsd "
                 "--purge --force remove it and the regions that it is about"
@@ -102,7 +102,7 @@ class Database:
         (version,) = execute("PRAGMA user_version").fetchone()
         (tables,) = execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if tables and version != self.schema:
-            raise StartError(
+            raise StateError(
                 f"{self._path} has schema {version}, and this msharefsd writes {self.schema}: "
                 "start the version that wrote it, or have msharefsd --purge --force remove it and "
                 "its regions"
@@ -250,9 +250,9 @@ def _check_file(path: Path) -> None:
         os.close(fd)
     for what, found in ((path.parent, directory), (path, status)):
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-            raise StartError(
+            raise StateError(
                 f"{what} belongs to another user or may be written by others: what is in there "
                 "cannot be trusted; remove it, or give another --run-directory"
             )
     if not stat.S_ISREG(status.st_mode):
-        raise StartError(f"{path} is no file: remove it")
+        raise StateError(f"{path} is no file: remove it")

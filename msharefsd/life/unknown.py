@@ -12,7 +12,7 @@ import logging
 import os
 from pathlib import Path
 
-from msharefsd.errors import StartError
+from msharefsd.errors import StateError
 from msharefsd.journal.journal import Journal
 from msharefsd.memory import names
 from msharefsd.memory.names import Mark
@@ -34,14 +34,14 @@ def _unknown(journal: Journal, mark: Mark, huge: Path) -> list[str]:
 
 
 def check(journal: Journal, mark: Mark, huge: Path, where: Path) -> None:
-    """Raise StartError if there is memory of the mark's that the journal `where` lacks."""
+    """Raise StateError if there is memory of the mark's that the journal `where` lacks."""
     unknown = _unknown(journal, mark, huge)
     if not unknown:
         return
     told = [f"{names.path(name)} ({_held(name)})" for name in unknown[:MOST_TOLD]]
     if len(unknown) > MOST_TOLD:
         told.append(f"{len(unknown) - MOST_TOLD} more")
-    raise StartError(
+    raise StateError(
         f"{where} does not know of memory of user {mark.uid}'s regions: {', '.join(told)}.  It "
         "was removed, or emptied, or is older than that memory.  Nothing was changed: put the "
         "right one in its place; or save what is there (cp --sparse=always), and have msharefsd "

@@ -29,7 +29,7 @@ from msharefsd.config import Config
 from msharefsd.control.control import Control
 from msharefsd.control.orphans import Orphans
 from msharefsd.control.peer import Peer
-from msharefsd.errors import Refused, StartError
+from msharefsd.errors import Refused, StartError, StateError
 from msharefsd.journal.journal import Journal
 from msharefsd.life import lock, recovery, unknown
 from msharefsd.life.keeping import Keeper
@@ -133,19 +133,19 @@ async def _run(setting: Setting, uid: int, sock: socket.socket) -> None:
         await channel.send(Held(f"{directory}: {error}"))
         return
     except StartError as error:
-        await channel.send(Held(str(error), for_good=True))
+        await channel.send(Held(str(error), for_good=isinstance(error, StateError)))
         return
     await _Pager(setting, uid, directory, channel, journal).run()
 
 
 def _open_journal(setting: Setting, mark: Mark) -> Journal:
-    """The user's, which knows all memory that there is.  Raises StartError."""
+    """The user's, which knows all memory that there is.  Raises StateError, StartError."""
     huge = setting.run_directory / HUGE
     directory = setting.run_directory / DIRECTORY / str(mark.uid)
     fresh = not Journal.exists(directory)
     try:
         journal = Journal(directory)
-    except StartError as error:
+    except StateError as error:
         if not setting.purge:
             raise
         log.warning("%s", error)
@@ -155,7 +155,7 @@ def _open_journal(setting: Setting, mark: Mark) -> Journal:
         unknown.free(journal, mark, huge)
     try:
         unknown.check(journal, mark, huge, directory / Journal.file)
-    except StartError:
+    except StateError:
         # Whoever puts another in its place finds nothing of this one's beside it.
         journal.close(remove=fresh)
         raise

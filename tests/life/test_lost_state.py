@@ -61,7 +61,7 @@ def _without_anything(daemon: Daemon) -> None:
 def refuses(daemon: Daemon, complaint: str) -> str:
     daemon.launch()
     assert daemon.process is not None
-    assert daemon.process.wait(30) == 1
+    assert daemon.process.wait(30) == 3
     daemon.process = None
     daemon.expected.append(complaint)
     (line,) = [line for line in daemon.log().splitlines() if complaint in line]
@@ -145,7 +145,7 @@ def test_what_nobody_understands_is_purged_by_force(stage: Stage) -> None:
     assert [file.name for file in journals(daemon).glob("journal*")] == ["journal.sqlite"]
     for file in (journals(daemon) / "journal.sqlite", daemon.run / "names.sqlite"):
         file.write_bytes(b"no database" * 1000)
-    assert daemon.purge().returncode == 1
+    assert daemon.purge().returncode == 3
     held = daemon.shm_objects()
     done = daemon.purge("--force")
     assert done.returncode == 0, done.stderr

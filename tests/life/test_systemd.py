@@ -276,7 +276,7 @@ def test_huge_pages_are_had_under_the_hardening(machine: Machine, service: Watch
 
 
 # What a killed daemon leaves, the next one clears away, and says so.
-LEFT_BEHIND = ("the mount that a dead daemon left", "removed shared memory")
+LEFT_BEHIND = ("the mount that a dead daemon left",)
 
 
 def test_a_killed_daemon_comes_back(machine: Machine, service: Watched) -> None:
