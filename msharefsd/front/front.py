@@ -40,7 +40,7 @@ from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
 from msharefsd.life.selfcheck import SelfCheck
 from msharefsd.life.signals import Signals
-from msharefsd.linux import features, priority
+from msharefsd.linux import cgroups, features, priority
 from msharefsd.linux.mounts import Mount, top_mount
 from msharefsd.mount import mounting
 from msharefsd.mount.asking import Asking
@@ -79,14 +79,14 @@ def run(config: Config, signals: Signals) -> None:
         stack.enter_context(locked(directory))
         end = End()
         stack.enter_context(huge_pages(config, found, directory))
-        identity = identified(directory)
-        starter = Starter(partial(pager_main, Setting(config, found, directory, identity)))
+        setting = Setting(config, found, directory, identified(directory))
+        starter = Starter(partial(pager_main, setting), cgroups.delegated())
         stack.callback(starter.close)
         journal = NamesJournal(directory)
         end.empty = not journal.names()
         stack.callback(lambda: _clear(directory, journal, end))
         trio.run(
-            _Front(config, end, journal, starter, signals, identity).serve,
+            _Front(config, end, journal, starter, signals, setting.identity).serve,
             stack,
             strict_exception_groups=True,
             instruments=runs.instruments(),

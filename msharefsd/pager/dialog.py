@@ -183,6 +183,7 @@ class Dialog:
             nursery.start_soon(self.send_news)
             nursery.start_soon(self._tell_ended)
             shared: list[trio.Event] = []  # of connections that the front may still have, too
+            breath = Breath()
             try:
                 while (got := await self._channel.receive()) is not None:
                     message, fds = got
@@ -207,6 +208,7 @@ class Dialog:
                             nursery.start_soon(self._finish, finish, nursery.cancel_scope)
                         case Go() | Begin():
                             pass
+                    await breath.take()
             finally:
                 while shared:  # who ends waits for these, whatever has ended us
                     shared.pop().set()
