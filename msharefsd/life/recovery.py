@@ -50,14 +50,15 @@ from msharefsd.paging.server import PageServer
 from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.ranges import Ranges
+from msharefsd.region.record import region_row, save_objects
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
 from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-OpenBacking = Callable[[MemoryNames, int, int, str], Backing]
-"""(names, start, size in bytes, kind): its backing; raises OSError."""
+OpenBacking = Callable[[int, MemoryNames, int, int, str], Backing]
+"""(region's number, names, start, size in bytes, kind): its backing; raises OSError."""
 
 _GONE: Final = frozenset({errno.ESRCH, errno.EBADF, errno.ENOENT})
 
@@ -92,6 +93,8 @@ def adopt_regions(
                 region.objects.insert(item)
                 unused.pop(item.file.key if item.file else 0, None)
             region.objects.changed.clear()
+            if region.stashed and region.backing.stash is None:
+                _lose_hidden(journal, region, region.backing)
             _finish_memory(journal, region)
         regions.adopt(region)
         if row.id in known:
@@ -120,6 +123,8 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         creator=row.creator,
         made_file=bool(row.made_file),
         kind=row.kind,
+        stashed=bool(row.stashed),
+        changes=row.changes,
     )
     if region.state is not State.BUILDING:
         region.settled.set()
@@ -127,7 +132,7 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         return None
     region.memory = MemoryNames(row.backing_name, row.stash_name)
     try:
-        region.backing = open_backing(region.memory, row.start, row.size, row.kind)
+        region.backing = open_backing(row.id, region.memory, row.start, row.size, row.kind)
     except FileNotFoundError as error:
         # A region that was being freed has none, nor one that was not made yet.
         if region.linked and region.state is State.LIVE:
@@ -163,6 +168,30 @@ def _objects(journal: Journal, region: Region, files: dict[int, MappedFile]) -> 
             None if row.file is None else files[row.file],
             row.file_offset,
         )
+
+
+def _lose_hidden(journal: Journal, region: Region, memory: Backing) -> None:
+    """The stash was removed: whatever it may have had is a hole now, and never zeros.
+
+    Which pages were hidden is not known, but only where nobody may touch anything.
+    """
+    lost = 0
+    for item in [each for each in region.objects if not each.accessible]:
+        at = item.offset
+        for start, end in [*memory.data(item.offset, item.length), (item.end, item.end)]:
+            if start > at:
+                region.objects.remove(at, start - at)
+                lost += start - at
+            at = end
+    region.stashed = False
+    save_objects(journal, region)
+    journal.save_region(region_row(region))
+    log.error(
+        "region %s: somebody has removed the memory that its hidden pages were in: %d bytes that "
+        "are PROT_NONE are a hole now",
+        region.label(),
+        lost,
+    )
 
 
 def _finish_memory(journal: Journal, region: Region) -> None:

@@ -333,30 +333,43 @@ class Writeback:
                     nursery.start_soon(self._work, uid, rounds)
 
     async def _last(self, region: Region) -> None:
-        try:
-            await self._everything(region)
-            if pages_of(region).dirty:
-                log.error(
-                    "region %s is gone with %d bytes that its files did not take",
-                    region.label(),
-                    len(pages_of(region).dirty) * region.page,
-                )
-            await _let_files_go(region)
-        finally:
-            if region.backing is not None:
-                region.close_memory()
+        """A region that is gone has its memory until its files have what was written to it.
 
-    async def finish(self, regions: Iterable[Region]) -> None:
-        """The daemon ends: write everything, as long as the files answer."""
-        with trio.move_on_after(LAST_SECONDS, shield=True):
+        But for a file that nobody has any more: nothing will ever be written to that.
+        """
+        while True:
+            await self._everything(region)
+            dirty = pages_of(region).dirty
+            if not dirty:
+                break
+            lost = all(file.fd < 0 for file in dirty.files())
+            if lost or self._seldom.now((region.id, "last")):
+                log.error(
+                    "region %s is gone with %d bytes that its files did not take%s",
+                    region.label(),
+                    len(dirty) * region.page,
+                    ": nobody has these files any more" if lost else " yet: it is tried again",
+                )
+            if lost:
+                break
+            await trio.sleep(INTERVAL)
+        await _let_files_go(region)
+        if region.backing is not None:
+            region.close_memory()
+
+    async def finish(self, regions: Callable[[], Iterable[Region]]) -> None:
+        """The daemon ends: write everything, as long as the files answer.
+
+        What they do not take stays dirty, here and in the journal.
+        """
+        before = self._nursery
+        with trio.move_on_after(LAST_SECONDS):
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for region in [*regions, *self._released]:
-                    if pages_of(region).dirty:
+                for region in regions():
+                    if pages_of(region).dirty or pages_of(region).dirty.writing:
                         nursery.start_soon(self._everything, region)
-        for region in self._released:
-            region.close_memory()
-        self._released = []
+        self._nursery = before
 
 
 async def _let_files_go(region: Region) -> None:
