@@ -27,7 +27,6 @@ pytestmark = pytest.mark.shm_only
 OWN = [name for name, attack in ATTACKS.items() if not attack.on_alice]
 ON_ALICE = [name for name, attack in ATTACKS.items() if attack.on_alice]
 OPEN = {
-    "a reader whose address space is locked": "her pager calls on it, and waits with it",
     "150 threads that list and read what regions have": "the next daemon is late beside them",
     "connections that come and go with half of a message": "they cost the front too much",
 }
@@ -87,7 +86,7 @@ def test_alice_goes_on_in_the_very_region_of(name: str, make_walls: Make) -> Non
     """Whom she lets read it can neither hold her up nor change what she has."""
     attack = ATTACKS[name]
     walls = make_walls(config=attack.config)
-    walls.victim(mode=0o644)
+    walls.victim(mode=0o666 if attack.writes else 0o644)
     withstand(walls, attack)
 
 
