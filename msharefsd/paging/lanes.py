@@ -51,6 +51,8 @@ FETCH_SECONDS: Final = 0.2
 """How long the next pager waits for each sharer's userfaultfd."""
 IDLE_SECONDS: Final = 10.0
 """How long a lane stays that nobody needs."""
+MOST_LANES: Final = 512
+"""How many other users may share a user's regions at one time: each has three threads."""
 MOST_UNCLOSED: Final = 64
 """How many userfaultfds of a user may wait to be closed, when there comes another one."""
 
@@ -106,8 +108,10 @@ class Far:
 
     async def fetch(self, fetch: Callable[[], int]) -> None:
         """Have it from `fetch`, which is called in the lane, soon or late."""
+        # One after the other waits, but not behind another that is late.
+        seconds = 0.0 if self._lane.is_late else FETCH_SECONDS
         with contextlib.suppress(LateError):
-            await self._lane.ask(self, lambda table: table.put(self._key, fetch()), FETCH_SECONDS)
+            await self._lane.ask(self, lambda table: table.put(self._key, fetch()), seconds)
 
     # -- what may be left undone --
 
@@ -282,6 +286,7 @@ class User:
         self.kept: list[tuple[int, int]] = []
         """Memory that is out of reach, and that calls which did not come back would read."""
         self._pressed = False
+        self._ends = False
         self._given_up_at = -REMEMBERED
         self._level = trio.Event()
         self.lane = Lane(self._read, self._readable, self._caught_up)
@@ -303,7 +308,8 @@ class User:
         """If every call has come back."""
         if not self.lane.is_late and not self.lane.hung:
             for start, length in self.kept:
-                syscalls.munmap(start, length)
+                if length:
+                    syscalls.munmap(start, length)
             self.kept.clear()
 
     def _caught_up(self) -> None:
@@ -360,8 +366,17 @@ class User:
         """Of a userfaultfd that nobody uses any more."""
         self.fars.pop(key, None)
         self.lane.close(far, key)
-        if not self.fars:
+        self.end_in_time()
+
+    def end_in_time(self) -> None:
+        """If nobody needs it any more."""
+        if not self.fars and not self._ends:
+            self._ends = True
             self._lanes.background.start(self._lanes.end_if_idle, self)
+
+    def needed(self) -> None:
+        """It does not end now, as it would have."""
+        self._ends = False
 
 
 class Lanes:
@@ -392,6 +407,8 @@ class Lanes:
     def _user(self, uid: int) -> User:
         user = self._users.get(uid)
         if user is None:
+            if len(self._users) >= MOST_LANES:
+                raise OSError(errno.EAGAIN, "processes of too many users")
             try:
                 user = self._users[uid] = User(self, uid, self._reader)
             except RuntimeError as error:
@@ -427,6 +444,23 @@ class Lanes:
             raise
         return far
 
+    def dispose(self, uid: int, fds: list[int]) -> list[int]:
+        """Have descriptors closed that a user has sent; those that were not taken."""
+        while fds:
+            try:
+                user = self._user(uid)
+                user.lane.close(None, user.lane.hand_in(fds[-1]))
+            except OSError:
+                return fds
+            fds.pop()
+            user.end_in_time()
+        return fds
+
+    def unclosed(self, uid: int) -> int:
+        """How many descriptors of a user's wait to be closed."""
+        user = self._users.get(uid)
+        return 0 if user is None else user.lane.unclosed
+
     def _far(self, user: User, key: int) -> Far:
         far = user.fars[key] = Far(user, key)
         return far
@@ -446,7 +480,7 @@ class Lanes:
     async def end_if_idle(self, user: User) -> None:
         """End a lane that nobody needs any more, when it has nothing to do."""
         await trio.sleep(IDLE_SECONDS)
-        while not user.fars and self._users.get(user.uid) is user:
+        while not user.fars:
             if not (user.lane.is_late or user.lane.hung or user.lane.unclosed):
                 del self._users[user.uid]
                 user.lane.stop()
@@ -454,3 +488,4 @@ class Lanes:
                 user.unmap_kept()
                 return
             await trio.sleep(IDLE_SECONDS)
+        user.needed()
