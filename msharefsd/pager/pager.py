@@ -245,7 +245,9 @@ class _Pager:
         )
         config, found, regions = self._config, self._setting.features, self._regions
         threads = Threads(self._limits.threads)
-        pages = PageServer(found, self._metrics, config.region_memory_bytes, threads, self._journal)
+        pages = PageServer(
+            found, self._metrics, config.region_memory_bytes, threads, self._journal, self._uid
+        )
         writeback = Writeback(threads, self._metrics, self._journal)
         regions.release = writeback.release
         spaces = AddressSpaces(found, pages, writeback, self._journal)

@@ -8,6 +8,8 @@ where /dev/shm is mounted huge=never.  The next touch maps the huge page in one 
 
 It is asked for by process_madvise(2) in the name of the sharer that populated the
 chunk: so the huge page is charged where the small ones were.  No code of the sharer runs.
+But for the address space of another user's process nobody waits here (lanes.py): then it is
+in the name of the oldest sharer of the owner's, or not at all.
 
 Left out are chunks that have a hole or an absent page (the kernel would have to fill
 it behind the page server's back, and refuses), and those where something is
@@ -33,6 +35,7 @@ from msharefsd.linux import syscalls
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging.pages import pages_of
+from msharefsd.paging.window import window_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.telemetry.metrics import Metrics
 
@@ -127,7 +130,10 @@ class Collapser:
 def _in_whose_name(region: Region, chunk: int) -> Sharer | None:
     """Who pays for a chunk: who populated it, or the oldest sharer that writes."""
     payer = region.sharers.get(pages_of(region).payers.get(chunk, 0))
-    return payer or next((each for each in region.sharers.values() if each.writable), None)
+    if payer is not None and window_of(payer).far is None:
+        return payer
+    writers = (each for each in region.sharers.values() if each.writable)
+    return next((each for each in writers if window_of(each).far is None), None)
 
 
 def _populated(fd: int, ranges: Iterable[tuple[int, int]], offset: int) -> list[int]:

@@ -168,8 +168,8 @@ class Writeback:
                 try:
                     if run is None:
                         await trio.lowlevel.checkpoint()
-                    else:
-                        await self._write(region, run)
+                    elif not await self._write(region, run):
+                        start = run.offset
                 except OSError as error:
                     failure = failure or error
         if failure is not None:
@@ -208,14 +208,18 @@ class Writeback:
             self._journal.clean(region.id, clean)
         return run, after if run is None else run.offset + run.length
 
-    async def _write(self, region: Region, run: _Run) -> None:
+    async def _write(self, region: Region, run: _Run) -> bool:
+        """Write it; False if it is to be looked at anew: protecting it took its time."""
         backing = region.backing
         if backing is None:
-            return
+            return True
         dirty = pages_of(region).dirty
         end = run.offset + run.length
         pages = range(run.offset, end, region.page)
         protection.protect(pages_of(region), run.offset, end, run.writers)
+        if pages_of(region).behind:
+            await protection.settled(pages_of(region))
+            return False
         for page in pages:
             dirty.discard(page)
         content = backing.read(run.offset, run.length)
@@ -244,6 +248,7 @@ class Writeback:
         # What was written to meanwhile is dirty again.
         self._journal.clean(region.id, [page for page in pages if page not in dirty])
         self._metrics.written_back.inc(run.length)
+        return True
 
     async def sync(self, region: Region, start: int, end: int) -> None:
         """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""

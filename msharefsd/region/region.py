@@ -61,7 +61,7 @@ class Sharer:
     uid: int
     writable: bool
     uffd: int
-    """-1 once it has been detached."""
+    """-1 once it has been detached, and if a lane has it: see paging/lanes.py."""
     ended: Callable[[], bool] = lambda: False
     """Whether the process is gone, although nobody has detached it yet."""
     pidfd: int | None = None
@@ -81,6 +81,8 @@ class Sharer:
     """The number of its last call that is done and must not be done again."""
     note: Callable[[], None] = lambda: None
     """Tell it to ask, once: protection has changed while it was attaching."""
+    dismiss: Callable[[], None] = lambda: None
+    """Have it detached: nothing more can be asked of its process."""
 
 
 @dataclass(eq=False, slots=True)
