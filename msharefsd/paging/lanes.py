@@ -45,6 +45,7 @@ PATIENCE: Final = 2.0
 LITTLE_PATIENCE: Final = 0.1
 """The same for a user of whom somebody was given up within so many seconds:"""
 REMEMBERED: Final = 60.0
+LOOK_SECONDS: Final = 0.05
 ASKED_SECONDS: Final = 2.0
 """How long a new sharer may wait behind what is late of its user's."""
 FETCH_SECONDS: Final = 0.2
@@ -72,7 +73,11 @@ class Far:
         self.given_up = False
         self._wake: tuple[int, int] | None = None
         """Who waits there is to look again when the lane has caught up."""
+        self._behind = 0
+        """How many calls that others rely on are under way."""
         self._then: list[Callable[[], None]] = []
+        self.under_way = False
+        """Whether the last one that was late has been begun."""
         self._arrived: deque[list[Fault] | OSError] = deque()
         self._watched = False
         self._arrival = trio.Event()
@@ -125,7 +130,8 @@ class Far:
             result: tuple[int, Outcome] = self._lane.call(
                 self, self._on(function, *arguments, **named)
             )
-        except LateError:
+        except LateError as late:
+            self.under_way = late.under_way
             return 0, Outcome.LATE
         except OSError as error:
             return 0, uffd.outcome_of(error)
@@ -136,14 +142,12 @@ class Far:
 
         So they are copied: from memory that is gone then.
         """
-        if self.is_late:
-            return 0, Outcome.LATE
         try:
             address = self._user.zeros.address(length)
         except OSError as error:
             return 0, uffd.outcome_of(error)
         done, outcome = self.fill(uffd.copy, start, address, length, protect=protect)
-        if outcome is Outcome.LATE:
+        if outcome is Outcome.LATE and self.under_way:
             self.keep(*self._user.zeros.withdraw())
         return done, outcome
 
@@ -200,41 +204,51 @@ class Far:
         try:
             self._lane.call(self, self._on(function, *arguments), self._done_late)
         except LateError:
+            self._behind += 1
             return False
         return True
 
     def _done_late(self, request: Request) -> None:
+        self._behind -= 1
         if request.error is not None and request.error.errno == errno.ENOMEM and not self.is_over:
             self._user.give_up(self)
+        elif not self._behind:
+            self._call_them()
 
     def then(self, function: Callable[[], None]) -> None:
-        """Call `function` when nothing is late any more, or it is given up."""
-        if self.is_late:
+        """Call `function` when all of that has been done, or it is given up."""
+        if self._behind and not self.is_over:
             self._then.append(function)
             self._user.press()
         else:
             function()
 
     async def level(self) -> None:
-        """Wait until nothing is late any more, or it is given up; not for ever."""
+        """Wait until what has been asked is done, or it is given up; not for ever."""
+        done = True
         if self.is_late:
+            with contextlib.suppress(OSError):
+                done = self.state(lambda _: None)
+        if not done:
             event = trio.Event()
             self.then(event.set)
             await event.wait()
+
+    def _call_them(self) -> None:
+        then, self._then = self._then, []
+        for each in then:
+            each()
 
     @property
     def is_needed(self) -> bool:
         """Whether anybody waits for it."""
         return bool(self._then)
 
-    def settle(self) -> None:
-        """The lane has caught up, or this one is over."""
-        then, self._then = self._then, []
+    def caught_up(self) -> None:
+        """Nothing is late any more."""
         if self._wake is not None and not self.is_over:
             self._lane.post(self, self._on(uffd.wake, *self._wake))
         self._wake = None
-        for each in then:
-            each()
 
     # -- faults --
 
@@ -263,14 +277,14 @@ class Far:
         """Nothing more is asked of it."""
         self.given_up = True
         self._arrival.set()
-        self.settle()
+        self._call_them()
 
     def close(self) -> None:
         """Let go of it; nobody waits for that."""
         if not self.closed:
             self.closed = True
             self._arrival.set()
-            self.settle()
+            self._call_them()
             self._user.close(self, self._key)
 
 
@@ -288,7 +302,6 @@ class User:
         self._pressed = False
         self._ends = False
         self._given_up_at = -REMEMBERED
-        self._level = trio.Event()
         self.lane = Lane(self._read, self._readable, self._caught_up)
         lanes.background.start(self.lane.run)
 
@@ -314,10 +327,8 @@ class User:
 
     def _caught_up(self) -> None:
         self.unmap_kept()
-        self._level.set()
-        self._level = trio.Event()
         for far in list(self.fars.values()):
-            far.settle()
+            far.caught_up()
 
     # -- giving up --
 
@@ -334,21 +345,17 @@ class User:
     async def _give_up_in_time(self) -> None:
         try:
             while any(far.is_needed for far in self.fars.values()):
-                left = self._patience() - self.lane.late_seconds
-                if left > 0:
-                    with trio.move_on_after(left):
-                        await self._level.wait()
-                else:
-                    self._give_up_what_hangs()
-                    await trio.sleep(LITTLE_PATIENCE / 2)
+                hanging = self.lane.hanging(self._patience())
+                if hanging is not None:
+                    self._give_up_what_hangs(hanging)
+                await trio.sleep(LOOK_SECONDS)
         finally:
             self._pressed = False
 
-    def _give_up_what_hangs(self) -> None:
-        hanging = self.lane.hanging()
-        if isinstance(hanging, Far):
-            self.give_up(hanging)
-        self.lane.leave_behind()
+    def _give_up_what_hangs(self, hanging: Request) -> None:
+        if isinstance(hanging.owner, Far):
+            self.give_up(hanging.owner)
+        self.lane.leave_behind(hanging)
         if self.lane.is_lost:
             for far in list(self.fars.values()):
                 if far.is_needed:

@@ -219,7 +219,7 @@ class Populate:
 
         What may be under way there copies nothing that is not put here, now.
         """
-        if address is not None and window.far is not None:
+        if address is not None and window.far is not None and window.far.under_way:
             self.buffers.copied_late(address, window.far.keep)
         host = Mapping(backing.host, backing.host.start)
         return self._absent(backing, host, start, end, address, protect=False, watch=watch)

@@ -35,7 +35,7 @@ from typing import Final, TypeVar, cast
 
 import trio
 
-from msharefsd.linux import syscalls
+from msharefsd.linux import processes, syscalls
 from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,12 @@ _FIRST: Final = 3
 
 
 class LateError(Exception):
-    """The call has not come back in time: it may yet, or it was not made at all."""
+    """The call has not come back in time."""
+
+    def __init__(self, *, under_way: bool) -> None:
+        """`under_way`: it may come back yet; otherwise it is not made at all."""
+        super().__init__()
+        self.under_way = under_way
 
 
 class Descriptors:
@@ -182,11 +187,12 @@ class Lane:
         self.unclosed = 0
         """How many descriptors are to be closed."""
         self._late: set[Request] = set()
-        self._since = 0.0
         self._generation = 0
         self._current: Request | None = None
         self._lock = threading.Lock()
         """Of these two: a thread that has come back knows whether it was left behind."""
+        self._begun = 0.0
+        self._thread = 0
         self.hung = 0
         """How many threads have been left behind and are not back."""
         self._credit = CREDIT
@@ -226,10 +232,16 @@ class Lane:
         """Whether it has not come back from what was asked of it."""
         return bool(self._late)
 
-    @property
-    def late_seconds(self) -> float:
-        """For how long that has been so."""
-        return time.monotonic() - self._since if self._late else 0.0
+    def hanging(self, seconds: float = 0.0) -> Request | None:
+        """The call that has not come back for so many seconds.
+
+        None if its thread could go on, and only has to wait for a processor.
+        """
+        with self._lock:
+            current, begun, thread = self._current, self._begun, self._thread
+        if current is None or time.monotonic() - begun < seconds:
+            return None
+        return None if processes.state(os.getpid(), thread) == "R" else current
 
     @property
     def is_lost(self) -> bool:
@@ -278,13 +290,13 @@ class Lane:
             if after is not None:
                 self._is_late(request)
                 self._queue.put(request)
-            raise LateError
+            raise LateError(under_way=after is not None)
         self._queue.put(request)
         if not self._wait(request, moment):
             request.late = True
             if not request.done.acquire(blocking=False):  # nor has it been done just now
                 self._is_late(request)
-                raise LateError
+                raise LateError(under_way=True)
         return cast("T", request.result())
 
     def _wait(self, request: Request, moment: float) -> bool:
@@ -315,12 +327,10 @@ class Lane:
         with trio.move_on_after(seconds):
             await event.wait()
         if not event.is_set():
-            raise LateError
+            raise LateError(under_way=True)
         return cast("T", request.result())
 
     def _is_late(self, request: Request) -> None:
-        if not self._late:
-            self._since = time.monotonic()
         self._late.add(request)
 
     def _came_back(self, request: Request) -> None:
@@ -334,22 +344,15 @@ class Lane:
 
     # -- what hangs --
 
-    def hanging(self) -> object:
-        """On whom the call is that has not come back."""
-        current = self._current
-        return None if current is None else current.owner
-
-    def leave_behind(self) -> None:
-        """Go on without the thread that hangs, with what is asked after that."""
+    def leave_behind(self, hanging: Request) -> None:
+        """Go on without the thread that hangs in that call, with what is asked after it."""
         with self._lock:
-            current = self._current
-            if self.is_lost or current is None:
+            if self.is_lost or self._current is not hanging:
                 return
             self._generation += 1
             self._current = None
         self.hung += 1
-        self._late.discard(current)
-        self._since = time.monotonic()
+        self._late.discard(hanging)
         os.eventfd_write(self._bell, 1)
         if not self._late:
             self._caught_up()
@@ -435,9 +438,10 @@ class Lane:
         threading.Thread(target=self._work, args=(self._generation,), daemon=True).start()
 
     def _work(self, mine: int) -> None:
+        thread = threading.get_native_id()
         while (request := self._queue.get()) is not None:
             with self._lock:
-                self._current = request
+                self._current, self._begun, self._thread = request, time.monotonic(), thread
             try:
                 request.value = request.function(self._table)
             except OSError as error:

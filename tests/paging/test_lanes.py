@@ -121,7 +121,7 @@ async def test_nobody_waits_for_a_call_that_does_not_come_back(
     with pytest.raises(LateError):
         lane.call("first", lock.wait, after)
     assert lane.is_late
-    assert lane.hanging() == "first"
+    await until(lambda: hangs(lane, "first"))
     with pytest.raises(LateError):  # what need not happen does not
         lane.call("second", lambda _: done.append("needless"))
     with pytest.raises(LateError):
@@ -183,7 +183,7 @@ async def test_it_has_none_of_our_descriptors(lane: Lane) -> None:
     os.close(reader)
 
 
-async def test_what_is_handed_in_to_one_that_hangs_is_not_closed_by_us(
+async def test_what_is_handed_in_to_one_thathangs_is_not_closed_by_us(
     lane: Lane, lock: Lock
 ) -> None:
     lane.post(None, lock.wait)
@@ -199,7 +199,7 @@ async def test_what_is_handed_in_to_one_that_hangs_is_not_closed_by_us(
     os.close(reader)
 
 
-async def test_another_thread_goes_on_in_place_of_one_that_hangs(
+async def test_another_thread_goes_on_in_place_of_one_thathangs(
     lane: Lane, told: Told, lock: Lock
 ) -> None:
     done: list[object] = []
@@ -207,7 +207,8 @@ async def test_another_thread_goes_on_in_place_of_one_that_hangs(
         lane.call("bad", lock.wait, lambda request: done.append(request.value))
     with pytest.raises(LateError):
         lane.call("good", lambda _: "good", lambda request: done.append(request.value))
-    lane.leave_behind()
+    await until(lambda: hangs(lane, "bad"))
+    leave_behind(lane)
     await until(lambda: not lane.is_late)
     assert done == ["good"]
     assert lane.hung == 1
@@ -217,23 +218,30 @@ async def test_another_thread_goes_on_in_place_of_one_that_hangs(
     assert await call(lane, lambda _: 3) == 3
 
 
-def _hangs(lane: Lane, owner: object) -> bool:
-    return lane.hanging() == owner
+def hangs(lane: Lane, owner: object) -> bool:
+    hanging = lane.hanging()
+    return hanging is not None and hanging.owner == owner
+
+
+def leave_behind(lane: Lane) -> None:
+    hanging = lane.hanging()
+    assert hanging is not None
+    lane.leave_behind(hanging)
 
 
 async def test_so_many_may_hang_and_no_more(lane: Lane, lock: Lock) -> None:
     for number in range(MOST_HUNG):
         with contextlib.suppress(LateError):
             lane.call(number, lock.wait, lambda _: None)
-        await until(partial(_hangs, lane, number))
-        lane.leave_behind()
+        await until(partial(hangs, lane, number))
+        leave_behind(lane)
     assert lane.is_lost
     with contextlib.suppress(LateError):
         lane.call("one more", lock.wait, lambda _: None)
-    await until(lambda: lane.hanging() == "one more")
+    await until(lambda: hangs(lane, "one more"))
     before = threading.active_count()
-    lane.leave_behind()
-    assert lane.hanging() == "one more"
+    leave_behind(lane)
+    assert hangs(lane, "one more")
     assert threading.active_count() == before
     lock.opened.set()
     await until(lambda: not lane.hung and not lane.is_late)
