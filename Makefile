@@ -18,7 +18,7 @@ export PYTHONSAFEPATH := 1
 export PATH := $(BIN):$(PATH)
 
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
-	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
+	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
 
 .PHONY: setup demo test lint check bench fuzz kills oracle soak lock clean
 

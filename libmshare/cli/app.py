@@ -13,6 +13,7 @@ import typer
 
 from libmshare.cli.errors import CommandError
 from libmshare.cli.output import printable
+from libmshare.cli.views import Sort, View
 
 app = typer.Typer(
     name="mshare",
@@ -83,6 +84,12 @@ def _version(wanted: bool) -> None:
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="the region's name", autocompletion=_complete)
 ]
+Pids = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="PID", min=1, help="this process and all that it started; may be repeated"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON, with sizes and addresses in bytes")]
 
 
@@ -140,11 +147,45 @@ def maps(ctx: typer.Context, name: Name, json: Json = False) -> None:
 
 
 @app.command()
-def ptes(ctx: typer.Context, name: Name) -> None:
-    """Show the page tables of a region's sharers."""
-    from libmshare.cli import listing
+def ptes(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="a region, whose page tables its daemon tells; else all processes are looked at",
+            autocompletion=_complete,
+            show_default=False,
+        ),
+    ] = None,
+    everybody: Annotated[
+        bool, typer.Option("--all", help="all processes that may be looked at: the default")
+    ] = False,
+    pid: Pids = None,
+    by: Annotated[View, typer.Option(help="what a line is about")] = View.OBJECT,
+    sort: Annotated[Sort, typer.Option(help="what comes first")] = Sort.TABLES,
+    top: Annotated[int, typer.Option(metavar="N", min=0, help="so many lines; 0: all")] = 20,
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="show it live; q quits")] = False,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=86400, help="between two looks")
+    ] = 2.0,
+) -> None:
+    """Show where page tables go: on the whole machine, or those of a region's sharers."""
+    from libmshare.cli import listing, output, tables
 
-    listing.ptes(os.fsencode(name), ctx.obj)
+    if name is not None:
+        if everybody or pid or json or watch:
+            raise typer.BadParameter("a region's NAME stands alone", param_hint="NAME")
+        listing.ptes(os.fsencode(name), ctx.obj)
+        return
+    if everybody and pid:
+        raise typer.BadParameter("either --all or --pid", param_hint="--pid")
+    wanted = tables.Wanted(tuple(pid or ()), by, sort, top)
+    if watch and output.on_terminal() and not json:
+        tables.live(wanted, interval)
+    else:
+        tables.ptes(wanted, json=json)
 
 
 @app.command()

@@ -29,12 +29,12 @@ from typing import Final, TypeVar
 import trio
 
 from msharefsd.barriers import barrier
-from msharefsd.linux import syscalls
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging.pages import pages_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.telemetry.metrics import Metrics
+from msharetables import calls
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Collapser:
         barrier("collapse")
         try:
             await self._in_thread(
-                partial(syscalls.process_madvise, pidfd, address, HUGE_PAGE, syscalls.MADV_COLLAPSE)
+                partial(calls.process_madvise, pidfd, address, HUGE_PAGE, calls.MADV_COLLAPSE)
             )
             self._metrics.collapsed.inc()
         except OSError as error:
