@@ -150,7 +150,7 @@ def take(pids: Iterable[int] | None = None, patience: Patience | None = None) ->
                 if process is not None:
                     survey.processes.append(process)
         survey.machine = proc.page_tables()
-        survey.objects = _objects(survey.processes, kernel)
+        survey.objects = objects(survey.processes, kernel)
     finally:
         patience.close()
     survey.seconds = time.monotonic() - began
@@ -177,7 +177,8 @@ def look(pid: int, kernel: Kernel, patience: Patience) -> Process | None:
     return Process(pid, proc.status(pid) or status, group, tables)
 
 
-def _objects(processes: Sequence[Process], kernel: Kernel) -> list[Object]:
+def objects(processes: Sequence[Process], kernel: Kernel) -> list[Object]:
+    """What these have mapped between them: those with the largest tables first."""
     found: dict[Key, Object] = {}
     programs: dict[Key, Counter[str]] = {}
     for process in processes:

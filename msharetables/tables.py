@@ -18,7 +18,7 @@ from typing import Final
 
 from msharetables import proc
 from msharetables.calls import HUGE_PAGE, TABLE
-from msharetables.objects import Kernel, Key, key
+from msharetables.objects import COLLAPSIBLE, Kernel, Key, key
 from msharetables.pagemap import FILE, HUGE, Pagemap
 from msharetables.proc import Vma
 
@@ -95,6 +95,23 @@ def count(pid: int | str, kernel: Kernel) -> Tables:
         return _Count(vmas, kernel, space).walk(pagemap)
 
 
+def count_shared(pid: int | str, kernel: Kernel, smallest: int) -> Tables:
+    """Look only at shared memory that can be huge pages, objects of `smallest` bytes and more.
+
+    For who looks often.  Raises OSError; waits for the process's mmap_lock.
+    """
+    kernel.see(pid)
+    vmas = [
+        vma
+        for vma in proc.maps(pid)
+        if vma.shared and vma.size >= smallest and kernel.kind(vma) in COLLAPSIBLE
+    ]
+    if not vmas:
+        return Tables()
+    with Pagemap(pid) as pagemap:
+        return _Count(vmas, kernel, proc.namespace(pid, "ipc")).walk_each(pagemap)
+
+
 class _Count:
     """Goes through an address space once, upwards."""
 
@@ -128,6 +145,13 @@ class _Count:
             self._found(start, stop, bits)
         for vma in always:
             self._found(vma.start, vma.end, 0)
+        return self._tables
+
+    def walk_each(self, pagemap: Pagemap) -> Tables:
+        """Count in these mappings alone.  Raises OSError."""
+        for vma in self._vmas:
+            for start, stop, bits in pagemap.slots(vma.start, vma.end):
+                self._found(start, stop, bits)
         return self._tables
 
     def _found(self, start: int, end: int, bits: int) -> None:

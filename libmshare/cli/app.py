@@ -189,6 +189,63 @@ def ptes(
 
 
 @app.command()
+def collapse(
+    everybody: Annotated[
+        bool, typer.Option("--all", help="all processes that may be looked at")
+    ] = False,
+    pid: Pids = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="objects of this name, as ptes has it, with * and ?; may be repeated",
+        ),
+    ] = None,
+    min_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="leave smaller objects alone [64M]")
+    ] = None,
+    min_filled: Annotated[
+        str | None,
+        typer.Option(metavar="PART", help="leave emptier 2 MiB alone, they would grow [50%]"),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="PART", help="of one processor, by pauses [25%]")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="go on, and do it as soon as there is something")
+    ] = False,
+    interval: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="between two looks of --watch [1]")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="settings; options go before them")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what would be done, and how long it would take")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Have page tables back from programs that run: huge pages for their shared memory."""
+    from libmshare.cli import collapse as collapse_
+    from libmshare.cli.collapsing import load
+
+    if not (everybody or pid or name or config):
+        raise typer.BadParameter("of whom: --all, --pid PID or --name PATTERN?")
+    options: dict[str, object] = {
+        "names": name,
+        "min_size": min_size,
+        "min_filled": min_filled,
+        "budget": budget,
+        "interval": interval,
+    }
+    order = collapse_.Order(tuple(pid or ()), load(config, options), dry_run, json)
+    if watch and not dry_run:
+        collapse_.watch(order)
+    elif not collapse_.collapse(order):
+        raise typer.Exit(1)
+
+
+@app.command()
 def top(
     ctx: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="print it once and exit")] = False,

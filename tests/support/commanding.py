@@ -13,7 +13,7 @@ _BECOME: Final = """
 # user, and be dumpable again (prctl(2)), as a program that the user started is.
 import ctypes, os, sys
 import json, rich.console, rich.table, rich.text
-import libmshare.cli.app, libmshare.cli.listing, libmshare.cli.tables
+import libmshare.cli.app, libmshare.cli.collapse, libmshare.cli.listing, libmshare.cli.tables
 from libmshare.cli.__main__ import main
 os.setgroups([])
 os.setgid(int(sys.argv[2]))

@@ -332,14 +332,18 @@ def test_who_holds_its_address_space_holds_up_nobody(sharers: Sharers, hung: Pat
 
 
 def _locked(pid: int) -> bool:
+    patience = Patience(0.2)
     try:
-        Patience(0.2).call(count, pid, Kernel.learn())
+        patience.call(count, pid, Kernel.learn())
     except NoAnswerError:
         return True
+    finally:
+        patience.close()
     return False
 
 
 def test_only_so_many_threads_are_left_behind() -> None:
+    before = set(threading.enumerate())
     patience = Patience(0.01)
     release = threading.Event()
     for _ in range(MOST_LEFT):
@@ -348,7 +352,7 @@ def test_only_so_many_threads_are_left_behind() -> None:
     with pytest.raises(NoAnswerError, match="already"):
         patience.call(release.wait)
     release.set()
-    eventually(lambda: not any(t.name == "patience" for t in threading.enumerate()), "their end")
+    eventually(lambda: set(threading.enumerate()) <= before, "their end")
     assert patience.call(int, "7") == 7
     with pytest.raises(ValueError, match="invalid literal"):
         patience.call(int, "seven")
