@@ -26,6 +26,7 @@ SETTINGS: Final = {
     "max_parallel_workers_per_gather": "0",
     "enable_indexonlyscan": "off",
     "max_wal_size": "2GB",
+    "huge_pages": "off",
 }
 """So that each connection does the same each time, and touches what it is to touch."""
 SCAN: Final = "SET enable_indexscan=off; SET enable_bitmapscan=off; SELECT sum(abalance) FROM "
@@ -132,7 +133,14 @@ class Postgres:
         wrapper: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it and wait until it answers.  `wrapper` is a command that starts it."""
+        """Start it and wait until it answers.
+
+        `wrapper` is a command that starts it, with our own rights: the server gives those up.
+        """
+        who = identity()
+        if wrapper and who:
+            become = [f"--re{key[0]}id={who[key]}" for key in ("user", "group")]
+            wrapper, who = [*wrapper, "setpriv", *become, "--clear-groups"], {}
         options = dict(SETTINGS) | {"unix_socket_directories": f"'{self.directory}'"}
         (self.data / "postgresql.auto.conf").write_text(
             "".join(f"{key} = {value}\n" for key, value in (options | dict(settings or {})).items())
@@ -145,7 +153,7 @@ class Postgres:
                 stderr=log,
                 cwd="/",
                 env=self._environment() | dict(environment or {}),
-                **identity(),  # type: ignore[call-overload] # who runs it
+                **who,  # type: ignore[call-overload] # who runs it
             )
         self.wait_until_ready()
 

@@ -125,6 +125,8 @@ class Plan:
     """The fullest first."""
     too_empty: int = 0
     """Chunks that are left out: huge pages of them would take more memory than they have."""
+    lacking: str = ""
+    """Why it is not known what there is to be done."""
 
     @property
     def growth(self) -> int:
@@ -170,8 +172,11 @@ def plan(of: Object, min_filled: float, patience: Patience) -> Plan:
         for vma, start, end in part.small:
             for address in _chunks(vma, start, end):
                 found.setdefault(address - vma.start + vma.offset, (pid, address))
-    with contextlib.suppress(OSError):
+    try:
         filled = patience.call(_fill, payers, found)
+    except OSError as error:
+        made.lacking = str(error)
+    else:
         for offset, (pid, address) in found.items():
             if filled.get(offset, 0) >= max(min_filled * HUGE_PAGE, 1):
                 made.chunks.append(Chunk(offset, pid, address, filled[offset]))

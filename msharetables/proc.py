@@ -89,6 +89,14 @@ def started(pid: int) -> int:
     return int(read(pid, "stat").rpartition(b")")[2].split()[19])
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process does nothing any more, though its parent may not know yet.
+
+    Raises OSError if it is gone altogether.
+    """
+    return read(pid, "stat").rpartition(b")")[2].split()[0] in (b"Z", b"X")
+
+
 def status(pid: int) -> Status | None:
     """None for kernel threads and zombies: they have no memory.  Raises OSError."""
     fields: dict[bytes, bytes] = {}

@@ -326,8 +326,20 @@ def doctor(
 )
 def run(
     command: Annotated[list[str], typer.Argument(metavar="PROGRAM")],
+    backing: Annotated[
+        Backing, typer.Option(help="what large anonymous shared memory is of")
+    ] = Backing.SHM,
+    min_size: Annotated[
+        int | None,
+        typer.Option(metavar="SIZE", parser=_bytes, help="leave smaller mappings alone [64M]"),
+    ] = None,
+    no_watch: Annotated[
+        bool, typer.Option("--no-watch", help="do not have its page tables back")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what would be done")] = False,
 ) -> None:
-    """Run a program whose mmap(), munmap(), mprotect() act on regions."""
+    """Run a program whose page tables are had back, and whose mmap() acts on regions."""
     from libmshare.cli import run as run_
 
-    run_.run(command)
+    smallest = run_.SMALLEST if min_size is None else max(min_size, 1)
+    run_.run(command, run_.Manner(backing.value, smallest, not no_watch, dry_run))

@@ -77,7 +77,7 @@ def collapse(order: Order) -> bool:
         and order.settings.means(each)
     ]
     plans = [engine.plan(each, limits.filled, patience) for each in objects if each.reclaimable]
-    plans = [plan for plan in plans if plan.chunks or plan.too_empty]
+    plans = [plan for plan in plans if plan.chunks or plan.too_empty or plan.lacking]
     if order.dry_run:
         _tell_plans(plans, objects, pace, json=order.json)
         return True
@@ -88,8 +88,18 @@ def collapse(order: Order) -> bool:
     if order.json:
         output.write_json([_record(*each) for each in results])
     elif not any(plan.chunks for plan in plans):
-        output.write("nothing to be had back")
+        output.write(_nothing(plans))
     return all(not _failed(result) for _, result, _, _ in results)
+
+
+def _nothing(plans: Sequence[Plan]) -> str:
+    text = "nothing to be had back"
+    if empty := sum(plan.too_empty for plan in plans):
+        text += f"; {empty} chunks of 2 MiB are too empty (--min-filled)"
+    for plan in plans:
+        if plan.lacking:
+            text += f"; {printable_line(plan.object.label)}: {plan.lacking}"
+    return text
 
 
 def _wanted(settings: Settings, chosen: Iterable[int] | None) -> Iterable[int] | None:
