@@ -136,7 +136,7 @@ def test_what_cannot_be_looked_into_is_judged_by_page_tables(sharers: Sharers) -
         f"children(1, lambda: read(at, {SIZE}))"
     )
     program = sharers(code)
-    words = ["capsh", "--drop=cap_sys_admin,cap_checkpoint_restore", "--", "-c"]
+    words = ["setpriv", "--bounding-set=-sys_admin,-checkpoint_restore", "sh", "-c"]
     command = f"{BIN}/mshare collapse --min-size 4M --json --dry-run --pid {program.pid}"
     done = subprocess.run([*words, command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
