@@ -157,6 +157,10 @@ class Postgres:
             )
         self.wait_until_ready()
 
+    def ask(self, setting: str) -> str:
+        """A setting of the server, which is stopped."""
+        return self._run("postgres", "-D", self.data, "-C", setting).strip()
+
     def wait_until_ready(self) -> None:
         """Until it takes connections.  Raises RuntimeError if it ends instead."""
         deadline = time.monotonic() + START_SECONDS

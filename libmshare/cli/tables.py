@@ -97,7 +97,7 @@ def ptes(wanted: Wanted, *, json: bool) -> None:
     if json:
         output.write_json(record(found))
         return
-    for line in heading(found):
+    for line in heading(found, everybody=not wanted.pids):
         output.write(line)
     output.write("")
     columns, rows = table(found, wanted)
@@ -125,7 +125,7 @@ def _page(found: Survey, wanted: Wanted, height: int) -> RenderableType:
     from rich.console import Group  # noqa: PLC0415 - as above
     from rich.text import Text  # noqa: PLC0415
 
-    lines = heading(found)
+    lines = heading(found, everybody=not wanted.pids)
     columns, rows = table(found, wanted)
     return Group(
         *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines),
@@ -135,11 +135,12 @@ def _page(found: Survey, wanted: Wanted, height: int) -> RenderableType:
     )
 
 
-def heading(found: Survey) -> list[str]:
+def heading(found: Survey, *, everybody: bool) -> list[str]:
     """What it comes to, and how much of the machine's page tables that is."""
     seen = sum(process.tables is not None for process in found.processes)
     total = (
-        f"{output.size(found.explained)} of page tables in {seen} processes, looked at in "
+        f"{output.size(found.explained)} of page tables in {seen} process"
+        f"{'' if seen == 1 else 'es'}, looked at in "
         f"{found.seconds:.2f} s: {output.size(found.shared)} for shared memory, "
         f"{output.size(found.small - found.shared)} for private, "
         f"{output.size(found.above + found.top)} in the levels above"
@@ -147,12 +148,13 @@ def heading(found: Survey) -> list[str]:
     lines = [total]
     if found.machine:
         part = 100 * found.explained / found.machine
-        rest = max(found.machine - found.explained, 0)
-        lines.append(
-            f"{part:.1f}% of the machine's PageTables ({found.machine >> 10} kB); the rest, "
-            f"{rest >> 10} kB, is the kernel's own"
-            + (" and of others that were not looked at" if _partial(found) else "")
-        )
+        text = f"{part:.1f}% of the machine's PageTables ({found.machine >> 10} kB)"
+        if everybody:
+            rest = max(found.machine - found.explained, 0)
+            text += f"; the rest, {rest >> 10} kB, is the kernel's own"
+            if _partial(found):
+                text += " and of others that were not looked at"
+        lines.append(text)
     unseen = len(found.processes) - seen
     if unseen:
         lines.append(

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ALIGNMENT, BASE, SUSPICIOUS, WATCHDOG_SECONDS, Client, eventually, huge_pages
 from machine import PROGRAMS, LackingError, Machine, Service, running
+from test_document import commands
 
 from libmshare import core
 from msharefsd.mount import mounting
@@ -492,6 +493,9 @@ def test_the_collapse_service_has_page_tables_back_with_two_capabilities(
         machine.run("systemctl", "stop", "program.service", check=False)
         service.systemctl("stop")
     assert service.show("Result") == "success"
+    # What the document tells of the service, as it stands there.
+    for command in commands("sh service"):
+        machine.run("sh", "-c", command)
     machine.write("/etc/mshare-collapse.toml", 'budget = "none"\n')
     service.systemctl("start", check=False)
     assert service.show("NRestarts") == "0"
