@@ -65,10 +65,11 @@ class Connection:
             while await self._one_call():
                 pass
             nursery.cancel_scope.cancel()
+        self._state.nursery = None
 
     def leave(self) -> None:
         """Undo what the calls of this connection did and did not undo themselves."""
-        self._state.detach()
+        self._state.leave()
         if self._peer.pidfd is not None:
             self._control.deaths.forget(self._peer.pidfd)
             os.close(self._peer.pidfd)
@@ -100,7 +101,9 @@ class Connection:
         try:
             if not data:
                 return False
-            reply, out = await self._answer(data, fds, flags)
+            reply, out = await self._control.turns.work(
+                self._peer.uid, self._answer, data, fds, flags
+            )
             if self._state.sharer is not None:
                 self._state.sharer.region.show()
             if reply.op:

@@ -35,6 +35,7 @@ from msharefsd.life.keeping import Keeper
 from msharefsd.life.limiting import make_limits
 from msharefsd.link.channel import Channel
 from msharefsd.link.messages import FromFront, Held
+from msharefsd.linux import priority
 from msharefsd.linux.features import LACKING, Capabilities
 from msharefsd.linux.processes import Deaths
 from msharefsd.memory import names
@@ -217,10 +218,12 @@ class _Pager:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keeper.run)
                 nursery.start_soon(deaths.run)
+                nursery.start_soon(control.turns.run)
                 await nursery.start(pages.run)
                 await nursery.start(orphans.run)
                 await recovery.adopt_sharers(self._journal, regions, pages, spaces, orphans)
                 await self._dialog.ready(list(regions.alive()))
+                priority.give_back()
                 nursery.start_soon(writeback.run, regions.alive)
                 if config.collapse and found.collapse:
                     collapser = Collapser(self._metrics, config.collapse_seconds)
