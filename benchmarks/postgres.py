@@ -24,13 +24,13 @@ SETTINGS: Final = {
     "fsync": "off",
     "autovacuum": "off",
     "max_parallel_workers_per_gather": "0",
-    "enable_indexonlyscan": "off",
     "max_wal_size": "2GB",
     "huge_pages": "off",
 }
 """So that each connection does the same each time, and touches what it is to touch."""
-SCAN: Final = "SET enable_indexscan=off; SET enable_bitmapscan=off; SELECT sum(abalance) FROM "
-"""Every row of a table, by the backend itself."""
+SCAN: Final = "SELECT count(*) FROM {} TABLESAMPLE SYSTEM (10)"
+"""A tenth of a table's pages, by the backend itself: 25 in each 2 MiB, on average, so each
+backend has all the page tables that it would have for the whole, in a tenth of the time."""
 
 
 class NoPostgresError(Exception):
@@ -212,11 +212,11 @@ class Postgres:
 
     @contextlib.contextmanager
     def sessions(self, count: int, table: str = "pgbench_accounts") -> Iterator[list[Session]]:
-        """So many connections that have read all of a table, open until the end."""
+        """So many connections that have read of a table, see SCAN, open until the end."""
         opened = [Session(self) for _ in range(count)]
         try:
             for session in opened:  # one after the other: there are few processors
-                session.begin(SCAN + table)
+                session.begin(SCAN.format(table))
                 session.answer()
             yield opened
         finally:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Any
 
 import pytest
 from commanding import mshare
-from conftest import BIN, eventually
+from conftest import BIN, TESTS, eventually
 from sharers import Sharers, make_sharers  # noqa: F401 - a fixture
 
+sys.path.append(str(TESTS.parent))
+
+from benchmarks.memory_group import MemoryGroup, NoMemoryGroupError, memory_group
 from msharefsd.linux import features
 from msharetables import proc
 
@@ -203,6 +207,41 @@ def test_a_stopped_program_is_helped_as_well(sharers: Sharers) -> None:
     for pid in everyone:
         os.kill(pid, signal.SIGCONT)
     assert vmpte(program.pid) == before - 4 * CHUNKS * 4096
+
+
+@pytest.mark.parametrize("room", [64 * MiB, 2 * MiB], ids=["room", "at its limit"])
+def test_memory_stays_charged_where_it_was_and_nobody_is_killed(
+    sharers: Sharers, room: int
+) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            group = stack.enter_context(memory_group(1 << 30))
+        except NoMemoryGroupError as error:
+            pytest.skip(str(error))
+        program = sharers(f"input_ = sys.stdin\nat = shared({SIZE})")
+        stack.callback(program.end)  # before its group
+        group.add(program.pid)
+        program.do(f"touch(at, {SIZE})")
+        program.do(f"children(3, lambda: read(at, {SIZE}))")
+        before = _charged(group)
+        assert before >= SIZE
+        group.limit(before + room)
+        done = collapse("--pid", program.pid, "--json")
+        (result,) = json.loads(done.stdout)
+        assert sum(result["outcomes"].values()) == CHUNKS
+        if room > SIZE:
+            assert result["outcomes"] == {"done": CHUNKS}
+        # The page tables that went were charged there, too.
+        assert SIZE <= _charged(group) <= before + room
+        assert program.do(f"read(at, {SIZE})") == str(SIZE // 4096)
+        assert len(proc.with_children([program.pid])) == 4
+
+
+def _charged(group: MemoryGroup) -> int:
+    for name in ("memory.usage_in_bytes", "memory.current"):
+        with contextlib.suppress(FileNotFoundError):
+            return int((group.path / name).read_text())
+    raise AssertionError
 
 
 # -- watching --

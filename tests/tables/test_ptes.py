@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from commanding import mshare
-from conftest import TESTS, eventually, huge_pages
+from conftest import ALIGNMENT, BASE, TESTS, Daemon, clients, eventually, huge_pages
 from sharers import Sharers, make_sharers  # noqa: F401 - a fixture
 
 sys.path.append(str(TESTS.parent))
@@ -212,6 +213,44 @@ def test_the_machine_is_explained_as_far_as_it_can_be(sharers: Sharers) -> None:
     assert text.returncode == 0, text.stderr
     assert "of the machine's PageTables" in text.stdout
     assert mshare("ptes", "--by", "unit").returncode == 0
+
+
+def test_regions_are_called_by_their_names(
+    make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--no-collapse").start()
+    with clients(client_program, daemon) as spawn:
+        for client in (spawn(), spawn()):
+            client.ok("mshare", "r", BASE, 8 * ALIGNMENT, os.O_CREAT | os.O_RDWR, 0o600)
+            client.ok("mmap", BASE, 8 * ALIGNMENT, 3, mmap.MAP_SHARED | 0x10)
+            client.ok("fill", BASE, 8 * ALIGNMENT, 7)
+        environment = os.environ | {"MSHARE_ROOT": str(daemon.mount)}
+        done = mshare("ptes", "--json", "--pid", client.pid, env=environment)
+        (region,) = [each for each in json.loads(done.stdout)["objects"] if each["tables"]][:1]
+        assert region["name"] == "region r"
+        assert region["tables"] == 8 * TABLE
+        # A daemon that does not answer is not waited for.
+        daemon.freeze()
+        done = mshare("ptes", "--pid", client.pid, env=environment)
+        daemon.thaw()
+        assert done.returncode == 0, done.stderr
+        assert "shm msharefs-" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "name"),
+    [
+        ("/system.slice/system-postgresql.slice/postgresql@15-main.service", "@15-main.service"),
+        ("/system.slice/docker-" + "ab" * 32 + ".scope", "docker abababababab"),
+        ("/docker/" + "cd" * 32, "container cdcdcdcdcdcd"),
+        ("/kubepods.slice/x/cri-containerd-" + "ef" * 32 + ".scope/init", "cri-containerd efef"),
+        ("/user.slice/user-1000.slice/session-3.scope", "session-3.scope"),
+        ("/mine/own", "own"),
+        ("", "-"),
+    ],
+)
+def test_units_and_containers_are_called_as_people_do(cgroup: str, name: str) -> None:
+    assert name in survey.unit(cgroup)
 
 
 def test_wrong_usage_is_told_on_one_line() -> None:
