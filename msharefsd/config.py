@@ -104,7 +104,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     huge_page: str = "2M"
     region_memory: str | None = None
     collapse: bool = True
-    collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 5.0
+    collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1.0
     run_directory: str = ""
     userfaultfd: str = "auto"
     """Who may be handed /dev/userfaultfd: "all", "none", "group:NAME"; "auto" is what

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from libmshare.cli import output, regions
+from libmshare.cli import collapsible, output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import CommandError, explain
 from libmshare.cli.output import Column, printable
@@ -86,6 +86,7 @@ def doctor(timeout: float, config: str | None, *, json: bool) -> bool:
         *_shared_memory(),
         *_left_memory(timeout),
         *_huge_pages(),
+        *_page_tables(),
         _map_count(),
         _overcommit(),
         _descriptors(),
@@ -278,7 +279,8 @@ def _shared_memory() -> Iterator[Finding]:
         Status.OK,
         huge,
         "memory comes in 4 KiB pages, charged to who touches it; msharefsd makes huge pages of "
-        "what several sharers have (feature collapse), with any huge=",
+        "what several sharers have (feature collapse), with any huge=; other programs' files lie "
+        "where those fit if it is advise: mount -o remount,huge=advise",
     )
 
 
@@ -363,6 +365,13 @@ def _huge_pages() -> Iterator[Finding]:
             yield Finding(check, Status.OK, found, advice)
         else:
             yield Finding(check, Status.WARN, found, f"backing hugetlb needs some; {advice}")
+
+
+def _page_tables() -> Iterator[Finding]:
+    """For programs that are no clients of ours."""
+    for line in collapsible.lines():
+        status = Status.OK if line.good else Status.WARN
+        yield Finding(line.check, status, line.found, line.advice)
 
 
 def _map_count() -> Finding:

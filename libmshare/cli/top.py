@@ -138,7 +138,7 @@ def live(timeout: float, interval: float) -> None:
     console = Console(highlight=False)
     before: Snapshot | None = None
     # No thread of rich's: bounded() forks.
-    with _keys() as pressed_q, Live(console=console, screen=True, auto_refresh=False) as screen:
+    with keys() as pressed_q, Live(console=console, screen=True, auto_refresh=False) as screen:
         while True:
             now: Snapshot | None = None
             try:
@@ -176,7 +176,7 @@ _ENDING: Final = frozenset(b"q\x03\x04")
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[Callable[[float], bool]]:
+def keys() -> Iterator[Callable[[float], bool]]:
     """Keys without Enter, on a terminal that is put back whatever ends us.
 
     Gives a function that waits so many seconds and says whether q was pressed.

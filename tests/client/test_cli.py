@@ -997,6 +997,7 @@ def test_run_hands_everything_on(mshare: Command) -> None:
         capture_output=True,
         text=True,
     ).stdout.strip()
+    library = f"{Path(library).parent / 'libmshare-align.so'}:{library}"
     assert mshare.ok("run", "printenv", "LD_PRELOAD") == f"{library}\n"
     other = core.library_directory()
     assert other is not None

@@ -29,12 +29,12 @@ sys.path.append(str(TESTS.parent))
 
 from benchmarks.crowd import Crowd, Touch, compile_crowd, crowd, kib
 from msharefsd.errors import Refused
-from msharefsd.linux.pagemap import Category, Pagemap, TableCounts
 from msharefsd.memory import names
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging import pagetables
 from msharefsd.region.region import Region
 from msharefsd.threads.disposal import Disposal
+from msharetables.pagemap import Category, Pagemap, TableCounts
 
 MiB = 1 << 20
 GiB = 1 << 30
