@@ -266,11 +266,14 @@ class PageServer:
             first, length = window.chunks.chunk(offset)
             start, end = watch.around(found, offset, first, first + length)
         guarded = found is not None and found.guarded and window.writable
+        page = window.region.page
         done, outcome = window.map_present(offset, end, protect=guarded)
+        if not done and end > offset + page:  # it lies in several VMAs (ENOENT), say
+            done, outcome = window.map_present(offset, offset + page, protect=guarded)
         if done and start < offset:
             # As far as it goes: some may be mapped already, or not be there.
             window.map_present(start, offset, protect=guarded)
-        window.wake(offset, offset + window.region.page)
+        window.wake(offset, offset + page)
         if outcome is Outcome.STRANGE and not done:
             return self.poison.fleeting(window, offset)
         return outcome
