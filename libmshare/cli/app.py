@@ -123,11 +123,18 @@ def options(
 
 
 @app.command()
-def ls(ctx: typer.Context, json: Json = False) -> None:
+def ls(
+    ctx: typer.Context,
+    json: Json = False,
+    all_: Annotated[
+        bool,
+        typer.Option("--all", help="also those that were removed and are in use, and by whom"),
+    ] = False,
+) -> None:
     """List the regions."""
     from libmshare.cli import listing
 
-    listing.ls(ctx.obj, json=json)
+    listing.ls(ctx.obj, json=json, removed=all_)
 
 
 @app.command()
@@ -291,14 +298,27 @@ def create(
 def rm(
     ctx: typer.Context,
     names: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="NAME", help="the regions' names", autocompletion=_complete),
-    ],
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="all regions that nobody has")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="with --all: also those that somebody has")
+    ] = False,
 ) -> None:
     """Remove regions; their memory goes with their last sharers."""
-    from libmshare.cli.remove import remove
+    from libmshare.cli.remove import remove, remove_all
 
-    failures = remove([os.fsencode(name) for name in names], ctx.obj)
+    if all_ == bool(names):
+        raise typer.BadParameter("give names, or --all", param_hint="NAME")
+    if force and not all_:
+        raise typer.BadParameter("is for --all", param_hint="--force")
+    if all_:
+        failures, notes = remove_all(ctx.obj, force=force)
+    else:
+        failures, notes = remove([os.fsencode(name) for name in names or []], ctx.obj)
+    for note in notes:
+        typer.echo(f"mshare: {note}", err=True)
     for failure in failures:
         failure.tell()
     if failures:

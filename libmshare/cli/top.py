@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from libmshare.cli import listing, output, regions
 from libmshare.cli.ask import bounded
-from libmshare.cli.errors import CommandError, DaemonGoneError, explain
+from libmshare.cli.errors import DaemonGoneError, explain
 from libmshare.cli.output import Column, printable
 from libmshare.cli.regions import Region, Sharer
 
@@ -49,14 +49,13 @@ class Snapshot:
 def take() -> Snapshot:
     """Ask the daemon.  Raises CommandError."""
     root = regions.root()
-    found = regions.everything()
+    found = regions.everything(removed=True)
     # The largest first, and a region's sharers together.
     found.sort(key=lambda region: region.memory, reverse=True)
     sharers = []
     for region in found:
         if region.sharers:
-            with contextlib.suppress(CommandError):  # gone meanwhile
-                sharers += [(region.name, sharer) for sharer in regions.sharers(region.name)]
+            sharers += [(region.name, sharer) for sharer in regions.holders(region)]
     return Snapshot(root, time.monotonic(), found, sharers, _count_faults(root))
 
 
@@ -103,6 +102,8 @@ def _heading(now: Snapshot, before: Snapshot | None) -> str:
         f"{printable(now.root)}: {len(now.regions)} regions, {len(now.sharers)} sharers, "
         f"{output.size(memory)} of memory"
     )
+    if removed := [region for region in now.regions if region.removed]:
+        text += f" ({output.size(sum(each.memory for each in removed))} of it removed)"
     if before is not None and now.time > before.time and now.faults >= before.faults:
         text += f", {(now.faults - before.faults) / (now.time - before.time):.0f} faults/s"
     return text

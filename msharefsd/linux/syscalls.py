@@ -52,6 +52,7 @@ MS_SLAVE: Final = 1 << 19
 MNT_DETACH: Final = 2
 
 CLONE_FILES: Final = 0x400
+CLOSE_RANGE_UNSHARE: Final = 2
 
 AT_EMPTY_PATH: Final = 0x1000
 AT_STATX_DONT_SYNC: Final = 0x4000
@@ -102,6 +103,7 @@ _libc.syscall.restype = ctypes.c_long
 _SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
 _SYS_RT_TGSIGQUEUEINFO: Final = {"x86_64": 297, "aarch64": 240}
 _SYS_PIDFD_GETFD: Final = 438
+_SYS_CLOSE_RANGE: Final = 436
 # siginfo_t: signo, errno, code, padding, si_addr; 128 bytes in all.
 _SIGINFO: Final = struct.Struct("=iii4xQ104x")
 
@@ -134,6 +136,15 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
     fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
     _check(fd)
     return fd
+
+
+def close_range(first: int, flags: int = 0) -> None:
+    """close_range(2) of `first` and all descriptors above it.
+
+    With CLOSE_RANGE_UNSHARE the calling thread has a table of its own from then on, with
+    what is below `first`, and nothing is closed in the one that it had.
+    """
+    _check(int(_libc.syscall(_SYS_CLOSE_RANGE, first, 0xFFFFFFFF, flags)))
 
 
 def unshare(flags: int) -> None:

@@ -3,6 +3,8 @@
 What that is, and what it costs, says `msharetables.collapse`, which does it; here is which
 chunks of a region it is done to, and in whose name: that of the sharer that populated the
 chunk, so that the huge page is charged where the small ones were.
+But for the address space of another user's process nobody waits here (lanes.py): then it is
+in the name of the oldest sharer of the owner's, or not at all.
 
 Left out are chunks that have a hole or an absent page (the kernel would have to fill
 it behind the page server's back, and refuses), and those where something is
@@ -27,6 +29,7 @@ from msharefsd.barriers import barrier
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging.pages import pages_of
+from msharefsd.paging.window import window_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.telemetry.metrics import Metrics
 from msharetables import fill
@@ -178,4 +181,7 @@ def _runs(region: Region, chunks: Iterable[int]) -> Iterator[tuple[Sharer, list[
 def _in_whose_name(region: Region, chunk: int) -> Sharer | None:
     """Who pays for a chunk: who populated it, or the oldest sharer that writes."""
     payer = region.sharers.get(pages_of(region).payers.get(chunk, 0))
-    return payer or next((each for each in region.sharers.values() if each.writable), None)
+    if payer is not None and window_of(payer).far is None:
+        return payer
+    writers = (each for each in region.sharers.values() if each.writable)
+    return next((each for each in writers if window_of(each).far is None), None)
