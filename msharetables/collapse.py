@@ -20,7 +20,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -45,6 +45,8 @@ AGAIN_SECONDS: Final = 0.2
 AT_ONCE_SECONDS: Final = 0.02
 """How long (processor time) one call may take, and how many chunks that may be."""
 MOST_AT_ONCE: Final = 32
+AT_ONCE_LOOKED: Final = 16384
+"""Chunks that are looked at in one go: 0.1 s, if each has a page and a hole."""
 HOPELESS: Final = 16
 """After so many chunks in a row for which there is no huge page, there is none for the next."""
 
@@ -159,31 +161,50 @@ class Result:
         return Counter(self.last.values())
 
 
-def plan(of: Object, min_filled: float, patience: Patience) -> Plan:
+def plan(
+    of: Object,
+    min_filled: float,
+    patience: Patience,
+    rest: Callable[[], None] | None = None,
+    also: Iterable[int] = (),
+) -> Plan:
     """Which chunks of an object are worth it.
 
     `min_filled`: what part of a chunk must be there.  What cannot be looked at any more is
-    left out.
+    left out.  `rest` is called between parts of the work.  `also`: offsets of chunks that nobody
+    has page tables for just now.
     """
+    pause = rest or _go_on
     made = Plan(of)
-    payers = sorted(of.sharers.items(), key=lambda each: -each[1].tables)[:MOST_PAYERS]
-    found: dict[int, tuple[int, int]] = {}
-    for pid, part in payers:
+    # Whoever has most tables knows most; who is oldest will be there a little longer.
+    richest = sorted(of.sharers.items(), key=lambda each: -each[1].tables)[:MOST_PAYERS]
+    payers = sorted(of.sharers.items())[:MOST_PAYERS] + richest
+    offsets = list(also)
+    for _, part in richest:
         for vma, start, end in part.small:
-            for address in _chunks(vma, start, end):
-                found.setdefault(address - vma.start + vma.offset, (pid, address))
-    try:
-        filled = patience.call(_fill, payers, found)
-    except OSError as error:
-        made.lacking = str(error)
-    else:
-        for offset, (pid, address) in found.items():
+            offsets += (at - vma.start + vma.offset for at in _chunks(vma, start, end))
+        pause()
+    found = {offset: place for offset in offsets if (place := _place(payers, offset)) is not None}
+    offsets = sorted(found)
+    for part_of in range(0, len(offsets), AT_ONCE_LOOKED):
+        some = offsets[part_of : part_of + AT_ONCE_LOOKED]
+        try:
+            filled = patience.call(_fill, payers, richest, some)
+        except OSError as error:
+            made.lacking = str(error)
+            break
+        for offset in some:
             if filled.get(offset, 0) >= max(min_filled * HUGE_PAGE, 1):
-                made.chunks.append(Chunk(offset, pid, address, filled[offset]))
+                made.chunks.append(Chunk(offset, *found[offset], filled[offset]))
             else:
                 made.too_empty += 1
+        pause()
     made.chunks.sort(key=lambda chunk: (-chunk.filled, chunk.offset))
     return made
+
+
+def _go_on() -> None:
+    """No rest."""
 
 
 def _chunks(vma: Vma, start: int, end: int) -> range:
@@ -193,7 +214,20 @@ def _chunks(vma: Vma, start: int, end: int) -> range:
     return range(low, high, HUGE_PAGE)
 
 
-def _fill(payers: list[tuple[int, Part]], found: dict[int, tuple[int, int]]) -> dict[int, int]:
+def _place(payers: Sequence[tuple[int, Part]], offset: int) -> tuple[int, int] | None:
+    """In whose name a chunk can be asked for, and where that has it."""
+    for pid, part in payers:
+        for vma in part.vmas:
+            if is_congruent(vma) and vma.offset <= offset <= vma.offset + vma.size - HUGE_PAGE:
+                return pid, vma.start + offset - vma.offset
+    return None
+
+
+def _fill(
+    payers: Sequence[tuple[int, Part]],
+    richest: Sequence[tuple[int, Part]],
+    offsets: Sequence[int],
+) -> dict[int, int]:
     """How full these chunks are.  Raises OSError."""
     for pid, part in payers:
         for vma in part.vmas:
@@ -202,15 +236,13 @@ def _fill(payers: list[tuple[int, Part]], found: dict[int, tuple[int, int]]) -> 
             except OSError:
                 continue
             try:
-                return fill.of_file(fd, sorted(found))
+                return fill.of_file(fd, offsets)
             finally:
                 os.close(fd)
-    return _fill_by_tables(payers, found)
+    return _fill_by_tables(richest, offsets)
 
 
-def _fill_by_tables(
-    payers: list[tuple[int, Part]], found: dict[int, tuple[int, int]]
-) -> dict[int, int]:
+def _fill_by_tables(payers: Sequence[tuple[int, Part]], offsets: Sequence[int]) -> dict[int, int]:
     with contextlib.ExitStack() as stack:
         opened: list[tuple[Pagemap, Part]] = []
         for pid, part in payers:
@@ -223,7 +255,7 @@ def _fill_by_tables(
                 for vma in part.vmas
                 if vma.offset <= offset and offset + HUGE_PAGE <= vma.offset + vma.size
             )
-            for offset in found
+            for offset in offsets
         }
 
 

@@ -9,6 +9,7 @@ sharers tell what is there at least.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 
@@ -24,6 +25,30 @@ def open_mapped(pid: int, vma: Vma) -> int:
     """
     path = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def look(pid: int, vma: Vma, blocks: int) -> tuple[int, list[int]]:
+    """How much memory the object has that is mapped there, and which chunks have some of it.
+
+    The first in blocks (stat(2)).  If that is `blocks`, chunks are not looked for: none.  Raises
+    OSError; waits for the process's mmap_lock.
+    """
+    fd = open_mapped(pid, vma)
+    try:
+        now = os.fstat(fd).st_blocks
+        return now, [] if now == blocks else list(_with_data(fd))
+    finally:
+        os.close(fd)
+
+
+def _with_data(fd: int) -> Iterator[int]:
+    end = 0
+    with contextlib.suppress(OSError):  # nothing more
+        while True:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            first = max(start - start % HUGE_PAGE, end + -end % HUGE_PAGE if end else 0)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            yield from range(first, end, HUGE_PAGE)
 
 
 def of_file(fd: int, chunks: Iterable[int]) -> dict[int, int]:

@@ -2,21 +2,24 @@
 
 A process can hold the lock of its own address space for as long as it likes, and whoever
 reads its `maps` waits in the kernel, where only SIGKILL ends that.  So whatever waits for
-a process's lock is done by a thread, with a deadline.  A thread that has not come back is
-left behind; when the lock is released it ends by itself, and if the program ends first,
-the kernel ends it.  There are never more than `MOST_LEFT` of those.
+a process's lock is done by a thread, with a deadline.  A thread that has neither come back by
+then nor done anything is left behind; when the lock is released it ends by itself, and if
+the program ends first, the kernel ends it.  There are never more than `MOST_LEFT` of those.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
 MOST_LEFT: Final = 16
+WORKING: Final = 0.05
+"""A thread that has used less than so much of the time that it had waits for something."""
 
 
 class NoAnswerError(OSError):
@@ -30,7 +33,7 @@ class Patience:
     """
 
     def __init__(self, seconds: float) -> None:
-        """`seconds`: how long a call may take."""
+        """`seconds`: how long a call may take that does nothing; work may take longer."""
         self.seconds = seconds
         self._questions: queue.SimpleQueue[Callable[[], None] | None] | None = None
         self._left: list[threading.Thread] = []
@@ -47,15 +50,26 @@ class Patience:
                 answers.put((False, error))
 
         self._asker().put(question)
-        try:
-            done, value = answers.get(timeout=self.seconds)
-        except queue.Empty:
-            self._leave()
-            raise NoAnswerError(f"no answer within {self.seconds:g} s") from None
+        used = self._used()
+        while True:
+            try:
+                done, value = answers.get(timeout=self.seconds)
+                break
+            except queue.Empty:
+                before, used = used, self._used()
+                if used - before < self.seconds * WORKING:
+                    self._leave()
+                    raise NoAnswerError(f"no answer within {self.seconds:g} s") from None
         if not done:
             raise value
         answer: T = value
         return answer
+
+    def _used(self) -> float:
+        """The processor time of the thread (seconds)."""
+        assert self._thread is not None
+        assert self._thread.ident is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
 
     def close(self) -> None:
         """Have the thread end."""

@@ -178,7 +178,10 @@ class _Count:
         if number in self._of:
             part, _ = self._of[number]
             part.tables += tables
-            part.small.append((vma, first * HUGE_PAGE, (last + 1) * HUGE_PAGE))
+            low, high = first * HUGE_PAGE, (last + 1) * HUGE_PAGE
+            if part.small and part.small[-1][0] is vma and part.small[-1][2] == low:
+                low = part.small.pop()[1]
+            part.small.append((vma, low, high))
             self._tables.shared += tables
 
     def _huge(self, number: int, vma: Vma, start: int, end: int, bits: int) -> None:

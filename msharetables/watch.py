@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from msharetables import collapse, proc, survey
-from msharetables.collapse import Pace, Plan, Result, Step
+from msharetables import collapse, fill, proc, survey
+from msharetables.collapse import Outcome, Pace, Plan, Result, Step
 from msharetables.objects import Kernel, Key
 from msharetables.patience import NoAnswerError, Patience
 from msharetables.proc import Status
 from msharetables.survey import Object, Process
-from msharetables.tables import Tables, count_shared
+from msharetables.tables import Tables, count_shared, is_congruent
 
 PATIENCE_SECONDS: Final = 2.0
 LONGEST_REST: Final = 64.0
@@ -70,6 +70,15 @@ class _Known:
 
 
 @dataclass(slots=True)
+class _Memory:
+    """What is known of an object's memory, if it may be known."""
+
+    blocks: int = -1
+    done: set[int] = field(default_factory=set)
+    """Offsets of chunks that have been made huge pages."""
+
+
+@dataclass(slots=True)
 class _Rest:
     """An object that is left alone for a while."""
 
@@ -102,6 +111,7 @@ class Watcher:
         self._kernel = Kernel.learn()
         self._known: dict[int, _Known] = {}
         self._rests: dict[Key, _Rest] = {}
+        self._memory: dict[Key, _Memory] = {}
         self.totals = Totals()
 
     def close(self) -> None:
@@ -120,8 +130,10 @@ class Watcher:
         for each in objects:
             self._pause(before)
             before = time.process_time()
-            if self._due(each):
-                self._have_back(each, done, step)
+            if self._rested(each):
+                also = self._filled(each)
+                if also or each.reclaimable:
+                    self._have_back(each, also, done, step)
                 before = time.process_time()
         self._pause(before)
         self.totals.processor = time.process_time()
@@ -129,6 +141,17 @@ class Watcher:
 
     def _pause(self, before: float) -> None:
         time.sleep(self._pace.pause(time.process_time() - before))
+
+    def _rest(self) -> Callable[[], None]:
+        """A function that pauses after what has been done since it was called last."""
+        before = time.process_time()
+
+        def rest() -> None:
+            nonlocal before
+            self._pause(before)
+            before = time.process_time()
+
+        return rest
 
     def _look(self) -> list[Object]:
         self.totals.looks += 1
@@ -154,6 +177,7 @@ class Watcher:
         self.totals.objects = sum(each.reclaimable > 0 for each in objects)
         keys = {each.key for each in objects}
         self._rests = {key: rest for key, rest in self._rests.items() if key in keys}
+        self._memory = {key: memory for key, memory in self._memory.items() if key in keys}
         return objects
 
     def _process(self, pid: int) -> _Known | None:
@@ -171,7 +195,7 @@ class Watcher:
         group = proc.cgroup(pid)
         tables: Tables | None = None
         scares = before.scares if before else 0
-        if status.shared and (self._wanted is None or self._wanted(status, group)):
+        if self._wanted is None or self._wanted(status, group):
             try:
                 tables = self._patience.call(count_shared, pid, self._kernel, self._limits.smallest)
             except NoAnswerError:
@@ -179,28 +203,50 @@ class Watcher:
         process = Process(pid, status, group, tables)
         return _Known(started, status.tables, status.size, process, scares)
 
-    def _due(self, each: Object) -> bool:
+    def _rested(self, each: Object) -> bool:
         rest = self._rests.get(each.key)
-        return each.reclaimable > 0 and (rest is None or time.monotonic() >= rest.until)
+        return rest is None or time.monotonic() >= rest.until
+
+    def _filled(self, each: Object) -> list[int]:
+        """The chunks that are new since the last look, whoever has filled them.
+
+        Who has done that may be gone by now, and nobody else have touched them yet: huge pages
+        are never cheaper.  Empty if that may not be known (see `fill`).
+        """
+        memory = self._memory.setdefault(each.key, _Memory())
+        for pid, part in sorted(each.sharers.items()):
+            if part.congruent:
+                vma = next(filter(is_congruent, part.vmas))
+                try:
+                    memory.blocks, found = self._patience.call(fill.look, pid, vma, memory.blocks)
+                except OSError:
+                    return []
+                return [offset for offset in found if offset not in memory.done]
+        return []
 
     def _have_back(
         self,
         each: Object,
+        also: Iterable[int],
         done: Callable[[Plan, Result], None],
         step: Callable[[Step], None] | None,
     ) -> None:
-        made = collapse.plan(each, self._limits.filled, self._patience)
+        made = collapse.plan(each, self._limits.filled, self._patience, self._rest(), also)
         result = Result()
         if made.chunks:
             before = tables_of(each)
             result = collapse.carry_out(made, self._pace, self._patience, step)
             self.totals.back += max(before - tables_of(each), 0)
+            done_now = [at for at, what in result.last.items() if what is Outcome.DONE]
+            self._memory[each.key].done.update(done_now)
+            if len(done_now) < len(made.chunks):
+                self._memory[each.key].blocks = -1  # again, at the next look
             for outcome, count in result.outcomes.items():
                 self.totals.chunks[outcome] = self.totals.chunks.get(outcome, 0) + count
             done(made, result)
         for pid in each.sharers:  # theirs are others now
             self._known.pop(pid, None)
-        if result.outcomes[collapse.Outcome.DONE]:
+        if result.outcomes[Outcome.DONE]:
             self._rests.pop(each.key, None)
             return
         rest = self._rests.get(each.key)

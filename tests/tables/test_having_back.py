@@ -281,6 +281,24 @@ def _text(file: Path) -> str:
     return ""
 
 
+def test_what_was_filled_by_who_has_ended_is_made_huge_before_others_touch_it(
+    sharers: Sharers, watch: Watch
+) -> None:
+    program = sharers(f"at = shared({SIZE})\nchildren(2, lambda: None)")
+    process = watch("--pid", program.pid, "--interval", "0.1")
+    program.do(f"[os.waitpid(p, 0) for p in [os.fork()] if p or touch(at, {SIZE}) or os._exit(0)]")
+    assert process.stdout is not None
+    done = 0
+    while done < CHUNKS:
+        match = re.match(r"anonymous of .*: (\d+) of \d+ chunks", process.stdout.readline())
+        assert match is not None
+        done += int(match[1])
+    before = vmpte(program.pid)
+    program.do(f"read(at, {SIZE})")
+    # A table of the level above, and what the interpreter itself needs.
+    assert vmpte(program.pid) <= before + CHUNKS * 4096 // 4
+
+
 def test_the_watch_leaves_others_alone(sharers: Sharers, watch: Watch, directory: Path) -> None:
     mine, other = sharers(f"become({NOBODY})\n{FILL}"), sharers(FILL)
     before = vmpte(other.pid)

@@ -393,6 +393,8 @@ def test_only_so_many_threads_are_left_behind() -> None:
     release.set()
     eventually(lambda: set(threading.enumerate()) <= before, "their end")
     assert patience.call(int, "7") == 7
+    # Who works is waited for.
+    assert patience.call(sum, range(3_000_000)) == 4_499_998_500_000
     with pytest.raises(ValueError, match="invalid literal"):
         patience.call(int, "seven")
     patience.close()

@@ -251,6 +251,12 @@ def memory(server: Postgres) -> Object:
     return max(found.objects, key=lambda each: each.size)
 
 
+def had_back(server: Postgres) -> bool:
+    """All but what is too empty: a few chunks at the ends of what it has used so far."""
+    buffers = memory(server)
+    return buffers.reclaimable <= 6 * len(buffers.sharers) * TABLE
+
+
 def tables(server: Postgres) -> int:
     found = [proc.status(pid) for pid in proc.with_children([server.pid])]
     return sum(status.tables for status in found if status)
@@ -266,14 +272,14 @@ class TestPostgres:
         settings = {"shared_buffers": "256MB"}
         postgres.start(settings, [str(BIN / "mshare"), "run", "--"])
         postgres.load(8)
-        eventually(lambda: memory(postgres).reclaimable == 0, "its start", 60)
+        eventually(lambda: had_back(postgres), "its start", 60)
         with postgres.sessions(20):
-            eventually(lambda: memory(postgres).reclaimable == 0, "the connections", 60)
+            eventually(lambda: had_back(postgres), "the connections", 60)
             size = int(postgres.sql("SELECT pg_relation_size('pgbench_accounts')"))
             buffers = memory(postgres)
             assert buffers.congruent == len(buffers.sharers) >= 25
-            # A tenth of what each would have for the one table that it has read.
-            assert buffers.tables < 20 * (size // (2 * MiB)) * TABLE // 10
+            # A quarter of what each would have for the one table that it has read.
+            assert buffers.tables < 20 * (size // (2 * MiB)) * TABLE // 4
         # A backend is killed: the postmaster ends all, and makes its memory anew.
         before = memory(postgres).key
         postgres.pgbench("--client=4", "--transactions=200", "--no-vacuum")
@@ -286,7 +292,7 @@ class TestPostgres:
         postgres.wait_until_ready()
         postgres.prewarm()
         assert memory(postgres).key != before
-        eventually(lambda: memory(postgres).reclaimable == 0, "the new memory", 60)
+        eventually(lambda: had_back(postgres), "the new memory", 60)
         with postgres.sessions(5):
             buffers = memory(postgres)
             assert buffers.congruent == len(buffers.sharers)
