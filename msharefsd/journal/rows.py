@@ -81,3 +81,5 @@ class SavedName(NamedTuple):
     major: int
     minor: int
     inode: int
+    identity: bytes
+    length: int

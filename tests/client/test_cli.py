@@ -233,7 +233,7 @@ def test_a_process_cannot_forge_lines_by_its_name(mshare: Command, daemon: Daemo
         f"""
         import libmshare
         open("/proc/self/comm", "wb").write(b"x\\n1 0 r w i")
-        region = libmshare.Region("r", create=True, start={BASE}, size={SIZE})
+        region = libmshare.Region.create("r", {SIZE}, start={BASE})
         print("attached", flush=True)
         input()
         """
