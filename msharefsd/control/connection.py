@@ -101,7 +101,9 @@ class Connection:
         try:
             if not data:
                 return False
-            reply, out = await self._answer(data, fds, flags)
+            reply, out = await self._control.turns.work(
+                self._peer.uid, self._answer, data, fds, flags
+            )
             if self._state.sharer is not None:
                 self._state.sharer.region.show()
             if reply.op:

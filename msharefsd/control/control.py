@@ -21,6 +21,7 @@ from msharefsd.region.registry import Regions
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.disposal import Disposal
+from msharefsd.threads.fairness import Turns
 from msharefsd.threads.pool import Threads
 
 
@@ -65,6 +66,8 @@ class Control:
     default_backing: str
     may_have_device: Callable[[Peer], bool]
     """Whether a user may be handed /dev/userfaultfd."""
+    turns: Turns = field(default_factory=Turns)
+    """Of calls, by user."""
     seldom: Seldom = field(default_factory=Seldom)
     anonymous_device: tuple[int, int] = field(default_factory=_anonymous_device)
     _device: int | None = None

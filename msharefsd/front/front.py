@@ -36,7 +36,7 @@ from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
 from msharefsd.life.selfcheck import SelfCheck
-from msharefsd.linux import features, priority
+from msharefsd.linux import cgroups, features, priority
 from msharefsd.linux.mounts import Mount, top_mount
 from msharefsd.mount import mounting
 from msharefsd.mount.asking import Asking
@@ -77,7 +77,9 @@ def run(config: Config) -> None:
         # If it does not come so far that there is something to leave.
         end = End(for_good=not (directory / NamesJournal.file).exists())
         stack.enter_context(huge_pages(config, found, directory, end))
-        starter = Starter(partial(pager_main, Setting(config, found, directory)))
+        starter = Starter(
+            partial(pager_main, Setting(config, found, directory)), cgroups.delegated()
+        )
         stack.callback(starter.close)
         journal = NamesJournal(directory)
         end.for_good = not journal.names()

@@ -506,6 +506,7 @@ class Pagers:
         finally:
             if self._pagers.get(pager.uid) is pager:
                 del self._pagers[pager.uid]
+                self._starter.ended(pager.uid)
             for name, labels, value in pager.samples:
                 if name.endswith("_total"):
                     key = name, tuple(sorted(labels.items()))

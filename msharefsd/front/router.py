@@ -112,11 +112,8 @@ class Router:
         with _left_open(sock):
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-                await trio.lowlevel.wait_readable(sock)
-                async with self._turns.turn(uid):
-                    first = _look(sock)
-                    name = self._proven(first) if first else None
-                if first is None:
+                fds, name = await self._first(sock, uid)
+                if fds is None:
                     sock.close()  # it has hung up, and there was nothing in it
                     over.close()
                     return
@@ -126,6 +123,15 @@ class Router:
                 log.exception("a connection failed")
                 broken = Refused(errno.EIO, "internal error: see the daemon's log")
                 await self._pagers.turn_down(sock, uid, broken, over.close)
+
+    async def _first(self, sock: socket.socket, uid: int) -> tuple[list[int] | None, Name | None]:
+        """What the first message comes with, closed by now, and which region that proves."""
+        while True:
+            async with self._turns.turn(uid):
+                with contextlib.suppress(BlockingIOError):
+                    fds = _look(sock)
+                    return fds, self._proven(fds) if fds else None
+            await trio.lowlevel.wait_readable(sock)
 
     def _proven(self, fds: list[int]) -> Name | None:
         """The region that the first descriptor of a message is of; closes them."""

@@ -15,17 +15,22 @@ from __future__ import annotations
 import array
 import contextlib
 import gc
+import logging
 import os
 import signal
 import socket
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, NoReturn
 
 import trio
 from setproctitle import setproctitle
 
 from msharefsd.errors import StartError
+from msharefsd.linux import cgroups
+
+log = logging.getLogger(__name__)
 
 _REQUEST: Final = struct.Struct("=I")
 _REPLY: Final = struct.Struct("=i")
@@ -43,8 +48,12 @@ Main = Callable[[int, socket.socket], NoReturn]
 class Starter:
     """The front's side."""
 
-    def __init__(self, main: Main) -> None:
-        """Fork it, from a process with one thread.  `main` is what its children run."""
+    def __init__(self, main: Main, groups: Path | None = None) -> None:
+        """Fork it, from a process with one thread.  `main` is what its children run.
+
+        `groups`: the control group below which each child has one of its own.
+        """
+        self._groups = groups
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gc.collect()
         gc.freeze()
@@ -53,7 +62,7 @@ class Starter:
         if self.pid == 0:
             try:
                 ours.close()
-                _run(theirs, main)
+                _run(theirs, main, groups)
             finally:
                 os._exit(1)
         theirs.close()
@@ -78,6 +87,11 @@ class Starter:
             raise OSError(-pid, os.strerror(-pid))
         return pid, fds[0]
 
+    def ended(self, uid: int) -> None:
+        """A user's pager is gone, and so may its group be."""
+        if self._groups is not None:
+            cgroups.remove(self._groups, _group_of(uid))
+
     def close(self) -> None:
         """It ends; pagers end with the front's own channels."""
         self._sock.close()
@@ -85,7 +99,11 @@ class Starter:
             os.waitpid(self.pid, 0)
 
 
-def _run(front: socket.socket, main: Main) -> None:
+def _group_of(uid: int) -> str:
+    return f"pager-{uid}"
+
+
+def _run(front: socket.socket, main: Main, groups: Path | None) -> None:
     """The starter's life."""
     # What ends the front from a terminal is not for us: we end when it does.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -111,11 +129,20 @@ def _run(front: socket.socket, main: Main) -> None:
                 front.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+                if groups is not None:
+                    _enter(groups, uid)
                 main(uid, channel)
             _answer(front, pid)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         channel.close()
+
+
+def _enter(groups: Path, uid: int) -> None:
+    try:
+        cgroups.enter(groups, _group_of(uid))
+    except OSError as error:
+        log.warning("no control group for the pager of user %d: %s", uid, error.strerror)
 
 
 def _reap(_number: int, _frame: object) -> None:

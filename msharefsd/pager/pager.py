@@ -218,6 +218,7 @@ class _Pager:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keeper.run)
                 nursery.start_soon(deaths.run)
+                nursery.start_soon(control.turns.run)
                 await nursery.start(pages.run)
                 await nursery.start(orphans.run)
                 await recovery.adopt_sharers(self._journal, regions, pages, spaces, orphans)

@@ -11,9 +11,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from typing import Final
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from types import coroutine
+from typing import Final, TypeVar, TypeVarTuple
 
 import trio
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 SLICE_SECONDS: Final = 0.002
 """How long one user goes on while others may wait (processor time of the thread)."""
@@ -38,6 +44,29 @@ class _Turn:
         self._turns.spent(self._uid, time.thread_time() - self._since)
 
 
+@coroutine
+def _stepwise(
+    work: Coroutine[object, object, R], spent: Callable[[float], None]
+) -> Generator[object, object, R]:
+    """Await `work`, and tell what each of its steps has used."""
+    answer: object = None
+    failure: BaseException | None = None
+    while True:
+        since = time.thread_time()
+        try:
+            question = work.send(answer) if failure is None else work.throw(failure)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+        finally:
+            spent(time.thread_time() - since)
+        answer = failure = None
+        try:
+            answer = yield question
+        except BaseException as error:  # noqa: BLE001 - it is for who works
+            failure = error
+
+
 class Turns:
     """The turns of one thread."""
 
@@ -50,6 +79,20 @@ class Turns:
     def turn(self, uid: int) -> _Turn:
         """Work for a user when it is its turn.  Nothing in there may await."""
         return _Turn(self, uid)
+
+    async def work(
+        self,
+        uid: int,
+        function: Callable[[*Ts], Coroutine[object, object, R]],
+        *args: *Ts,
+    ) -> R:
+        """Await `function(*args)` when it is the user's turn; all its processor time counts.
+
+        It may await: others' time is not counted.
+        """
+        if not self.may_begin(uid):
+            await self.wait(uid)
+        return await _stepwise(function(*args), partial(self.spent, uid))
 
     def may_begin(self, uid: int) -> bool:
         """Whether the user has not to wait."""

@@ -52,6 +52,9 @@ class Puppeteer:
         self.started: list[int] = []
         self.processes: list[subprocess.Popen[bytes]] = []
 
+    def ended(self, uid: int) -> None:
+        assert uid in self.started
+
     async def start(self, uid: int, channel: socket.socket) -> tuple[int, int]:
         process = subprocess.Popen(["sleep", "60"])
         self.processes.append(process)

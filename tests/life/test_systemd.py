@@ -371,6 +371,22 @@ def test_nothing_waits_for_what_hangs(machine: Machine, service: Watched) -> Non
         machine.run("kill", "-KILL", hanging)
 
 
+def test_each_pager_has_a_control_group_of_its_own(machine: Machine, service: Watched) -> None:
+    listed = machine.run("grep", "cgroup2", "/proc/self/mountinfo", check=False).stdout
+    group = machine.run("cat", f"/proc/{service.pid}/cgroup").stdout
+    if not listed or not re.search(r"^0::.*/msharefsd\.service", group, re.MULTILINE):
+        pytest.skip("systemd has no cgroup2 hierarchy on this machine")
+    share(machine.client(), machine.client())
+    words = (f"cat /proc/{pid}/cgroup" for pid in service.processes())
+    groups = machine.run("sh", "-c", "; ".join(words)).stdout
+    assert re.search(r"^0::.*/msharefsd\.service/pager-0$", groups, re.MULTILINE), groups
+    service.systemctl("stop")
+    assert (
+        machine.run("sh", "-c", "ls -d /sys/fs/cgroup/*/*/msharefsd.service*/pager-0 || :").stdout
+        == ""
+    )
+
+
 def test_what_restarts_by_itself(machine: Machine, service: Watched) -> None:
     """Any end but that of a stop; an umount by somebody else too."""
     machine.run("kill", "-TERM", service.pid)

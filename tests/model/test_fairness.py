@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import trio
 
 from msharefsd.threads.fairness import SLICE_SECONDS, Turns
@@ -88,3 +89,44 @@ async def test_who_gives_up_in_line_holds_nobody_up() -> None:
         while FEW not in done:
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
+
+
+async def test_work_that_awaits_counts_for_who_has_it_done() -> None:
+    turns = Turns()
+    done: list[int] = []
+
+    async def steps(uid: int, count: int) -> int:
+        for _ in range(count):
+            work(SLICE_SECONDS / 4)
+            await trio.lowlevel.checkpoint()
+        done.append(uid)
+        return uid
+
+    async def ask(uid: int, count: int) -> None:
+        assert await turns.work(uid, steps, uid, count) == uid
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        for _ in range(100):
+            nursery.start_soon(ask, MANY, 4)
+            await trio.lowlevel.checkpoint()
+        for _ in range(10):
+            nursery.start_soon(ask, FEW, 1)
+        while done.count(FEW) < 10:
+            await trio.lowlevel.checkpoint()
+        assert done.count(MANY) < 100, "and not behind all of the other's"
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_it_raises_and_what_it_is_sent_pass_through() -> None:
+    turns = Turns()
+
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise KeyError("told")
+
+    with pytest.raises(KeyError, match="told"):
+        await turns.work(MANY, fail)
+    with trio.move_on_after(0.01) as scope:
+        await turns.work(MANY, trio.sleep_forever)
+    assert scope.cancelled_caught
