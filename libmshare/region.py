@@ -363,10 +363,10 @@ class Region:
         def ndarray(
             self,
             shape: SupportsIndex | Sequence[SupportsIndex],
-            dtype: DTypeLike,
+            dtype: str | list[Any] | tuple[Any, ...] | type[bool | int | complex | bytes | str],
             offset: SupportsIndex = 0,
             order: str = "C",
-        ) -> NDArray[Any]: ...
+        ) -> NDArray[Any]: ...  # a DTypeLike would accept np.int64 where float64 is wanted
 
     def ndarray(
         self,

@@ -520,7 +520,8 @@ class FileSystem(_GuardedOperations):
         region = self._open_files.get(fh)
         if region is None or off != DETAILS or len(buf) != PLACE_STRUCT.size:
             raise FUSEError(errno.EINVAL)
-        self._names.find_place(region, *PLACE_STRUCT.unpack(buf))
+        async with self._turns.turn(self._costs[fh][0]):
+            self._names.find_place(region, *PLACE_STRUCT.unpack(buf))
         return len(buf)
 
     async def flush(self, fh: FileHandleT) -> None:

@@ -213,7 +213,7 @@ def test_arrays_are_as_numpy_has_them() -> None:
             with pytest.raises(ValueError, match=r"do not lie|negative"):
                 region.ndarray(shape)
         with pytest.raises(ValueError, match="Python objects"):
-            region.ndarray(1, object)
+            region.ndarray(1, object)  # type: ignore[type-var]
         with pytest.raises(TypeError):
             region.ndarray(10.0)  # type: ignore[call-overload]
 
