@@ -27,6 +27,15 @@ static bool has_range(int region)
 	return pread(region, &info, sizeof info, 0) == sizeof info && info.size != 0;
 }
 
+static int reserve_again(const struct details *details)
+{
+	int mapped = window_reserve((char *)(uintptr_t)details->start, details->size);
+
+	if (mapped > 0)
+		errno = EADDRINUSE;
+	return mapped == 0 ? 0 : -1;
+}
+
 /*
  * Everything that can fail without a trace comes before the file is created; what
  * comes later is undone.  If it takes the daemon to have a userfaultfd, that comes later:
@@ -47,7 +56,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	struct mshare_wire_reply reply;
 	int region = -1, mapped = -1, result, saved, fds[2];
 	bool made = false, building = false, complete = false;
-	bool as_it_lies = attachment->size == 0, placed = false;
+	bool as_it_lies = attachment->size == 0, placed = false, again;
 	struct details details = { 0 };
 
 	if (!as_it_lies) {
@@ -89,18 +98,22 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 			goto fail;
 		}
 	}
-	if (details_read(region, &details) < 0 && (wish->open || errno != EPROTO)) {
+	/* (If the place is still to be found, that reads them.) */
+	if (!(wish->placed && made) && details_read(region, &details) < 0 &&
+	    (wish->open || errno != EPROTO)) {
 		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
 	}
-	memcpy(attachment->identity, details.identity, sizeof details.identity);
 	if (wish->open && !made) {
 		*already = attachment_of(details.identity);
 		if (*already)
 			goto fail;
 	}
-	if (wish->placed && (made || !has_range(region))) {
-		if (details_place(region, wish->length, &details) < 0)
+	/* A call that is made once more has its range, perhaps, of before a daemon died. */
+	again = attachment->repeated && (oflags & O_EXCL) && !made && has_range(region);
+	if (wish->placed && (made || again || !has_range(region))) {
+		if (again ? reserve_again(&details) < 0 :
+			    details_place(region, wish->length, &details) < 0)
 			goto fail;
 		mapped = 0;
 		placed = true;
@@ -116,6 +129,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		request.flags &= ~MSHARE_WIRE_HAS_MAPPINGS;
 	}
 	attachment->length = details.length;
+	memcpy(attachment->identity, details.identity, sizeof details.identity);
 	if (made)
 		request.flags |= MSHARE_WIRE_MADE_FILE;
 	if (attachment->repeated)
@@ -256,8 +270,9 @@ static int add(struct attachment *attachment, int oflags, mode_t mode, uint32_t 
 		do
 			result = try_add(attachment, oflags, mode, kind, wish, &already);
 		while (result < 0 && !already &&
-		       /* Somebody else has made it meanwhile: attach that. */
-		       ((wish->placed && !(oflags & O_EXCL) && errno == EINVAL && races++ < 3) ||
+		       /* Somebody else has made it meanwhile, or it has gone. */
+		       ((wish->placed && !(oflags & O_EXCL) &&
+			 (errno == EINVAL || errno == ENOENT) && races++ < 3) ||
 			(daemon_is_gone(errno) && wait_again(&attachment->waiting))));
 	if (result < 0) {
 		int saved = errno;
