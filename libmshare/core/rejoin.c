@@ -12,7 +12,16 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+/* Whether the memory was cut to nothing: by `msharefsd --purge`, and no daemon will know it. */
+static bool was_purged(const struct attachment *attachment)
+{
+	struct stat status;
+
+	return fstat(attachment->backing, &status) == 0 && status.st_size == 0;
+}
 
 static int rejoin(struct attachment *attachment)
 {
@@ -22,6 +31,10 @@ static int rejoin(struct attachment *attachment)
 	int result, ignored;
 
 	do {
+		if (was_purged(attachment)) {
+			errno = ESTALE;
+			return -1;
+		}
 		root = root_use_again(attachment->root);
 		if (root)
 			attachment->connection = connection_open(root->fd);

@@ -17,8 +17,10 @@ from msharefsd.errors import Refused
 from msharefsd.linux import processes, syscalls
 from msharefsd.memory import hugetlb
 from msharefsd.memory.hugetlb import HugetlbBacking
+from msharefsd.paging.lanes import Far
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.watching import is_untrusted
+from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State, writes
 
@@ -47,6 +49,11 @@ def _check_attach(region: Region, request: Request, *, may_exist: bool) -> None:
         raise Refused(errno.EINVAL, "the process has mappings in the region's range")
     if writes(request.oflags) and region.read_only:
         raise Refused(errno.EPERM, "the region was created read-only for everyone")
+
+
+def _code(error: OSError) -> int:
+    """What is said of a userfaultfd that cannot be taken."""
+    return error.errno if error.errno in (errno.EBUSY, errno.EAGAIN) else errno.EINVAL
 
 
 class Attaching:
@@ -82,7 +89,6 @@ class Attaching:
 
     async def attach(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
         """Make the peer a sharer; takes the userfaultfd out of `fds`."""
-        regions = self._control.regions
         if self._state.sharer is not None:
             raise Refused(errno.EINVAL, "this connection has attached a region already")
         if len(fds) != 2:
@@ -91,6 +97,25 @@ class Attaching:
         writable = writes(request.oflags)
         if writable and not may_write:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
+        far = await self._adopt_far(fds)
+        try:
+            return await self._attach(region, request, fds, far, may_write=may_write)
+        except BaseException:
+            if far is not None:
+                far.close()
+            raise
+
+    async def _attach(
+        self,
+        region: Region,
+        request: Request,
+        fds: list[int],
+        far: Far | None,
+        *,
+        may_write: bool,
+    ) -> tuple[Reply, int | None]:
+        """The proof is given; the userfaultfd is in `fds`, or it is `far`."""
+        regions, writable = self._control.regions, writes(request.oflags)
         created = self._supersede(region, request)
         while region.state is State.BUILDING:
             await region.settled.wait()
@@ -101,10 +126,10 @@ class Attaching:
             self._check_create(region, request, may_write=may_write)
             if request.oflags & os.O_EXCL and RequestFlag.REPEATED in request.flags and not created:
                 raise Refused(errno.EEXIST, "somebody else created it first")
-            flags = await self._create(region, request, fds[1], made_file=created)
+            flags = await self._create(region, request, fds, made_file=created)
         else:
             _check_attach(region, request, may_exist=created)
-            self._adopt(fds[1])
+            self._adopt(fds)
             if created:
                 flags |= ReplyFlag.CREATED
         # A donor has a descriptor to write with, until it is done.
@@ -116,14 +141,17 @@ class Attaching:
             region,
             self._peer.pid,
             self._peer.uid,
-            fds[1],
+            fds[1] if far is None else -1,
             writable=writable,
             ended=self._peer.has_ended,
             pidfd=self._peer.pidfd,
             uffd_number=request.userfaultfd,
             started=processes.started(self._peer.pid) if self._peer.pid else 0,
         )
-        fds.pop(1)
+        if far is None:
+            fds.pop(1)
+        else:
+            window_of(sharer).far, far.sharer = far, sharer
         self._control.metrics.attaches.inc()
         self._state.join(sharer)
         assert region.backing is not None
@@ -167,14 +195,14 @@ class Attaching:
             raise Refused(errno.EACCES, "only who may write the file gives it a range")
 
     async def _create(
-        self, region: Region, request: Request, uffd_fd: int, *, made_file: bool
+        self, region: Region, request: Request, fds: list[int], *, made_file: bool
     ) -> ReplyFlag:
         """Give the region its range; what the reply has to say about that."""
         regions = self._control.regions
         says = RequestFlag.MADE_FILE in request.flags
         made_file = made_file or (says and self._made_file(region))
         try:
-            self._adopt(uffd_fd)
+            self._adopt(fds)
             regions.establish(
                 region,
                 request.start,
@@ -203,11 +231,34 @@ class Attaching:
             hugetlb.may_use(self._peer.uid, self._peer.groups)
         return kind
 
-    def _adopt(self, fd: int) -> None:
+    def _adopt(self, fds: list[int]) -> None:
+        """Take the userfaultfd, unless a lane has it already."""
+        if len(fds) > 1:
+            try:
+                self._control.pages.adopt(fds[1])
+            except OSError as error:
+                raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
+
+    async def _adopt_far(self, fds: list[int]) -> Far | None:
+        """Take the userfaultfd out of `fds`, if it is of another user than the owner.
+
+        Before anything is waited for: our own table must not be the last that has it.
+        """
+        pages = self._control.pages
         try:
-            self._control.pages.adopt(fd)
+            far = pages.adopt_far(fds[1], self._peer.uid)
         except OSError as error:
-            raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
+            raise Refused(_code(error), f"no userfaultfd: {error.strerror}") from error
+        if far is not None:
+            fds.pop(1)
+            try:
+                await pages.shake_hands(far)
+            except BaseException as error:
+                far.close()
+                if not isinstance(error, OSError):
+                    raise
+                raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
+        return far
 
     # -- REJOIN --
 

@@ -76,7 +76,7 @@ class Connection:
 
     async def close(self) -> None:
         """Let go of it, when nobody else has it."""
-        await drain(self._sock, lambda fds: self._control.disposal.close_fds(fds, self._peer.uid))
+        await drain(self._sock, lambda fds: self._control.dispose(fds, self._peer.uid))
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
 
@@ -95,7 +95,7 @@ class Connection:
             await trio.lowlevel.wait_readable(self._sock)
 
     async def _one_call(self) -> bool:
-        while self._control.disposal.pending(self._peer.uid) >= MOST_UNCLOSED:
+        while self._control.unclosed(self._peer.uid) >= MOST_UNCLOSED:
             await trio.sleep(UNCLOSED_SECONDS)
         data, fds, flags = await self._receive()
         try:

@@ -95,14 +95,25 @@ class Control:
         self-check, and the kernel never sends it again; and a region's backing is ours.  A
         file of another FUSE mount waits for whoever serves that.
         """
-        if len(fds) > MAX_FDS:  # not what any call brings
-            self.disposal.close_fds(fds, uid)
-            return
-        for fd in fds:
-            if self.is_ours(syscalls.identify(fd)):
+        if len(fds) <= MAX_FDS:  # else it is not what any call brings
+            for fd in [fd for fd in fds if self.is_ours(syscalls.identify(fd))]:
+                fds.remove(fd)
                 os.close(fd)
-            else:
-                self.disposal.close_fd(fd, uid)
+        self.dispose(fds, uid)
+
+    def dispose(self, fds: list[int], uid: int) -> None:
+        """Close what may wait for a client of that user.
+
+        Of another user than the owner their lane does that: what hangs there must not keep
+        our own table, with everybody's connections, when we are killed.
+        """
+        if self.pages.lanes.needs_one(uid):
+            fds = self.pages.lanes.dispose(uid, fds)
+        self.disposal.close_fds(fds, uid)
+
+    def unclosed(self, uid: int) -> int:
+        """How many files of a user's wait to be closed."""
+        return self.disposal.pending(uid) + self.pages.lanes.unclosed(uid)
 
     def device(self) -> int:
         """/dev/userfaultfd, open."""

@@ -17,6 +17,7 @@ import trio
 from msharefsd.linux import processes, uffd
 from msharefsd.linux.processes import Deaths
 from msharefsd.paging.server import PageServer
+from msharefsd.paging.window import window_of
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
 
@@ -58,6 +59,7 @@ class Orphans:
         orphan = self._orphans[sharer] = _Orphan(sharer, pidfd)
         sharer.pidfd = pidfd
         sharer.ended = lambda: processes.has_ended(pidfd)
+        sharer.dismiss = lambda: self._dismiss(sharer)
         self._deaths.watch(pidfd, lambda: self.end(sharer))
         self._nursery.start_soon(self._serve, orphan)
 
@@ -90,6 +92,10 @@ class Orphans:
         with trio.CancelScope(shield=True):
             await self._take(sharer).done.wait()
 
+    def _dismiss(self, sharer: Sharer) -> None:
+        if sharer in self._orphans:
+            self.end(sharer)
+
     def end(self, sharer: Sharer) -> None:
         """It has gone."""
         self._take(sharer)
@@ -102,7 +108,7 @@ class Orphans:
 def still_there(sharer: Sharer) -> bool:
     """Whether the process still holds the region, as far as can be told from outside."""
     try:
-        if uffd.is_gone(sharer.uffd):
+        if window_of(sharer).is_gone():
             return False
         return os.readlink(f"/proc/{sharer.pid}/fd/{sharer.uffd_number}") == uffd.LINK
     except PermissionError:

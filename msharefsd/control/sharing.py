@@ -44,6 +44,7 @@ class Sharing:
         self._serving = trio.CancelScope()
         self.nursery.start_soon(self._serve_faults, sharer, self._serving)
         sharer.note = self._note
+        sharer.dismiss = self.nursery.cancel_scope.cancel
 
     async def _serve_faults(self, sharer: Sharer, scope: trio.CancelScope) -> None:
         with scope:

@@ -29,6 +29,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final
 
 from msharefsd.barriers import barrier
@@ -45,19 +46,21 @@ from msharefsd.memory.kept import Files
 from msharefsd.memory.names import MemoryNames
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.lanes import Lanes
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.ranges import Ranges
+from msharefsd.region.record import region_row, save_objects
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
 from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-OpenBacking = Callable[[MemoryNames, int, int, str], Backing]
-"""(names, start, size in bytes, kind): its backing; raises OSError."""
+OpenBacking = Callable[[int, MemoryNames, int, int, str], Backing]
+"""(region's number, names, start, size in bytes, kind): its backing; raises OSError."""
 
 _GONE: Final = frozenset({errno.ESRCH, errno.EBADF, errno.ENOENT})
 
@@ -92,6 +95,8 @@ def adopt_regions(
                 region.objects.insert(item)
                 unused.pop(item.file.key if item.file else 0, None)
             region.objects.changed.clear()
+            if region.stashed and region.backing.stash is None:
+                _lose_hidden(journal, region, region.backing)
             _finish_memory(journal, region)
         regions.adopt(region)
         if row.id in known:
@@ -120,6 +125,8 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         creator=row.creator,
         made_file=bool(row.made_file),
         kind=row.kind,
+        stashed=bool(row.stashed),
+        changes=row.changes,
     )
     if region.state is not State.BUILDING:
         region.settled.set()
@@ -127,7 +134,7 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         return None
     region.memory = MemoryNames(row.backing_name, row.stash_name)
     try:
-        region.backing = open_backing(region.memory, row.start, row.size, row.kind)
+        region.backing = open_backing(row.id, region.memory, row.start, row.size, row.kind)
     except FileNotFoundError as error:
         # A region that was being freed has none, nor one that was not made yet.
         if region.linked and region.state is State.LIVE:
@@ -163,6 +170,30 @@ def _objects(journal: Journal, region: Region, files: dict[int, MappedFile]) -> 
             None if row.file is None else files[row.file],
             row.file_offset,
         )
+
+
+def _lose_hidden(journal: Journal, region: Region, memory: Backing) -> None:
+    """The stash was removed: whatever it may have had is a hole now, and never zeros.
+
+    Which pages were hidden is not known, but only where nobody may touch anything.
+    """
+    lost = 0
+    for item in [each for each in region.objects if not each.accessible]:
+        at = item.offset
+        for start, end in [*memory.data(item.offset, item.length), (item.end, item.end)]:
+            if start > at:
+                region.objects.remove(at, start - at)
+                lost += start - at
+            at = end
+    region.stashed = False
+    save_objects(journal, region)
+    journal.save_region(region_row(region))
+    log.error(
+        "region %s: somebody has removed the memory that its hidden pages were in: %d bytes that "
+        "are PROT_NONE are a hole now",
+        region.label(),
+        lost,
+    )
 
 
 def _finish_memory(journal: Journal, region: Region) -> None:
@@ -203,7 +234,7 @@ async def adopt_sharers(
     for region in regions.alive():
         if region.backing is not None and journal.watched(region.id):
             pages.watching.adopt(region)
-    adopted = _reach_all(journal, regions)
+    adopted = await _reach_all(journal, regions, pages)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
         pages.poison.marks.restore(window_of(sharer), journal.poisoned(sharer.number))
@@ -225,7 +256,9 @@ async def adopt_sharers(
         log.info("adopted %d regions and %d sharers", count, len(adopted))
 
 
-def _reach_all(journal: Journal, regions: Regions) -> list[tuple[Sharer, int]]:
+async def _reach_all(
+    journal: Journal, regions: Regions, pages: PageServer
+) -> list[tuple[Sharer, int]]:
     """The sharers that live, oldest first, and a pidfd of each."""
     adopted: list[tuple[Sharer, int]] = []
     seen: set[tuple[int, int]] = set()
@@ -240,7 +273,7 @@ def _reach_all(journal: Journal, regions: Regions) -> list[tuple[Sharer, int]]:
                 raise _LostError("its region has no memory")
             if (row.pid, row.userfaultfd) in seen:
                 raise _LostError("it has attached anew")
-            pidfd = _reach(sharer)
+            pidfd = await _reach(sharer, pages.lanes)
         except _LostError as lost:
             log.info("process %d is no sharer of %s any more: %s", row.pid, region.label(), lost)
             journal.forget_sharer(sharer.number)
@@ -265,8 +298,10 @@ def _sharer(row: SavedSharer, region: Region) -> Sharer:
     )
 
 
-def _reach(sharer: Sharer) -> int:
+async def _reach(sharer: Sharer, lanes: Lanes) -> int:
     """Fetch a sharer's userfaultfd; returns a pidfd of the process.
+
+    Of a process of another user its lane fetches it; if that is late, it is late.
 
     The number that the process once told may be anything's by now.  That it is a
     userfaultfd is checked; if it is another one than before, of other memory even, the
@@ -278,18 +313,16 @@ def _reach(sharer: Sharer) -> int:
         pidfd = os.pidfd_open(sharer.pid)
     except OSError as error:
         raise _LostError("it has ended") from error
-    fd = -1
     try:
         if sharer.started == 0 or processes.started(sharer.pid) != sharer.started:
             raise _LostError("it has ended, and its number is another's")
-        fd = syscalls.pidfd_getfd(pidfd, sharer.uffd_number)
-        if not uffd.is_one(fd) or uffd.is_gone(fd):
-            raise _LostError("it executes another program")
-        os.set_blocking(fd, False)
+        if lanes.needs_one(sharer.uid):
+            far = await lanes.fetch(sharer, partial(_fetch_far, sharer))
+            window_of(sharer).far, far.sharer = far, sharer
+        else:
+            sharer.uffd = _fetch(pidfd, sharer)
     except (OSError, _LostError) as error:
         os.close(pidfd)
-        if fd >= 0:
-            os.close(fd)
         if isinstance(error, OSError):
             if error.errno not in _GONE:
                 log.warning(
@@ -300,8 +333,30 @@ def _reach(sharer: Sharer) -> int:
                 )
             raise _LostError(f"its userfaultfd is not to be had: {error.strerror}") from error
         raise
-    sharer.uffd = fd
     return pidfd
+
+
+def _fetch(pidfd: int, sharer: Sharer) -> int:
+    fd = syscalls.pidfd_getfd(pidfd, sharer.uffd_number)
+    try:
+        if not uffd.is_one(fd) or uffd.is_gone(fd):
+            raise ProcessLookupError(errno.ESRCH, "it executes another program")
+        os.set_blocking(fd, False)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _fetch_far(sharer: Sharer) -> int:
+    """In a lane, which has its own descriptors."""
+    pidfd = os.pidfd_open(sharer.pid)
+    try:
+        if processes.started(sharer.pid) != sharer.started:
+            raise ProcessLookupError(errno.ESRCH, "it has ended")
+        return _fetch(pidfd, sharer)
+    finally:
+        os.close(pidfd)
 
 
 async def _put_right(
@@ -325,7 +380,9 @@ async def _put_right(
                 refused.message,
             )
         await breath.take()
+    await protection.settled(pages)
     await server.watching.put_right(region, failed)
+    await protection.settled(pages)
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
         if found is not None and found.file is not None and found.written_back:

@@ -122,6 +122,8 @@ class Outcome(Enum):
     """The sharer's address space no longer exists."""
     NO_MEMORY = "no memory"
     """tmpfs is full, or a memory limit was hit."""
+    LATE = "late"
+    """The sharer's address space is locked: it may come to an end, or was not begun."""
     STRANGE = "strange"
     """Nothing that a window of ours gives: its process has made something else of it."""
 
@@ -157,7 +159,7 @@ def check_kind(fd: int) -> None:
     whatever device or FUSE server is behind it, which may never answer.  The name of an
     anonymous inode is the kernel's own: no file can have it, theirs begin with a slash.
     """
-    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+    if os.readlink(f"/proc/thread-self/fd/{fd}") != LINK:
         raise OSError(errno.ENOTTY, "not a userfaultfd")
 
 
@@ -227,10 +229,14 @@ class Reader:
 
     _reading = -1
 
-    def __init__(self, *, nowait: bool) -> None:
-        """`nowait`: whether this kernel has RWF_NOWAIT; else only in the main thread."""
+    def __init__(self, *, nowait: bool, may_wait: bool = False) -> None:
+        """`nowait`: whether this kernel has RWF_NOWAIT; else only in the main thread.
+
+        `may_wait`: it is for a thread that may wait.
+        """
         self._nowait = nowait
-        if not nowait:
+        self._may_wait = may_wait
+        if not nowait and not may_wait:
             signal.signal(signal.SIGALRM, self._too_long)
 
     def _too_long(self, *_: object) -> None:
@@ -242,6 +248,9 @@ class Reader:
         if self._nowait:
             data = bytearray(size)
             return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])
+        if self._may_wait:
+            os.set_blocking(fd, False)
+            return os.read(fd, size)
         self._reading = fd
         os.set_blocking(fd, False)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS, PATIENCE_SECONDS)
@@ -345,7 +354,7 @@ def write_unprotect(fd: int, start: int, length: int, *, wake: bool = True) -> N
 
 def is_one(fd: int) -> bool:
     """Whether a descriptor is a userfaultfd."""
-    return os.readlink(f"/proc/self/fd/{fd}") == LINK
+    return os.readlink(f"/proc/thread-self/fd/{fd}") == LINK
 
 
 def is_gone(fd: int) -> bool:

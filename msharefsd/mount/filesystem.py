@@ -92,6 +92,10 @@ FIXED: Final = {
     b".regions": REGIONS_INODE,
 }
 
+REMOVED: Final = b".removed-%d"
+"""What the directory of a region is called that has lost its name; no name begins so."""
+_REMOVED_NAME: Final = re.compile(rb"\.removed-([0-9]{1,18})")
+
 # A region's inodes follow from its id: its file, its directory, the files there.
 _FILE, _DIRECTORY = 0, 1
 _FILES: Final = (_FILE, BY_IDENTITY)
@@ -220,12 +224,18 @@ class FileSystem(_GuardedOperations):
             if region:
                 return region_inode(region, BY_IDENTITY)
         elif parent == REGIONS_INODE:
-            region = self._names.find(name)
+            region = self._names.find(name) or self._removed(name)
             if region is not None:
                 return region_inode(region, _DIRECTORY)
         elif _split_inode(parent)[1] == _DIRECTORY and name in _TEXTS:
             return region_inode(self._region(parent), _TEXTS[name][0])
         raise FUSEError(errno.ENOENT)
+
+    def _removed(self, name: bytes) -> Name | None:
+        """The region in .regions that has no name any more, and memory still."""
+        match = _REMOVED_NAME.fullmatch(name)
+        region = None if match is None else self._names.with_id(int(match[1]))
+        return region if region is not None and region.lingers else None
 
     # -- attributes --
 
@@ -283,6 +293,8 @@ class FileSystem(_GuardedOperations):
         elif kind == _DIRECTORY:
             entry.st_mode = ModeT(stat.S_IFDIR | readable | readable >> 2)
             entry.st_nlink = 2
+            if region.lingers:  # no file shows what it holds: du(1)
+                entry.st_blocks = region.allocated() // 512
         else:
             entry.st_mode = ModeT(stat.S_IFREG | readable)
 
@@ -559,6 +571,11 @@ class FileSystem(_GuardedOperations):
             names = []
         elif inode == REGIONS_INODE:
             names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._names]
+            names += [
+                (REMOVED % region.id, region_inode(region, _DIRECTORY))
+                for region in self._names.all()
+                if region.lingers
+            ]
         else:
             region = self._region(inode)
             names = [(name, region_inode(region, kind)) for name, (kind, _) in _TEXTS.items()]

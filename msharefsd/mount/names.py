@@ -70,6 +70,10 @@ class Name:
     """Bytes that it held when its pager was there last."""
     look: Callable[[], int] | None = None
     """Tells what it holds now, if its pager is there."""
+    sharers: int = 0
+    """How many had it when its pager was there last."""
+    count: Callable[[], int] | None = None
+    """Tells how many have it now, if its pager is there."""
     account: Account = field(default_factory=Account)
     """Its owner's."""
     objects: Sized = ()
@@ -80,6 +84,23 @@ class Name:
         if self.look is not None:
             self.memory = self.look()
         return self.memory
+
+    @property
+    def lingers(self) -> bool:
+        """Whether it was removed, and has memory until nobody has it attached any more."""
+        return not self.linked and self.size > 0
+
+    def shared(self) -> int:
+        """How many processes have it attached, as far as its pager has said."""
+        if self.count is not None:
+            self.sharers = self.count()
+        return self.sharers
+
+    def let_go(self) -> None:
+        """Its pager ends: what it has said last is what is known."""
+        self.allocated()
+        self.shared()
+        self.look = self.count = None
 
     def label(self) -> str:
         """The name for logs and texts: see telemetry/labels.py."""
@@ -301,8 +322,8 @@ class Names:
             return
         if name.backing is not None:
             self._by_backing.pop(name.backing, None)
-        name.look = None
-        name.start = name.size = name.memory = 0
+        name.look = name.count = None
+        name.start = name.size = name.memory = name.sharers = 0
         name.backing = None
         name.home = name.uid
         self._journal.save(_row(name))
@@ -315,8 +336,7 @@ class Names:
         if name.linked:
             self.emptied(number)
             return
-        name.allocated()
-        name.look = None
+        name.let_go()
         del self._by_id[number]
         del self._by_identity[name.identity]
         if name.backing is not None:

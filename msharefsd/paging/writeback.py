@@ -168,8 +168,8 @@ class Writeback:
                 try:
                     if run is None:
                         await trio.lowlevel.checkpoint()
-                    else:
-                        await self._write(region, run)
+                    elif not await self._write(region, run):
+                        start = run.offset
                 except OSError as error:
                     failure = failure or error
         if failure is not None:
@@ -208,14 +208,18 @@ class Writeback:
             self._journal.clean(region.id, clean)
         return run, after if run is None else run.offset + run.length
 
-    async def _write(self, region: Region, run: _Run) -> None:
+    async def _write(self, region: Region, run: _Run) -> bool:
+        """Write it; False if it is to be looked at anew: protecting it took its time."""
         backing = region.backing
         if backing is None:
-            return
+            return True
         dirty = pages_of(region).dirty
         end = run.offset + run.length
         pages = range(run.offset, end, region.page)
         protection.protect(pages_of(region), run.offset, end, run.writers)
+        if pages_of(region).behind:
+            await protection.settled(pages_of(region))
+            return False
         for page in pages:
             dirty.discard(page)
         content = backing.read(run.offset, run.length)
@@ -244,6 +248,7 @@ class Writeback:
         # What was written to meanwhile is dirty again.
         self._journal.clean(region.id, [page for page in pages if page not in dirty])
         self._metrics.written_back.inc(run.length)
+        return True
 
     async def sync(self, region: Region, start: int, end: int) -> None:
         """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""
@@ -333,30 +338,43 @@ class Writeback:
                     nursery.start_soon(self._work, uid, rounds)
 
     async def _last(self, region: Region) -> None:
-        try:
-            await self._everything(region)
-            if pages_of(region).dirty:
-                log.error(
-                    "region %s is gone with %d bytes that its files did not take",
-                    region.label(),
-                    len(pages_of(region).dirty) * region.page,
-                )
-            await _let_files_go(region)
-        finally:
-            if region.backing is not None:
-                region.close_memory()
+        """A region that is gone has its memory until its files have what was written to it.
 
-    async def finish(self, regions: Iterable[Region]) -> None:
-        """The daemon ends: write everything, as long as the files answer."""
-        with trio.move_on_after(LAST_SECONDS, shield=True):
+        But for a file that nobody has any more: nothing will ever be written to that.
+        """
+        while True:
+            await self._everything(region)
+            dirty = pages_of(region).dirty
+            if not dirty:
+                break
+            lost = all(file.fd < 0 for file in dirty.files())
+            if lost or self._seldom.now((region.id, "last")):
+                log.error(
+                    "region %s is gone with %d bytes that its files did not take%s",
+                    region.label(),
+                    len(dirty) * region.page,
+                    ": nobody has these files any more" if lost else " yet: it is tried again",
+                )
+            if lost:
+                break
+            await trio.sleep(INTERVAL)
+        await _let_files_go(region)
+        if region.backing is not None:
+            region.close_memory()
+
+    async def finish(self, regions: Callable[[], Iterable[Region]]) -> None:
+        """The daemon ends: write everything, as long as the files answer.
+
+        What they do not take stays dirty, here and in the journal.
+        """
+        before = self._nursery
+        with trio.move_on_after(LAST_SECONDS):
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for region in [*regions, *self._released]:
-                    if pages_of(region).dirty:
+                for region in regions():
+                    if pages_of(region).dirty or pages_of(region).dirty.writing:
                         nursery.start_soon(self._everything, region)
-        for region in self._released:
-            region.close_memory()
-        self._released = []
+        self._nursery = before
 
 
 async def _let_files_go(region: Region) -> None:

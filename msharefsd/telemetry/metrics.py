@@ -22,6 +22,10 @@ class Counted(Protocol):
     def sharers(self) -> Sized:
         """Its sharers."""
 
+    @property
+    def linked(self) -> bool:
+        """Whether it has its name."""
+
     def allocated(self) -> int:
         """Bytes of memory that it holds."""
 
@@ -91,16 +95,23 @@ class _Sum(Collector):
         yield from self._more
 
 
+def _allocated(region: Counted) -> int:
+    return region.allocated()
+
+
 class _Current(Collector):
     def __init__(self, regions: Callable[[], Iterable[Counted]]) -> None:
         self._regions = regions
 
     def collect(self) -> Iterator[Metric]:
         living = list(self._regions())
+        removed = [region for region in living if not region.linked]
         for name, text, value in (
             ("msharefs_regions", "regions that have memory", len(living)),
             ("msharefs_sharers", "sharers", sum(len(region.sharers) for region in living)),
-            ("msharefs_memory_bytes", "memory held", sum(r.allocated() for r in living)),
+            ("msharefs_memory_bytes", "memory held", sum(map(_allocated, living))),
+            ("msharefs_removed_regions", "of these, removed and in use still", len(removed)),
+            ("msharefs_removed_memory_bytes", "held by those", sum(map(_allocated, removed))),
             ("msharefs_tasks", "tasks of the daemon", current_statistics().tasks_living),
         ):
             yield GaugeMetricFamily(name, text, value=value)

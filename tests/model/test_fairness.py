@@ -109,6 +109,7 @@ async def test_work_that_awaits_counts_for_who_has_it_done() -> None:
         nursery.start_soon(turns.run)
         for _ in range(100):
             nursery.start_soon(ask, MANY, 4)
+        for _ in range(3):
             await trio.lowlevel.checkpoint()
         for _ in range(10):
             nursery.start_soon(ask, FEW, 1)
