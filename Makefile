@@ -102,7 +102,7 @@ lock:
 		--requirement requirements/lock.txt
 	$(COMPILE) --group lock --output-file requirements/lock.txt
 	$(COMPILE) --group build --output-file requirements/build.txt
-	$(COMPILE) --constraint requirements/build.txt pyproject.toml \
+	$(COMPILE) --constraint requirements/build.txt --extra daemon pyproject.toml \
 		--output-file requirements/runtime.txt
 	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
 		--group dev --output-file requirements/dev.txt

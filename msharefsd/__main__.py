@@ -14,8 +14,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals = Signals()
     priority.take_precedence()
     # To load it takes most of the processor time of a start.
-    from msharefsd import command
-
+    try:
+        from msharefsd import command
+    except ModuleNotFoundError as error:
+        text = f"msharefsd needs {error.name}, which libmshare alone does not: install "
+        sys.stderr.write(f"{text}msharefs[daemon]\n")
+        return 1
     return command.main(arguments, signals)
 
 

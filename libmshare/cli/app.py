@@ -274,10 +274,15 @@ def top(
 def create(
     ctx: typer.Context,
     name: Name,
+    size: Annotated[int, typer.Option(metavar="SIZE", parser=_bytes, help="its size: 64M")],
     start: Annotated[
-        int, typer.Option(metavar="ADDRESS", parser=_bytes, help="its address: 2T, 0x20000000000")
-    ],
-    size: Annotated[int, typer.Option(metavar="SIZE", parser=_bytes, help="its size: 512G")],
+        int | None,
+        typer.Option(
+            metavar="ADDRESS",
+            parser=_bytes,
+            help="its address: 2T, 0x20000000000; without it the daemon chooses",
+        ),
+    ] = None,
     mode: Annotated[str, typer.Option(metavar="MODE", help="the mode of its file, octal")] = "0600",
     backing: Annotated[
         Backing | None, typer.Option(help="what holds its pages, instead of the daemon's choice")

@@ -20,6 +20,22 @@ static void unmake(int connection, uint16_t op)
 	connection_call(connection, &request, NULL, NULL, 0, &reply, &ignored);
 }
 
+static bool has_range(int region)
+{
+	struct mshare_info info;
+
+	return pread(region, &info, sizeof info, 0) == sizeof info && info.size != 0;
+}
+
+static int reserve_again(const struct details *details)
+{
+	int mapped = window_reserve((char *)(uintptr_t)details->start, details->size);
+
+	if (mapped > 0)
+		errno = EADDRINUSE;
+	return mapped == 0 ? 0 : -1;
+}
+
 /*
  * Everything that can fail without a trace comes before the file is created; what
  * comes later is undone.  If it takes the daemon to have a userfaultfd, that comes later:
@@ -27,7 +43,8 @@ static void unmake(int connection, uint16_t op)
  *
  * An attachment without a size takes the region where it lies, which the reply says.
  */
-static int attach(struct attachment *attachment, int root, int oflags, mode_t mode, uint32_t kind)
+static int attach(struct attachment *attachment, int root, int oflags, mode_t mode, uint32_t kind,
+		  const struct wish *wish, struct attachment **already)
 {
 	struct mshare_wire_request request = {
 		.op = MSHARE_WIRE_ATTACH,
@@ -39,15 +56,19 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	struct mshare_wire_reply reply;
 	int region = -1, mapped = -1, result, saved, fds[2];
 	bool made = false, building = false, complete = false;
-	bool as_it_lies = attachment->size == 0;
+	bool as_it_lies = attachment->size == 0, placed = false, again;
+	struct details details = { 0 };
 
-	if (attachment->size == 0) {
-		request.flags = MSHARE_WIRE_AS_IT_LIES;
-	} else {
+	if (!as_it_lies) {
 		mapped = window_reserve(attachment->start, attachment->size);
 		if (mapped < 0)
 			return -1;
-		if (mapped)
+		if (mapped && wish->alone) {
+			reason_say("this process has memory in that range: choose another, or none");
+			errno = EADDRINUSE;
+			return -1;
+		}
+		if (mapped || wish->zeros)
 			request.flags = MSHARE_WIRE_HAS_MAPPINGS;
 	}
 	attachment->connection = connection_open(root);
@@ -56,7 +77,11 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	attachment->uffd = uffd_open_unaided();
 	if (attachment->uffd < 0 && attachment->uffd != UFFD_ASK)
 		goto fail;
-	region = name_open(root, attachment->name, oflags, mode, attachment->repeated, &made);
+	if (wish->open && wish->open->identity)
+		region = name_open_identity(root, wish->open->identity, oflags);
+	else
+		region = name_open(root, attachment->name, oflags, mode, attachment->repeated,
+				   &made);
 	if (region < 0) {
 		saved = errno;
 		/* The mount may be gone: that is no word about the region. */
@@ -73,6 +98,38 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 			goto fail;
 		}
 	}
+	/* (If the place is still to be found, that reads them.) */
+	if (!(wish->placed && made) && details_read(region, &details) < 0 &&
+	    (wish->open || errno != EPROTO)) {
+		attachment->repeated |= daemon_is_gone(errno);
+		goto fail;
+	}
+	if (wish->open && !made) {
+		*already = attachment_of(details.identity);
+		if (*already)
+			goto fail;
+	}
+	/* A call that is made once more has its range, perhaps, of before a daemon died. */
+	again = attachment->repeated && (oflags & O_EXCL) && !made && has_range(region);
+	if (wish->placed && (made || again || !has_range(region))) {
+		if (again ? reserve_again(&details) < 0 :
+			    details_place(region, wish->length, &details) < 0)
+			goto fail;
+		mapped = 0;
+		placed = true;
+		as_it_lies = false;
+		attachment->start = (char *)(uintptr_t)details.start;
+		attachment->size = details.size;
+		request.start = details.start;
+		request.size = details.size;
+		request.flags = wish->zeros ? MSHARE_WIRE_HAS_MAPPINGS : 0;
+	} else if (as_it_lies) {
+		request.flags = MSHARE_WIRE_AS_IT_LIES;
+	} else if (!mapped && !made && wish->zeros && has_range(region)) {
+		request.flags &= ~MSHARE_WIRE_HAS_MAPPINGS;
+	}
+	attachment->length = details.length;
+	memcpy(attachment->identity, details.identity, sizeof details.identity);
 	if (made)
 		request.flags |= MSHARE_WIRE_MADE_FILE;
 	if (attachment->repeated)
@@ -85,6 +142,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	attachment->repeated |= result == CONNECTION_LOST;
 	if (result < 0)
 		goto fail;
+	attachment->created = reply.flags & MSHARE_WIRE_CREATED;
 	close(region);
 	region = -1;
 	building = reply.flags & MSHARE_WIRE_DONATE;
@@ -95,15 +153,23 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	}
 	if (as_it_lies) {
 		mapped = window_reserve((char *)(uintptr_t)reply.start, reply.size);
-		if (mapped > 0)
-			errno = EINVAL;
+		if (mapped > 0) {
+			reason_say("this process has something where the region lies");
+			errno = wish->open ? EADDRINUSE : EINVAL;
+		}
 		if (mapped != 0)
 			goto fail;
 		attachment->start = (char *)(uintptr_t)reply.start;
 		attachment->size = reply.size;
 	}
+	/* Before it is complete: whoever dies from now on leaves nothing. */
+	if (attachment->created && wish->open && (wish->open->flags & MSHARE_EPHEMERAL) &&
+	    name_unlink_identity(root, attachment->identity) < 0)
+		goto fail;
 	if (building) {
-		if (donate(attachment, &complete) < 0)
+		result = wish->zeros ? donate_zeros(attachment, wish->length, &complete) :
+					donate(attachment, &complete);
+		if (result < 0)
 			goto fail;
 	}
 	if (!building && window_map(attachment, reply.flags) < 0)
@@ -121,7 +187,7 @@ fail:
 		name_unmake(root, attachment->name, region);
 	close_keeping_errno(region);
 	attachment_drop(attachment);
-	if (as_it_lies) {
+	if (as_it_lies || placed) {
 		attachment->start = NULL;
 		attachment->size = 0;
 	}
@@ -129,62 +195,129 @@ fail:
 	return -1;
 }
 
-static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind)
+static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind,
+		   const struct wish *wish, struct attachment **already)
 {
-	const struct root *root = name_root(&attachment->waiting);
+	const struct root *root = wish->open && wish->open->root ?
+					  root_use_again(wish->open->root) :
+					  name_root(&attachment->waiting);
 
 	if (!root)
 		return -1;
 	strcpy(attachment->root, root->path);
-	if (oflags & O_CREAT) {
+	if ((oflags & O_CREAT) && !wish->placed) {
 		size_t alignment = root_alignment(root->fd);
 
 		if (alignment == 0)
 			return -1;
 		if (((uintptr_t)attachment->start | attachment->size) & (alignment - 1)) {
+			reason_say("address and size must be multiples of the alignment");
 			errno = EINVAL;
 			return -1;
 		}
 	}
-	return attach(attachment, root->fd, oflags, mode, kind);
+	return attach(attachment, root->fd, oflags, mode, kind, wish, already);
 }
 
-/* Takes the lock.  On success *info, if it is given, tells where the region lies. */
-static int add(const char *name, char *start, size_t size, int oflags, mode_t mode, uint32_t kind,
-	       struct mshare_info *info)
+static void describe(const struct attachment *attachment, bool created,
+		     struct mshare_region *region)
+{
+	*region = (struct mshare_region){
+		.start = (uintptr_t)attachment->start,
+		.size = attachment->size,
+		.length = attachment->length ? attachment->length : attachment->size,
+		.writable = attachment->writable,
+		.created = created,
+	};
+	memcpy(region->identity, attachment->identity, sizeof region->identity);
+	strcpy(region->root, attachment->root);
+	region->held = 1;
+}
+
+/* One that this process has already gets one more holder. */
+static int hold(struct attachment *attachment, int oflags, struct mshare_region *region)
+{
+	if ((oflags & (O_CREAT | O_EXCL)) == (O_CREAT | O_EXCL)) {
+		errno = EEXIST;
+		return -1;
+	}
+	if (attachment->uffd < 0) {
+		reason_say("the region could not be attached again after fork");
+		errno = ESTALE;
+		return -1;
+	}
+	if ((oflags & O_ACCMODE) == O_RDWR && !attachment->writable) {
+		reason_say("this process has attached the region read-only");
+		errno = EACCES;
+		return -1;
+	}
+	attachment->holders++;
+	describe(attachment, false, region);
+	return 0;
+}
+
+static int add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind,
+	       const struct wish *wish, struct mshare_info *info, struct mshare_region *region)
+{
+	struct attachment *already = NULL;
+	int result, races = 0;
+
+	if (wish->open && wish->open->identity)
+		already = attachment_of(wish->open->identity);
+	if (already)
+		result = -1;
+	else
+		do
+			result = try_add(attachment, oflags, mode, kind, wish, &already);
+		while (result < 0 && !already &&
+		       /* Somebody else has made it meanwhile, or it has gone. */
+		       ((wish->placed && !(oflags & O_EXCL) &&
+			 (errno == EINVAL || errno == ENOENT) && races++ < 3) ||
+			(daemon_is_gone(errno) && wait_again(&attachment->waiting))));
+	if (result < 0) {
+		int saved = errno;
+
+		free(attachment);
+		if (already)
+			return hold(already, oflags, region);
+		if (!attachment_first()) /* what fails leaves nothing behind */
+			root_forget();
+		errno = saved;
+		return -1;
+	}
+	fork_handle();
+	attachment->plain = !wish->open;
+	attachment->holders = wish->open ? 1 : 0;
+	attachment_add(attachment);
+	if (info)
+		*info = (struct mshare_info){ (uintptr_t)attachment->start, attachment->size };
+	if (region)
+		describe(attachment, attachment->created, region);
+	return 0;
+}
+
+int attach_region(const char *name, char *start, size_t size, int oflags, mode_t mode,
+		  uint32_t kind, const struct wish *wish, struct mshare_info *info,
+		  struct mshare_region *region)
 {
 	struct attachment *attachment = calloc(1, sizeof *attachment);
 	int result;
 
 	if (!attachment)
 		return -1;
+	reason_forget();
 	attachment_lock();
 	strcpy(attachment->name, name);
 	attachment->start = start;
 	attachment->size = size;
 	attachment->writable = (oflags & O_ACCMODE) == O_RDWR;
 	attachment->connection = attachment->uffd = attachment->backing = -1;
-	do
-		result = try_add(attachment, oflags, mode, kind);
-	while (result < 0 && daemon_is_gone(errno) && wait_again(&attachment->waiting));
-	if (result < 0) {
-		int saved = errno;
-
-		free(attachment);
-		if (!attachment_first()) /* what fails leaves nothing behind */
-			root_forget();
-		errno = saved;
-	} else {
-		fork_handle();
-		attachment_add(attachment);
-		if (info)
-			*info = (struct mshare_info){ (uintptr_t)attachment->start, attachment->size };
-	}
+	result = add(attachment, oflags, mode, kind, wish, info, region);
 	attachment_unlock();
 	return result;
 }
 
-static bool known_flags(int oflags, int more)
+bool known_flags(int oflags, int more)
 {
 	int access = oflags & O_ACCMODE;
 
@@ -193,16 +326,21 @@ static bool known_flags(int oflags, int more)
 }
 
 /* A backing by its name; the empty name stands for the daemon's default. */
-static int kind_of(const char *backing, uint32_t *kind)
+int kind_of(const char *backing, uint32_t *kind)
 {
+	if (!backing)
+		backing = secure_getenv("MSHARE_BACKING");
 	if (!backing || *backing == '\0')
 		*kind = MSHARE_WIRE_BACKING_DEFAULT;
 	else if (strcmp(backing, "shm") == 0)
 		*kind = MSHARE_WIRE_BACKING_SHM;
 	else if (strcmp(backing, "hugetlb") == 0)
 		*kind = MSHARE_WIRE_BACKING_HUGETLB;
-	else
+	else {
+		reason_say("a region's backing is \"shm\" or \"hugetlb\"");
+		errno = EINVAL;
 		return -1;
+	}
 	return 0;
 }
 
@@ -218,17 +356,22 @@ MSHARE_EXPORT int mshare_backed(const char *name, void *addr, size_t length, int
 
 	if (name_check(name) < 0)
 		return -1;
-	if ((oflags & O_CREAT) &&
-	    kind_of(backing ? backing : secure_getenv("MSHARE_BACKING"), &kind) < 0) {
-		errno = EINVAL;
+	if ((oflags & O_CREAT) && kind_of(backing, &kind) < 0)
 		return -1;
-	}
 	if (!known_flags(oflags, O_CREAT | O_EXCL) || ((oflags & O_EXCL) && !(oflags & O_CREAT)) ||
 	    length == 0 || (uintptr_t)addr + length < (uintptr_t)addr) {
 		errno = EINVAL;
 		return -1;
 	}
-	return add(name, addr, length, oflags, mode, kind, NULL);
+	if (!addr)
+		return attach_region(name, NULL, 0, oflags, mode, kind,
+				     &(struct wish){ .length = length,
+						     .placed = oflags & O_CREAT,
+						     .zeros = true,
+						     .alone = true },
+				     NULL, NULL);
+	return attach_region(name, addr, length, oflags, mode, kind, &(struct wish){ 0 }, NULL,
+			     NULL);
 }
 
 MSHARE_EXPORT int mshare_attach(const char *name, int oflags, struct mshare_info *info)
@@ -239,5 +382,6 @@ MSHARE_EXPORT int mshare_attach(const char *name, int oflags, struct mshare_info
 		errno = EINVAL;
 		return -1;
 	}
-	return add(name, NULL, 0, oflags, 0, MSHARE_WIRE_BACKING_DEFAULT, info);
+	return attach_region(name, NULL, 0, oflags, 0, MSHARE_WIRE_BACKING_DEFAULT,
+			     &(struct wish){ 0 }, info, NULL);
 }

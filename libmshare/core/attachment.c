@@ -20,6 +20,7 @@ static atomic_uintptr_t lowest = UINTPTR_MAX, highest;
 void attachment_lock(void)
 {
 	pthread_mutex_lock(&lock);
+	reason_forget();
 }
 
 void attachment_unlock(void)
@@ -56,7 +57,25 @@ struct attachment **attachment_find(const char *name)
 {
 	struct attachment **link = &attachments;
 
-	while (*link && strcmp((*link)->name, name) != 0)
+	while (*link && (!(*link)->plain || strcmp((*link)->name, name) != 0))
+		link = &(*link)->next;
+	return link;
+}
+
+struct attachment *attachment_of(const unsigned char identity[MSHARE_IDENTITY])
+{
+	struct attachment *each = attachments;
+
+	while (each && memcmp(each->identity, identity, MSHARE_IDENTITY) != 0)
+		each = each->next;
+	return each;
+}
+
+struct attachment **attachment_link(const struct attachment *attachment)
+{
+	struct attachment **link = &attachments;
+
+	while (*link != attachment)
 		link = &(*link)->next;
 	return link;
 }

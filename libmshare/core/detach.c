@@ -9,7 +9,7 @@
  * The window goes first: from then on no thread of this process can wait for a
  * page, and the daemon may forget us.
  */
-static int detach(struct attachment **link, uint16_t op)
+int detach_region(struct attachment **link, uint16_t op)
 {
 	struct attachment *attachment = *link;
 	struct mshare_wire_request request = { .op = op };
@@ -28,6 +28,15 @@ static int detach(struct attachment **link, uint16_t op)
 	attachment_drop(attachment);
 	free(attachment);
 	return result;
+}
+
+/* The use that mshare() made; who holds the region by mshare_open() keeps it. */
+static int detach(struct attachment **link, uint16_t op)
+{
+	if ((*link)->holders == 0)
+		return detach_region(link, op);
+	(*link)->plain = false;
+	return 0;
 }
 
 MSHARE_EXPORT int mshare_detach(const char *name)

@@ -209,6 +209,37 @@ static int replace(const struct donation *donation, char **room, size_t size, in
 	return -1;
 }
 
+int donate_zeros(struct attachment *attachment, size_t length, bool *complete)
+{
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_COMMIT, .object_count = 1 };
+	struct mshare_wire_object object = {
+		.prot = PROT_READ | PROT_WRITE,
+		.flags = MAP_SHARED,
+	};
+	struct mshare_wire_reply reply;
+	struct statfs file_system;
+	size_t page;
+	int window_fd;
+
+	if (fstatfs(attachment->backing, &file_system) < 0)
+		return -1;
+	page = file_system.f_type == HUGETLBFS_MAGIC ? (size_t)file_system.f_bsize :
+						       (size_t)sysconf(_SC_PAGESIZE);
+	object.length = (length + page - 1) / page * page;
+	if (attachment_call(attachment, &request, &object, NULL, 0, &reply, &window_fd) < 0)
+		return -1;
+	*complete = true;
+	if (!attachment->writable) {
+		if (window_fd < 0) {
+			errno = EMFILE; /* there was no room for it: recvmsg(2) */
+			return -1;
+		}
+		close(attachment->backing);
+		attachment->backing = window_fd;
+	}
+	return window_map(attachment, reply.flags);
+}
+
 int donate(struct attachment *attachment, bool *complete)
 {
 	char *start = attachment->start;

@@ -68,6 +68,9 @@ int connection_open(int root);
  * with ENOTCONN: whether the call was done cannot be told.
  */
 #define CONNECTION_LOST (-2)
+/* What the daemon says to the last error of this thread: mshare_reason(). */
+void reason_forget(void);
+void reason_say(const char *text);
 int connection_call(int connection, const struct mshare_wire_request *request,
 		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
 		    struct mshare_wire_reply *reply, int *reply_fd);
@@ -111,6 +114,11 @@ struct attachment {
 	char *start;
 	size_t size;
 	bool writable;
+	bool created;     /* by this process */
+	bool plain;       /* attached by mshare() or the like, which mshare_detach() ends */
+	unsigned holders; /* mshare_open() that no mshare_close() has ended */
+	unsigned char identity[MSHARE_IDENTITY]; /* zeros: an older daemon does not tell */
+	size_t length;                           /* of what its creator wanted; or 0 */
 	int connection; /* its end tells the daemon that this sharer is gone */
 	int uffd;       /* kept for life: if the daemon dies, faults wait */
 	int backing;    /* the proof of a child after fork, and to the next daemon */
@@ -126,8 +134,12 @@ struct attachment *attachment_first(void);
 struct attachment *attachment_at(const char *address);
 /* The lowest start of an attachment above the address, or NULL. */
 char *attachment_above(const char *address);
-/* Where the attachment of a name hangs in the list, or its end. */
+/* Where the plain attachment of a name hangs in the list, or its end. */
 struct attachment **attachment_find(const char *name);
+/* The attachment of a region, by its identity, or NULL. */
+struct attachment *attachment_of(const unsigned char identity[MSHARE_IDENTITY]);
+/* Where it hangs in the list. */
+struct attachment **attachment_link(const struct attachment *attachment);
 void attachment_add(struct attachment *attachment);
 void attachment_remove(struct attachment **link);
 /* Close its connection and userfaultfd; and all its descriptors.  Async-signal-safe. */
@@ -154,10 +166,50 @@ int name_check(const char *name);
 const struct root *name_root(const struct waiting *waiting);
 /* Open a region's file as mshare() has to; *made: it is new. */
 int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made);
+/* The same for the region of an identity, whatever its name is.  ESTALE: it is gone. */
+int name_open_identity(int root, const unsigned char identity[MSHARE_IDENTITY], int oflags);
+/* Remove the name that a region has, if it has one and no other region has got it. */
+int name_unlink_identity(int root, const unsigned char identity[MSHARE_IDENTITY]);
 /* Remove the name that name_open() has made, unless somebody has given it a range. */
 void name_unmake(int root, const char *name, int region);
 /* Remove the name of a region that this process has not attached. */
 int name_unlink(const char *name);
+
+/* details.c: what a region's file tells and takes at DETAILS_OFFSET, beyond its end. */
+#define DETAILS_OFFSET 4096
+struct details {
+	unsigned char identity[MSHARE_IDENTITY];
+	uint64_t length;
+	uint64_t start, size; /* or what is kept for it, as long as it has no range */
+};
+/* 0, or -1 with errno; EPROTO if the daemon does not know it. */
+int details_read(int region, struct details *details);
+/*
+ * Have the daemon choose a range for length bytes, in which this process has nothing, and
+ * reserve it here.
+ */
+int details_place(int region, size_t length, struct details *details);
+
+/* What is asked of attach.c beside the attachment. */
+struct wish {
+	const struct mshare_request *open; /* of mshare_open(); else NULL */
+	size_t length; /* bytes, if its range is the daemon's choice, or if it begins with zeros */
+	bool placed;   /* its range is the daemon's choice */
+	bool zeros;    /* a new one begins with anonymous memory */
+	bool alone;    /* what this process has in the range does not become the region's */
+};
+/* Attach or create, as mshare() does; *info and *region may be NULL.  Takes the lock. */
+int attach_region(const char *name, char *start, size_t size, int oflags, mode_t mode,
+		  uint32_t kind, const struct wish *wish, struct mshare_info *info,
+		  struct mshare_region *region);
+
+/* A backing by its name; NULL: what the environment says, and empty what the daemon does. */
+int kind_of(const char *backing, uint32_t *kind);
+/* Whether oflags has an access mode and none but O_CLOEXEC and `more` besides. */
+bool known_flags(int oflags, int more);
+
+/* detach.c: end a sharer; the lock is held. */
+int detach_region(struct attachment **link, uint16_t op);
 
 /* What a donor has mapped in the range of a region to be. */
 struct vma {
@@ -203,6 +255,8 @@ int present_copy(struct donation *donation, char *end, bool files_known, int *fr
  * *complete: on failure, whether the region is there nevertheless, and is to go.
  */
 int donate(struct attachment *attachment, bool *complete);
+/* The same with zeros: length bytes of anonymous memory, and nothing is copied. */
+int donate_zeros(struct attachment *attachment, size_t length, bool *complete);
 
 /* window.c: async-signal-safe. */
 /* Keep the range free of other mappings; 1 if it has some, -1 with errno. */

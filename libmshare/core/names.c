@@ -60,6 +60,39 @@ int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated
 	return -1;
 }
 
+static void path_of_identity(const unsigned char identity[MSHARE_IDENTITY], char path[64])
+{
+	static const char prefix[] = ".identity-", digits[] = "0123456789abcdef";
+	char *at = path + sizeof prefix - 1;
+
+	memcpy(path, prefix, sizeof prefix);
+	for (int i = 0; i < MSHARE_IDENTITY; i++) {
+		*at++ = digits[identity[i] >> 4];
+		*at++ = digits[identity[i] & 15];
+	}
+	*at = '\0';
+}
+
+int name_open_identity(int root, const unsigned char identity[MSHARE_IDENTITY], int oflags)
+{
+	char path[64];
+	int fd;
+
+	path_of_identity(identity, path);
+	fd = openat(root, path, (oflags & O_ACCMODE) | O_CLOEXEC);
+	if (fd < 0 && errno == ENOENT)
+		errno = ESTALE;
+	return fd;
+}
+
+int name_unlink_identity(int root, const unsigned char identity[MSHARE_IDENTITY])
+{
+	char path[64];
+
+	path_of_identity(identity, path);
+	return unlinkat(root, path, 0);
+}
+
 /* By its number: whoever has removed it meanwhile may have made another one. */
 void name_unmake(int root, const char *name, int region)
 {

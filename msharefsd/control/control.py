@@ -16,7 +16,7 @@ from msharefsd.linux.processes import Deaths
 from msharefsd.memory.kept import Files
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.server import PageServer
-from msharefsd.region.region import INODES, Region
+from msharefsd.region.region import Region, region_of_file
 from msharefsd.region.registry import Regions
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
@@ -85,8 +85,8 @@ class Control:
         device = (identity.major, identity.minor)
         if device != self.mount_device:
             return self.regions.of_backing(*device, identity.inode)
-        number, kind = divmod(identity.inode, INODES)
-        return self.regions.with_id(number) if kind == 0 else None
+        number = region_of_file(identity.inode)
+        return None if number is None else self.regions.with_id(number)
 
     def close_all(self, fds: list[int], uid: int) -> None:
         """Close what a client of that user sent.

@@ -83,3 +83,5 @@ class SavedName(NamedTuple):
     major: int
     minor: int
     inode: int
+    identity: bytes
+    length: int

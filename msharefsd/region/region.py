@@ -38,8 +38,16 @@ from msharefsd.telemetry.labels import label
 
 INODES: Final = 8
 """Inode numbers in the mount that each region has, from `id * INODES` on: its file's first."""
+BY_IDENTITY: Final = 6
+"""Which of them is the region's file once more, found by the region's identity."""
 TASK_SIZE: Final = 1 << 47
 """The first address that user space cannot have with 4-level page tables."""
+
+
+def region_of_file(inode: int) -> int | None:
+    """The id of the region whose file has that inode number, by its name or its identity."""
+    number, kind = divmod(inode, INODES)
+    return number if kind in (0, BY_IDENTITY) else None
 
 
 class State(Enum):

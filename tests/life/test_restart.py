@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sqlite3
+import struct
 import subprocess
 import tempfile
 import time
@@ -519,6 +520,33 @@ def test_who_creates_a_region_gets_it(stage: Stage, barrier: str, user: int) -> 
     creator.ok("mmap", BASE + SIZE, PAGE, 3, SHARED | FIXED)
     creator.ok("store", BASE + SIZE, 3)
     assert late.do("load", BASE + SIZE) == "3"
+    assert daemon.sharers("new") == 2
+    late.ok("unlink", "new")
+    creator.ok("unlink", "new")
+    assert not (daemon.mount / "new").exists()
+    stage.check()
+    stage.leave()
+
+
+@pytest.mark.parametrize("barrier", ["create", "reply.ATTACH", "reply.COMMIT"])
+@pytest.mark.parametrize("exclusive", [os.O_EXCL, 0])
+def test_a_region_that_is_put_somewhere_is_made_once(
+    stage: Stage, barrier: str, exclusive: int
+) -> None:
+    daemon = stage.daemon
+    creator, late = stage.start(), stage.start()
+    daemon.kill()
+    launch_parked(daemon, barrier)
+    creator.send("mshare", "new", 0, 3 * PAGE, os.O_CREAT | os.O_RDWR | exclusive, 0o600)
+    parked(daemon)
+    daemon.start()
+    assert creator.result() == "0"
+    start, size = struct.unpack("=QQ", (daemon.mount / "new").read_bytes())
+    assert size == ALIGNMENT
+    creator.ok("store", start + 3 * PAGE - 1, 3)
+    late.ok("mshare", "new", 0, 1, os.O_RDWR, 0)
+    assert late.do("load", start + 3 * PAGE - 1) == "3"
+    assert late.do("load", start + 3 * PAGE) == "SIGBUS"
     assert daemon.sharers("new") == 2
     late.ok("unlink", "new")
     creator.ok("unlink", "new")
