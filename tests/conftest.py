@@ -374,8 +374,14 @@ class Daemon:
         return list(huge.iterdir()) if huge.exists() else []
 
     def descriptors(self) -> int:
-        """Of all its processes."""
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
+        """Of all its processes, and of those threads that have a table of their own."""
+        tables: set[tuple[int, frozenset[str]]] = set()
+        for pid in self.processes():
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                    table = frozenset(os.listdir(f"/proc/{pid}/task/{thread}/fd"))
+                    tables.add((pid, table))
+        return sum(len(table) for _, table in tables)
 
     def has_open(self, file: Path) -> bool:
         for pid in self.processes():

@@ -19,10 +19,9 @@ from pathlib import Path
 import pytest
 from bare import become
 from fuzzing import TIMEOUT, keep_at_it, number
-from world import ALICE, MALLORY, World
+from world import ALICE, MALLORY, NOBODY, World
 from world import world_fixture as _world_fixture  # noqa: F401 - the test asks for `world`
 
-NOBODY = 65534
 NAMES = (
     *(b"evil", b"good", b"fuzz", b"fuzz2", b".control", b".regions", b".metrics", b"mshare_info"),
     *(b".regions/evil", b".regions/good/info", b".regions/evil/maps", b".regions/evil/sharers"),

@@ -414,7 +414,7 @@ def test_whoever_is_killed_while_it_waits_leaves_no_descriptor(world: World) -> 
         flags=flags,
     )
     assert answer.error == 0
-    before = Baseline(world.daemon)
+    before = Baseline(world.daemon, MALLORY)
 
     def wait() -> None:
         for _ in range(10):

@@ -13,6 +13,7 @@ import os
 import time
 
 import pytest
+from become import found_by
 from conftest import eventually
 from hostile import ATTACKS, MALLORY, MANY_USERS, QUIET_READER, Attack
 from victim import ALICE
@@ -33,7 +34,7 @@ def withstand(walls: Walls, attack: Attack) -> None:
         # What a region gets when it is first read is no leak.
         with walls.attacked(QUIET_READER):
             walls.all_go_on()
-    walls.found_by(MALLORY, *MANY_USERS)
+    found_by(walls.daemon.mount, MALLORY, *MANY_USERS)
     before = walls.settled()
     walls.go()
     with walls.attacked(attack):

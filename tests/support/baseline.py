@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import time
 
+from become import found_by
 from conftest import Daemon, eventually
 
 
 class Baseline:
     """What the daemon holds when nobody is there."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, *users: int) -> None:
         self.daemon = daemon
-        # Its user has been there, and has a socket: see mount/controls.py.
-        os.stat(daemon.mount / ".control")
+        found_by(daemon.mount, os.geteuid(), *users)
         self.regions = set(os.listdir(daemon.mount))
         self.held = self._held()
         same = 0

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 NOBODY = 65534
 
@@ -31,3 +32,10 @@ def seen_by(uid: int) -> Iterator[None]:
         yield
     finally:
         libc.setfsuid(os.geteuid())
+
+
+def found_by(mount: Path, *users: int) -> None:
+    """They have been there: the daemon has a control socket for each, and keeps it."""
+    for uid in users:
+        with seen_by(uid):
+            os.stat(mount / ".control")

@@ -25,7 +25,7 @@ from msharefsd.linux.uffd import Mode
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
-ALICE, MALLORY = 1000, 1666
+ALICE, MALLORY, NOBODY = 1000, 1666, 65534
 Spawn = Callable[..., Client]
 EVIL = BASE + (1 << 40)
 """Where the hostile user's region is."""
@@ -70,7 +70,7 @@ class World:
         self.mallory.ok("fork", "reader", "evil", EVIL + ALIGNMENT - PAGE)
         self.alice_is_well()
         self.children: list[Child] = []
-        self.baseline = Baseline(daemon)
+        self.baseline = Baseline(daemon, MALLORY, ALICE, NOBODY)
         self.held = self.descriptors()
 
     def alice_is_well(self) -> None:
