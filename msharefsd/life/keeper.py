@@ -22,7 +22,7 @@ import socket
 import struct
 import sys
 import threading
-from typing import Final
+from typing import Final, NoReturn
 
 STORE: Final = b"s"
 REMOVE: Final = b"r"
@@ -93,7 +93,9 @@ def main(listener: socket.socket) -> None:
     """Serve one daemon after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     path = listener.getsockname()
-    born = os.stat(path).st_ino
+    born = 0
+    with contextlib.suppress(OSError):  # gone already: who has connected is served
+        born = os.stat(path).st_ino
     held: dict[int, int] = {}
     while True:
         listener.settimeout(LOOK_SECONDS)
@@ -115,7 +117,22 @@ def main(listener: socket.socket) -> None:
                 return
 
 
+def alone(listener: int) -> NoReturn:
+    """Be a keeper, with nothing but that socket."""
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):
+            os.dup2(null, standard)
+        os.closerange(3, listener)
+        os.closerange(listener + 1, os.sysconf("SC_OPEN_MAX"))
+        os.chdir("/")
+        main(socket.socket(fileno=listener))
+    finally:
+        # Not sys.exit(): a close that hangs would hold it up.
+        os._exit(0)
+
+
 if __name__ == "__main__":
     main(socket.socket(fileno=int(sys.argv[1])))
-    # Not sys.exit(): a close that hangs would hold it up.
-    os._exit(0)
+    os._exit(0)  # as above

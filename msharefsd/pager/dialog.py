@@ -233,7 +233,7 @@ class Dialog:
                 # is none.
                 ending = trio.current_effective_deadline() == -math.inf
                 if self._stopping or not ending:
-                    connection.leave()
+                    connection.leave(for_good=self._stopping)
                     with trio.CancelScope(shield=True):
                         await ours.wait()
                         await connection.close()

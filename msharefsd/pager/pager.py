@@ -26,6 +26,7 @@ from setproctitle import setproctitle
 
 from msharefsd.config import Config
 from msharefsd.control.control import Control
+from msharefsd.control.guards import Guards, split
 from msharefsd.control.orphans import Orphans
 from msharefsd.control.peer import Peer
 from msharefsd.errors import Refused, StartError
@@ -180,7 +181,8 @@ class _Pager:
         """Adopt what is there, serve, and end."""
         known, device, board = await self._dialog.names()
         self._regions.board = board
-        kept = self._keeper.take()
+        kept, guarded = split(self._keeper.take())
+        guards = Guards(self._keeper)
         recovery.adopt_regions(
             self._journal,
             self._regions,
@@ -196,7 +198,7 @@ class _Pager:
         regions.release = writeback.release
         spaces = AddressSpaces(found, pages, writeback, self._journal)
         with contextlib.closing(Deaths()) as deaths:
-            orphans = Orphans(regions, pages, deaths)
+            orphans = Orphans(regions, pages, deaths, guards)
             control = Control(
                 self._dialog,
                 regions,
@@ -211,6 +213,7 @@ class _Pager:
                 Threads(self._limits.threads),
                 self._files,
                 orphans,
+                guards,
                 config.backing,
                 partial(_may_have_device, config),
             )
@@ -219,7 +222,9 @@ class _Pager:
                 nursery.start_soon(deaths.run)
                 await nursery.start(pages.run)
                 await nursery.start(orphans.run)
-                await recovery.adopt_sharers(self._journal, regions, pages, spaces, orphans)
+                await recovery.adopt_sharers(
+                    self._journal, regions, pages, spaces, orphans, guards, guarded
+                )
                 await self._dialog.ready(list(regions.alive()))
                 nursery.start_soon(writeback.run, regions.alive)
                 if config.collapse and found.collapse:

@@ -8,6 +8,8 @@ where /dev/shm is mounted huge=never.  The next touch maps the huge page in one 
 
 It is asked for by process_madvise(2) in the name of the sharer that populated the
 chunk: so the huge page is charged where the small ones were.  No code of the sharer runs.
+A process that has no huge pages (PR_SET_THP_DISABLE), or that we may not do that to, is
+no reason for the others to do without: then it is asked for in another's name.
 
 Left out are chunks that have a hole or an absent page (the kernel would have to fill
 it behind the page server's back, and refuses), and those where something is
@@ -19,6 +21,7 @@ than a part of a processor.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import time
@@ -33,6 +36,7 @@ from msharefsd.linux import syscalls
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging.pages import pages_of
+from msharefsd.paging.window import window_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.telemetry.metrics import Metrics
 
@@ -45,11 +49,23 @@ SHARE_OF_A_PROCESSOR: Final = 0.25
 BATCH: Final = 64
 """Chunks found at once: what is true of them may change while they wait."""
 
+CAP_SYS_NICE: Final = 23
+MOST_SAID: Final = 1024
+MOST_NAMES: Final = 8
+"""In how many sharers' names one chunk is tried in one look."""
+
 # EAGAIN, EBUSY: somebody uses the pages just now.  ENOMEM: no huge page to be had.
-# EINVAL: changed meanwhile.  ESRCH: the sharer is gone.
-_LATER: Final = frozenset(
-    {errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINVAL, errno.ESRCH, errno.EFAULT}
-)
+# ESRCH: the sharer is gone.
+_LATER: Final = frozenset({errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.ESRCH, errno.EFAULT})
+# EINVAL: it has no huge pages; or something has changed meanwhile.
+_NOT_THIS_ONE: Final = frozenset({errno.EINVAL, errno.EPERM, errno.ESRCH})
+
+
+_REASONS: Final = {
+    errno.EINVAL: "none of its sharers that were tried may have huge pages (PR_SET_THP_DISABLE), "
+    "or what they have mapped has changed meanwhile",
+    errno.EPERM: "no right to process_madvise(2) on its sharers",
+}
 
 
 class Collapser:
@@ -60,6 +76,7 @@ class Collapser:
         self._metrics = metrics
         self._interval = interval
         self._limiter = trio.CapacityLimiter(1)
+        self._said: set[tuple[int, int]] = set()
 
     async def run(self, regions: Callable[[], Iterable[Region]]) -> None:
         """Look, collapse, pause; forever, or until it turns out to be not allowed."""
@@ -95,14 +112,43 @@ class Collapser:
 
     async def _chunk(self, region: Region, chunk: int) -> None:
         pages = pages_of(region)
-        sharer = _in_whose_name(region, chunk)
-        armed = any(True for _ in pages.armed.within(chunk, chunk + HUGE_PAGE))
-        if sharer is None or sharer.pidfd is None or armed:
+        since = time.monotonic()
+        code = 0
+        for sharer in _in_whose_names(region, chunk):
+            armed = any(True for _ in pages.armed.within(chunk, chunk + HUGE_PAGE))
+            if armed or sharer.pidfd is None or sharer.uffd < 0:
+                continue
+            code = await self._in_name_of(sharer, chunk)
+            window = window_of(sharer)
+            window.huge = code not in (errno.EINVAL, errno.EPERM)
+            if code not in _NOT_THIS_ONE:
+                break
+        if code:
+            self._metrics.not_collapsed.labels(errno.errorcode.get(code, str(code))).inc()
+            if code == errno.EPERM and not syscalls.capabilities() >> CAP_SYS_NICE & 1:
+                raise PermissionError(code, os.strerror(code))
+            self._say(region, code)
+        taken = time.monotonic() - since
+        await trio.sleep(taken * (1 / SHARE_OF_A_PROCESSOR - 1))
+
+    def _say(self, region: Region, code: int) -> None:
+        if code in _LATER or (region.id, code) in self._said:
             return
+        if len(self._said) >= MOST_SAID:
+            self._said.clear()
+        self._said.add((region.id, code))
+        why = _REASONS.get(code, os.strerror(code))
+        level = logging.INFO if code in _REASONS else logging.WARNING
+        log.log(level, "region %s: page tables stay as they are: %s", region.label(), why)
+
+    async def _in_name_of(self, sharer: Sharer, chunk: int) -> int:
+        """The errno, 0 if it is done."""
+        region = sharer.region
+        pages = pages_of(region)
+        assert sharer.pidfd is not None
         pidfd = os.dup(sharer.pidfd)
         address = region.start + chunk
         pages.collapsed.add(chunk)  # before: what changes it meanwhile takes it out again
-        since = time.monotonic()
         barrier("collapse")
         try:
             await self._in_thread(
@@ -111,23 +157,25 @@ class Collapser:
             self._metrics.collapsed.inc()
         except OSError as error:
             pages.collapsed.discard(chunk)
-            if error.errno == errno.EPERM:
-                raise
-            if error.errno not in _LATER:
-                log.warning("region %s: cannot collapse: %s", region.label(), error.strerror)
+            return error.errno or errno.EIO
         finally:
             os.close(pidfd)
-        taken = time.monotonic() - since
-        await trio.sleep(taken * (1 / SHARE_OF_A_PROCESSOR - 1))
+        return 0
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(function, limiter=self._limiter)
 
 
-def _in_whose_name(region: Region, chunk: int) -> Sharer | None:
-    """Who pays for a chunk: who populated it, or the oldest sharer that writes."""
+def _in_whose_names(region: Region, chunk: int) -> list[Sharer]:
+    """Who is to pay for a chunk: who populated it; else who writes, the oldest first.
+
+    Those of whom it is known that they have no huge pages come last: that may have changed.
+    """
     payer = region.sharers.get(pages_of(region).payers.get(chunk, 0))
-    return payer or next((each for each in region.sharers.values() if each.writable), None)
+    others = (each for each in region.sharers.values() if each.writable and each is not payer)
+    first = [] if payer is None else [payer]
+    found = first + list(itertools.islice(others, MOST_NAMES))
+    return sorted(found, key=lambda each: not window_of(each).huge)[:MOST_NAMES]
 
 
 def _populated(fd: int, ranges: Iterable[tuple[int, int]], offset: int) -> list[int]:

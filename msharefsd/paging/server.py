@@ -23,6 +23,7 @@ import contextlib
 import errno
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
@@ -32,7 +33,7 @@ from msharefsd.journal.journal import Journal
 from msharefsd.linux import uffd
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
-from msharefsd.linux.uffd import Fault, Outcome
+from msharefsd.linux.uffd import Fault, Inherited, Outcome
 from msharefsd.paging.background import Background
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
 from msharefsd.paging.hunger import Hunger
@@ -60,6 +61,13 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.5
 
 
+Heir = Callable[[Sharer, int], Awaitable[None]]
+
+
+async def _nobody(_sharer: Sharer, fd: int) -> None:
+    os.close(fd)
+
+
 class PageServer:
     """Serves the faults of all sharers of one daemon."""
 
@@ -75,6 +83,8 @@ class PageServer:
         self._capabilities = capabilities
         self._metrics = metrics
         self._journal = journal
+        self.inherited: Heir = _nobody
+        """Told of a child that has a sharer's window, and its userfaultfd, which it takes."""
         self._reader = uffd.Reader(nowait=capabilities.nowait)
         self._seldom = Seldom()
         self._background = Background()
@@ -142,16 +152,20 @@ class PageServer:
                     await trio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
             for fault in faults:
-                barrier("fault.read")
-                try:
-                    outcome = self._answer(window, fault)
-                except OSError as error:
-                    outcome = self._failed(window, window.page_of(fault.address), error)
-                if outcome is Outcome.GONE:
+                if isinstance(fault, Inherited):
+                    await self.inherited(window.sharer, fault.uffd)
+                elif self._answered(window, fault) is Outcome.GONE:
                     return
                 await breath.take()
                 if window.uffd < 0:
                     return
+
+    def _answered(self, window: Window, fault: Fault) -> Outcome:
+        barrier("fault.read")
+        try:
+            return self._answer(window, fault)
+        except OSError as error:
+            return self._failed(window, window.page_of(fault.address), error)
 
     def _failed(self, window: Window, offset: int, error: OSError) -> Outcome:
         """A fault that cannot be answered ends in SIGBUS, and not in waiting forever."""

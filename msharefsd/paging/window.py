@@ -104,6 +104,8 @@ class Window(Mapping):
         """What of that is to be populated as soon as it can be: see hunger.py."""
         self.threads: dict[int, int] = {}
         """Threads as we number them, by their own numbers: see thread.py."""
+        self.huge = True
+        """Whether its process may have huge pages, as far as is known: see collapse.py."""
         self.ready = False
         """It has asked for what is protected since it mapped its window."""
 
