@@ -170,6 +170,10 @@ def _page(now: Snapshot, before: Snapshot | None, height: int) -> RenderableType
     )
 
 
+_ENDING: Final = frozenset(b"q\x03\x04")
+"""What ends it: q, Ctrl-C, Ctrl-D."""
+
+
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
     """Keys without Enter, on a terminal that is put back whatever ends us.
@@ -187,7 +191,7 @@ def _keys() -> Iterator[Callable[[float], bool]]:
             if not select.select([source] if listening else [], [], [], left)[0]:
                 break
             typed = os.read(source, 64)
-            if not typed or b"q" in typed.lower() or b"\x04" in typed:
+            if not typed or set(typed.lower()) & _ENDING:
                 return True
         return False
 
@@ -196,8 +200,13 @@ def _keys() -> Iterator[Callable[[float], bool]]:
     ending = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     old = termios.tcgetattr(source) if listening else None
     try:
-        if listening:
+        if old is not None:
             tty.setcbreak(source)
+            # Ctrl-C is a key as well: as a signal it would interrupt whatever runs just now,
+            # the child that asks the daemon too.
+            modes = termios.tcgetattr(source)
+            modes[6][termios.VINTR] = os.fpathconf(source, "PC_VDISABLE").to_bytes(1, "little")
+            termios.tcsetattr(source, termios.TCSADRAIN, modes)
         yield wait
     except KeyboardInterrupt:
         pass

@@ -66,6 +66,7 @@ class Connection:
             while await self._one_call():
                 pass
             nursery.cancel_scope.cancel()
+        self._state.nursery = None
 
     def leave(self, *, for_good: bool = False) -> None:
         """Undo what the calls of this connection did and did not undo themselves.
@@ -76,11 +77,10 @@ class Connection:
         if pidfd is not None:
             self._control.deaths.forget(pidfd)
         sharer = None if for_good else self._state.leave_alone()
+        self._state.leave()
         if sharer is not None:
             self._control.orphans.add(sharer, pidfd)
-            return
-        self._state.detach()
-        if pidfd is not None:
+        elif pidfd is not None:
             os.close(pidfd)
 
     async def close(self) -> None:

@@ -147,6 +147,17 @@ class Sharing:
         with trio.CancelScope(shield=True):
             await self._served.wait()
 
+    def leave(self) -> None:
+        """The connection is over.
+
+        Nothing refers to itself through it any more: what thousands of connections leave
+        behind is freed at once then, and not all together by the garbage collector.
+        """
+        self.detach()
+        self.nursery = None
+        self._note = _nobody
+        self._serving = trio.CancelScope()
+
     def detach(self) -> None:
         """It is a sharer no more; what it had begun to build is not there."""
         if self.building is not None:
@@ -167,3 +178,8 @@ class Sharing:
         if sharer.region.creator == self.peer.pid:
             # It knows: from now on whoever says so is another.
             self.control.regions.forget_creator(sharer.region)
+        sharer.note = _nobody
+
+
+def _nobody() -> None:
+    """There is nobody to tell."""

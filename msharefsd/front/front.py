@@ -25,7 +25,6 @@ from msharefsd.front.pagers import Pager, Pagers
 from msharefsd.front.router import Router
 from msharefsd.front.setting_up import (
     End,
-    bind_control,
     huge_pages,
     locked,
     mounted,
@@ -37,10 +36,11 @@ from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
 from msharefsd.life.selfcheck import SelfCheck
-from msharefsd.linux import features
+from msharefsd.linux import features, priority
 from msharefsd.linux.mounts import Mount, top_mount
 from msharefsd.mount import mounting
 from msharefsd.mount.asking import Asking
+from msharefsd.mount.controls import Controls
 from msharefsd.mount.filesystem import FileSystem
 from msharefsd.mount.names import Names
 from msharefsd.pager.pager import DIRECTORY, Setting
@@ -112,7 +112,9 @@ class _Front:
         names = Names(config.alignment_bytes, limits, self.journal)
         turns = Turns()
         asked = _Asked(metrics)
-        operations = FileSystem(names, Asking(asked), turns, config.control_group)
+        controls = Controls(config.control_group)
+        stack.callback(controls.close)
+        operations = FileSystem(names, Asking(asked), turns, controls)
         directory = Path(config.run_directory)
         stack.enter_context(mounted(config, directory / "graft", operations, end))
         mount = top_mount(config.mountpoint)
@@ -120,7 +122,7 @@ class _Front:
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
         pagers = asked.pagers = Pagers(self.starter, names, mount.device)
-        router = Router(names, pagers, limits, mount.device)
+        router = Router(names, pagers, limits, turns, mount.device)
         async with trio.open_nursery() as pagers_nursery:
             await pagers_nursery.start(pagers.run)
             with contextlib.ExitStack() as serving:
@@ -131,11 +133,11 @@ class _Front:
                     nursery.start_soon(_stop_when_unmounted, mount, nursery.cancel_scope, end)
                     check = await self._check(serving)
                     await self._adopt(pagers, directory)
+                    await nursery.start(router.run)
                     with trio.fail_after(SELF_CHECK_SECONDS):
-                        bound = await bind_control(config.mountpoint)
-                    listener = serving.enter_context(trio.socket.from_stdlib_socket(bound))
-                    nursery.start_soon(router.run, listener)
+                        await controls.bind(config.mountpoint, router.serve)
                     end.for_good = False
+                    priority.give_back()
                     log.info(
                         "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
                     )
@@ -239,6 +241,7 @@ async def _serve_fuse(scope: trio.CancelScope) -> None:
     try:
         await pyfuse3.main(max_tasks=MOST_TASKS)
     finally:
+        runs.over()
         scope.cancel()  # the connection was aborted: nothing is left to serve
 
 
@@ -246,6 +249,7 @@ async def _stop_when_unmounted(mount: Mount, scope: trio.CancelScope, end: End) 
     await mounting.until_unmounted(mount)
     log.info("unmounted by somebody else: stopping")
     end.for_good = True
+    runs.over()
     scope.cancel()
 
 
@@ -259,4 +263,5 @@ async def _stop_on_signal(
         async for number in signals:
             log.info("%s: stopping", signal.Signals(number).name)
             end.for_good = number != signal.SIGHUP
+            runs.over()
             scope.cancel()

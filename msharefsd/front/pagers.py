@@ -56,6 +56,7 @@ from msharefsd.mount.asking import Text
 from msharefsd.mount.names import Name, Names
 from msharefsd.telemetry.metrics import Sample
 from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +220,7 @@ class Pager:
 
     async def _listen(self) -> None:
         assert self._channel is not None
+        breath = Breath()
         while (got := await self._channel.receive()) is not None:
             message, fds = got
             self.heard = trio.current_time()
@@ -229,6 +231,7 @@ class Pager:
             finally:
                 for fd in fds:
                     os.close(fd)
+            await breath.take()
 
     def _heard(self, message: FromPager, fds: list[int]) -> None:  # noqa: C901 - a case each
         match message:

@@ -6,6 +6,10 @@ region's file, or its memory.  The front looks at that message and leaves it whe
 never the last, and what a client has sent is received, used and closed by a pager alone.
 Who proves no right to anything is turned down by the pager of its own user.
 
+All that wait are accepted at once, and looked at in turns by user (threads/fairness.py). Who
+has too many connections waits in a line of their own (mount/controls.py) until the one that
+is too many has been told.
+
 What is asked of a client's descriptor here is statx(2) with AT_STATX_DONT_SYNC, which file
 systems answer from what they have; see linux/syscalls.py.
 """
@@ -18,6 +22,7 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from typing import Final
 
 import trio
@@ -29,75 +34,102 @@ from msharefsd.linux.credentials import credentials
 from msharefsd.mount.names import Name, Names
 from msharefsd.region.limits import Limits
 from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
 
-BACKLOG: Final = 4096
 _ROOM: Final = socket.CMSG_SPACE(12) + socket.CMSG_LEN(4)
 """For who has sent it, and one descriptor."""
 AGAIN_SECONDS: Final = 0.1
+_AT_ONCE: Final = 256
+"""How many connections are accepted before others have their turn: some milliseconds."""
 
 
 class Router:
     """Accepts connections and hands each to a pager."""
 
     def __init__(
-        self, names: Names, pagers: Pagers, limits: Limits, mount_device: tuple[int, int]
+        self,
+        names: Names,
+        pagers: Pagers,
+        limits: Limits,
+        turns: Turns,
+        mount_device: tuple[int, int],
     ) -> None:
         """`mount_device`: the device numbers of the mount, whose files are proofs."""
         self._names = names
         self._pagers = pagers
         self._limits = limits
+        self._turns = turns
         self._mount_device = mount_device
         self._seldom = Seldom()
+        self._nursery: trio.Nursery
 
-    async def run(self, listener: trio.socket.SocketType) -> None:
-        """Serve until cancelled."""
-        async with trio.open_nursery() as nursery:
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def serve(self, listener: socket.socket, uid: int | None) -> None:
+        """Accept from a socket that does not block, and is a user's or everybody's."""
+        self._nursery.start_soon(self._accept, listener, uid)
+
+    async def _accept(self, listener: socket.socket, uid: int | None) -> None:
+        with listener:
             while True:
                 try:
-                    sock, _ = await listener.accept()
+                    for _ in range(_AT_ONCE):
+                        sock, _ = listener.accept()
+                        await self._accepted(sock, is_own=uid is not None)
+                    await trio.lowlevel.checkpoint()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(listener)
                 except OSError as error:
                     if self._seldom.now(error.errno):
                         log.error("cannot accept a connection: %s", error.strerror)
                     await trio.sleep(AGAIN_SECONDS)
-                    continue
-                nursery.start_soon(self._route, sock)
 
-    async def _route(self, accepted: trio.socket.SocketType) -> None:
-        sock = socket.socket(fileno=accepted.detach())
+    async def _accepted(self, sock: socket.socket, *, is_own: bool) -> None:
+        sock.setblocking(False)
         uid = credentials(sock)[1]
         over = contextlib.ExitStack()
         try:
+            over.enter_context(self._limits.account(uid).connection())
+        except Refused as refused:
+            if is_own:
+                await self._turn_down(sock, uid, refused)
+            else:
+                self._nursery.start_soon(self._turn_down, sock, uid, refused)
+        else:
+            self._nursery.start_soon(self._route, sock, uid, over)
+
+    async def _turn_down(self, sock: socket.socket, uid: int, refused: Refused) -> None:
+        with _left_open(sock):
+            await self._pagers.turn_down(sock, uid, refused, lambda: None)
+
+    async def _route(self, sock: socket.socket, uid: int, over: contextlib.ExitStack) -> None:
+        with _left_open(sock):
             try:
-                over.enter_context(self._limits.account(uid).connection())
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 await trio.lowlevel.wait_readable(sock)
-                first = _look(sock)
-            except Refused as refused:
-                await self._pagers.turn_down(sock, uid, refused, over.close)
-                return
-            if first is None:
-                sock.close()  # it has hung up, and there was nothing in it
-                over.close()
-                return
-            name = self._proven(first)
-            home = uid if name is None else name.home
-            await self._pagers.hand_over(sock, home, name, over.close)
-        except Exception:
-            log.exception("a connection failed")
-            broken = Refused(errno.EIO, "internal error: see the daemon's log")
-            await self._pagers.turn_down(sock, uid, broken, over.close)
-        finally:
-            # If it is we who end: not closed by us, there may be something in it.
-            if sock.fileno() >= 0:
-                sock.detach()
+                async with self._turns.turn(uid):
+                    first = _look(sock)
+                    name = self._proven(first) if first else None
+                if first is None:
+                    sock.close()  # it has hung up, and there was nothing in it
+                    over.close()
+                    return
+                home = uid if name is None else name.home
+                await self._pagers.hand_over(sock, home, name, over.close)
+            except Exception:
+                log.exception("a connection failed")
+                broken = Refused(errno.EIO, "internal error: see the daemon's log")
+                await self._pagers.turn_down(sock, uid, broken, over.close)
 
     def _proven(self, fds: list[int]) -> Name | None:
         """The region that the first descriptor of a message is of; closes them."""
         try:
-            if not fds:
-                return None
             identity = syscalls.identify(fds[0])
             device = identity.major, identity.minor
             if device == self._mount_device:
@@ -106,6 +138,16 @@ class Router:
         finally:
             for fd in fds:
                 os.close(fd)
+
+
+@contextlib.contextmanager
+def _left_open(sock: socket.socket) -> Iterator[None]:
+    """If it is we who end, it is not closed by us: there may be something in it."""
+    try:
+        yield
+    finally:
+        if sock.fileno() >= 0:
+            sock.detach()
 
 
 def _look(sock: socket.socket) -> list[int] | None:

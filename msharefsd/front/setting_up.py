@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import resource
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,12 @@ import pyfuse3
 
 from msharefsd.config import Config
 from msharefsd.errors import StartError
-from msharefsd.front.router import BACKLOG
 from msharefsd.life import lock
 from msharefsd.linux.features import LACKING, Capabilities
 from msharefsd.memory.hugetlb import HugetlbBacking, Pool
 from msharefsd.mount import mounting
-from msharefsd.mount.filesystem import CONTROL_NAME, FileSystem
+from msharefsd.mount.filesystem import FileSystem
 from msharefsd.security import trust
-from msharefsd.threads import apart
 
 log = logging.getLogger(__name__)
 
@@ -127,29 +124,3 @@ def mounted(config: Config, workspace: Path, operations: FileSystem, end: End) -
 def open_root(mountpoint: str) -> int:
     """The mount's root directory, whatever is mounted over it later."""
     return os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-async def bind_control(mountpoint: str) -> socket.socket:
-    """The control socket, in the mount.  Raises OSError."""
-    listener = socket.socket(
-        socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    )
-
-    def bind() -> None:
-        path = os.path.join(mountpoint, os.fsdecode(CONTROL_NAME))
-        if len(os.fsencode(path)) < 108:
-            listener.bind(path)
-            return
-        directory = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            listener.bind(f"/proc/thread-self/fd/{directory}/{os.fsdecode(CONTROL_NAME)}")
-        finally:
-            os.close(directory)
-
-    try:
-        await apart.run(bind, keep=[listener.fileno()])
-        listener.listen(BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener

@@ -31,6 +31,10 @@ _REQUEST: Final = struct.Struct("=I")
 _REPLY: Final = struct.Struct("=i")
 _FIRST: Final = 3
 _MOST: Final = 1 << 20
+_COLLECT: Final = (700, 10, 10_000)
+"""When garbage is collected (gc.set_threshold()): all of it hardly ever, since that takes 50 ms
+and more with thousands of sharers, and they wait.  What comes and goes in such numbers is to
+refer to itself no more when it goes, and is freed without."""
 
 Main = Callable[[int, socket.socket], NoReturn]
 """What a pager does: its user, and its end of the channel."""
@@ -44,6 +48,7 @@ class Starter:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_COLLECT)
         self.pid = os.fork()
         if self.pid == 0:
             try:

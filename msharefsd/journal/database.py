@@ -32,6 +32,9 @@ from msharefsd.errors import Refused, StartError
 log = logging.getLogger(__name__)
 
 COMPLAIN_SECONDS: Final = 10.0
+_LEAST_PAGES: Final = 64
+_MOST_LOG_PAGES: Final = 200
+"""After so many the log goes into the database: often, and so never for long."""
 
 
 def _boot() -> str:
@@ -49,6 +52,9 @@ class Database:
     """How to make it."""
     volatile: ClassVar[tuple[str, ...]]
     """What has no meaning after the machine was started anew."""
+    share: ClassVar[int]
+    """It takes at most one of so many parts of what its file system has for it: who fills it
+    leaves room for others'."""
 
     def __init__(self, directory: Path | None = None) -> None:
         """Open the database in `directory`, or make it; without one keep it in memory.
@@ -86,7 +92,7 @@ class Database:
         execute("PRAGMA foreign_keys = ON")
         execute("PRAGMA temp_store = MEMORY")  # or its file stays open in exclusive mode
         execute("PRAGMA synchronous = OFF")
-        execute("PRAGMA wal_autocheckpoint = 200")  # more often, and so never for long
+        self._limit()
         (version,) = execute("PRAGMA user_version").fetchone()
         (tables,) = execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if tables and version != self.schema:
@@ -111,6 +117,17 @@ class Database:
                     execute(statement)
                 execute("INSERT INTO boot VALUES (?)", (_boot(),))
                 execute(f"PRAGMA user_version = {self.schema}")
+
+    def _limit(self) -> None:
+        (size,) = self._database.execute("PRAGMA page_size").fetchone()
+        pages = 1 << 30
+        if self._path is not None:
+            found = os.statvfs(self._path.parent)
+            room = found.f_bavail * found.f_frsize + os.stat(self._path).st_size
+            pages = max(_LEAST_PAGES, room // self.share // size)
+        self._database.execute(f"PRAGMA max_page_count = {pages}")
+        most = min(_MOST_LOG_PAGES, pages // 4)
+        self._database.execute(f"PRAGMA wal_autocheckpoint = {most}")
 
     # -- writing --
 

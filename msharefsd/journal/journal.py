@@ -108,6 +108,7 @@ class Journal(Database):
     schema = 3
     tables = _TABLES
     volatile = ("regions", "files")
+    share = 16
 
     def save_region(self, row: SavedRegion) -> None:
         """Write everything about a region but its objects and sharers.

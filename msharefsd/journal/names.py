@@ -28,6 +28,7 @@ CREATE TABLE names (
 ) STRICT;
 """
     volatile = ("names",)
+    share = 4
 
     def save(self, row: SavedName) -> None:
         """Write everything about a name.  Raises Refused(ENOSPC)."""

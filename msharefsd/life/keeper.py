@@ -92,6 +92,8 @@ def _serve(sock: socket.socket, held: dict[int, int]) -> bool:
 def main(listener: socket.socket) -> None:
     """Serve one daemon after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Who started us may be in a hurry (linux/priority.py), and we are not.
+    os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
     path = listener.getsockname()
     born = 0
     with contextlib.suppress(OSError):  # gone already: who has connected is served

@@ -50,6 +50,13 @@ from msharefsd.errors import Refused
 from msharefsd.linux import processes
 from msharefsd.memory.shm import SHM_DIRECTORY
 from msharefsd.mount.asking import Asking, Text
+from msharefsd.mount.controls import (
+    CONTROL_INODE,
+    CONTROL_NAME,
+    CONTROLS_INODE,
+    CONTROLS_NAME,
+    Controls,
+)
 from msharefsd.mount.names import INFO_FILE, NAME_MAX, Name, Names
 from msharefsd.region.region import INODES
 from msharefsd.threads.fairness import Turns
@@ -67,13 +74,12 @@ A_MOMENT: Final = 0.01
 """How long the kernel believes attributes that change by themselves (seconds)."""
 ROOT: Final = int(pyfuse3.ROOT_INODE)
 INFO_INODE: Final = 2
-CONTROL_INODE: Final = 3
 METRICS_INODE: Final = 4
 REGIONS_INODE: Final = 5
-CONTROL_NAME: Final = b".control"
 FIXED: Final = {
     INFO_FILE: INFO_INODE,
     CONTROL_NAME: CONTROL_INODE,
+    CONTROLS_NAME: CONTROLS_INODE,
     b".metrics": METRICS_INODE,
     b".regions": REGIONS_INODE,
 }
@@ -154,18 +160,13 @@ class _GuardedOperations(pyfuse3.Operations):
 class FileSystem(_GuardedOperations):
     """The tree of design section 4."""
 
-    def __init__(
-        self, names: Names, asking: Asking, turns: Turns, control_group: int | None = None
-    ) -> None:
-        """`control_group`: who may connect, if not everybody."""
+    def __init__(self, names: Names, asking: Asking, turns: Turns, controls: Controls) -> None:
         super().__init__()
         self._names = names
         self._asking = asking
         self._turns = turns
-        self._control_group = control_group
+        self._controls = controls
         self._born = time.time_ns()
-        self._control: tuple[int, int, int] | None = None
-        """Mode, uid and gid of .control once it is bound."""
         self._lookups: dict[int, int] = {}
         self._files: dict[int, Name] = {}
         """Regions whose file the kernel knows, alive or not."""
@@ -187,12 +188,16 @@ class FileSystem(_GuardedOperations):
             raise FUSEError(errno.ESTALE)
         return region
 
+    def _is_ours(self, inode: int) -> bool:
+        """Whether it is not of a region."""
+        return inode == ROOT or inode in FIXED.values() or inode in self._controls
+
     def _resolve(self, parent: int, name: bytes) -> int:
         """The inode of a name; FUSEError(ENOENT)."""
         if len(name) > NAME_MAX:
             raise FUSEError(errno.ENAMETOOLONG)
         if parent == ROOT:
-            if name in FIXED and (name != CONTROL_NAME or self._control is not None):
+            if name in FIXED and (name != CONTROL_NAME or CONTROL_INODE in self._controls):
                 return FIXED[name]
             region = self._names.find(name)
             if region is not None:
@@ -231,10 +236,13 @@ class FileSystem(_GuardedOperations):
             entry.entry_timeout = entry.attr_timeout = FOREVER
         elif inode == METRICS_INODE:
             entry.st_mode = ModeT(stat.S_IFREG | 0o444)
-        elif inode == CONTROL_INODE:
-            assert self._control is not None
-            mode, entry.st_uid, entry.st_gid = self._control
+        elif inode in self._controls:
+            mode, entry.st_uid, entry.st_gid = self._controls.attributes(inode)
             entry.st_mode = ModeT(mode)
+            entry.attr_timeout = FOREVER
+        elif inode == CONTROLS_INODE:
+            entry.st_mode = ModeT(stat.S_IFDIR | 0o700)
+            entry.st_nlink = 2
             entry.entry_timeout = entry.attr_timeout = FOREVER
         else:
             self._region_attributes(entry, self._region(inode), _split_inode(inode)[1])
@@ -268,7 +276,7 @@ class FileSystem(_GuardedOperations):
         """Attributes for a reply that raises the kernel's lookup count."""
         attributes = self._attributes(inode)
         self._lookups[inode] = self._lookups.get(inode, 0) + 1
-        if inode not in FIXED.values() and inode != ROOT:
+        if not self._is_ours(inode):
             self._files[inode] = self._region(inode)
         return attributes
 
@@ -277,7 +285,12 @@ class FileSystem(_GuardedOperations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
+        control = None
+        if name == CONTROL_NAME and parent_inode == ROOT:
+            control = await self._controls.of(ctx.uid)
         async with self._turns.turn(ctx.uid):
+            if control is not None:
+                return self._entry(control)
             if name == b".":
                 return self._entry(parent_inode)
             if name == b"..":
@@ -321,19 +334,12 @@ class FileSystem(_GuardedOperations):
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         # bind(2) of a unix socket arrives as mknod.  The daemon's own, and no other.
-        if (
-            parent_inode == ROOT
-            and name == CONTROL_NAME
-            and stat.S_ISSOCK(mode)
-            and _is_own_thread(ctx.pid)
-            and self._control is None
-        ):
-            # Who may connect; what they may do is judged call by call.
-            group = self._control_group
-            mode, gid = (0o666, ctx.gid) if group is None else (0o660, group)
-            self._control = (stat.S_IFSOCK | mode, ctx.uid, gid)
-            return self._entry(CONTROL_INODE)
-        raise FUSEError(errno.EPERM)
+        inode = None
+        if parent_inode == CONTROLS_INODE and _is_own_thread(ctx.pid):
+            inode = self._controls.mknod(name, mode, ctx.uid, ctx.gid)
+        if inode is None:
+            raise FUSEError(errno.EPERM)
+        return self._entry(inode)
 
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
@@ -385,7 +391,7 @@ class FileSystem(_GuardedOperations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        if inode in (*FIXED.values(), ROOT) or _split_inode(inode)[1] != _FILE:
+        if self._is_ours(inode) or _split_inode(inode)[1] != _FILE:
             if not _asks(fields):  # chown(path, -1, -1)
                 return self._attributes(inode)
             raise FUSEError(errno.EPERM)
@@ -507,19 +513,21 @@ class FileSystem(_GuardedOperations):
         # Offsets in a listing are places in this list, taken when it was opened, so
         # they stay true however names come and go meanwhile.
         async with self._turns.turn(ctx.uid):
-            names = self._list(inode)
+            names = self._list(inode, ctx.uid)
         number = self._new_handle(ctx.uid, len(names) * _ENTRY_BYTES)
         self._listings[number] = names
         return FileHandleT(number)
 
-    def _list(self, inode: int) -> list[tuple[int, bytes, int]]:
+    def _list(self, inode: int, uid: int) -> list[tuple[int, bytes, int]]:
         if inode == ROOT:
-            names = [
-                (name, number)
-                for name, number in FIXED.items()
-                if name != CONTROL_NAME or self._control is not None
-            ]
+            unlisted = CONTROL_NAME, CONTROLS_NAME
+            names = [(name, number) for name, number in FIXED.items() if name not in unlisted]
+            control = self._controls.known(uid)
+            if control is not None:
+                names.append((CONTROL_NAME, control))
             names += [(region.name, region_inode(region)) for region in self._names]
+        elif inode == CONTROLS_INODE:
+            names = []
         elif inode == REGIONS_INODE:
             names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._names]
         else:

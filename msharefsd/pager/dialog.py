@@ -174,6 +174,7 @@ class Dialog:
             nursery.start_soon(self.send_news)
             nursery.start_soon(self._tell_ended)
             shared: list[trio.Event] = []  # of connections that the front may still have, too
+            breath = Breath()
             try:
                 while (got := await self._channel.receive()) is not None:
                     message, fds = got
@@ -199,6 +200,7 @@ class Dialog:
                             return
                         case Go() | Begin():
                             pass
+                    await breath.take()
             finally:
                 while shared:  # who ends waits for these, whatever has ended us
                     shared.pop().set()

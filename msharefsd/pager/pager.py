@@ -36,6 +36,7 @@ from msharefsd.life.keeping import Keeper
 from msharefsd.life.limiting import make_limits
 from msharefsd.link.channel import Channel
 from msharefsd.link.messages import FromFront, Held
+from msharefsd.linux import priority
 from msharefsd.linux.features import LACKING, Capabilities
 from msharefsd.linux.processes import Deaths
 from msharefsd.memory import names
@@ -226,6 +227,7 @@ class _Pager:
                     self._journal, regions, pages, spaces, orphans, guards, guarded
                 )
                 await self._dialog.ready(list(regions.alive()))
+                priority.give_back()
                 nursery.start_soon(writeback.run, regions.alive)
                 if config.collapse and found.collapse:
                     collapser = Collapser(self._metrics, config.collapse_seconds)

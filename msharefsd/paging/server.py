@@ -132,7 +132,7 @@ class PageServer:
             if self._seldom.now(("userfaultfd", sharer.uid)):
                 log.warning("sharer %d: userfaultfd failed: %s", sharer.pid, error)
         finally:
-            self.forget(sharer)
+            self._forget(window)
 
     async def _serve(self, window: Window) -> None:
         """Until it is gone, or detached, which may be at every await."""
@@ -181,9 +181,8 @@ class PageServer:
             )
         return self.poison.fleeting(window, offset)
 
-    def forget(self, sharer: Sharer) -> None:
+    def _forget(self, window: Window) -> None:
         """A sharer is going: whoever waits there looks again (and finds no server)."""
-        window = window_of(sharer)
         self._hunger.forget(window)
         if window.uffd < 0:
             return
@@ -192,14 +191,16 @@ class PageServer:
 
     def close(self, sharer: Sharer) -> None:
         """A sharer is being detached: let go of its userfaultfd."""
-        self.forget(sharer)
-        self.poison.marks.forget(window_of(sharer))
+        window = window_of(sharer)
+        self._forget(window)
+        self.poison.marks.forget(window)
         trio.lowlevel.notify_closing(sharer.uffd)
         os.close(sharer.uffd)
         # The number may be another file's in a moment, one of our own mount even, and
         # an ioctl on that would wait for ourselves.
         sharer.uffd = -1
         sharer.pidfd = None
+        sharer.paging = None  # nothing that refers to itself stays: see starter.py
 
     def check_memory(self, region: Region) -> None:
         """Raise Refused(EDQUOT) if a region has more than its limits, by a donor's writing."""

@@ -405,6 +405,7 @@ async def _let_files_go(region: Region) -> None:
             if not region.objects.uses(file):
                 file.let_go()
             await breath.take()
+        await breath.take()
 
 
 def _has(region: Region, page: int) -> bool:

@@ -21,6 +21,15 @@ log = logging.getLogger(__name__)
 TOO_LONG_SECONDS: Final = 0.05
 
 
+_over = False
+
+
+def over() -> None:
+    """Nobody is served any more: however long it takes to end, nobody waits for a turn."""
+    global _over  # noqa: PLW0603 - a process ends once
+    _over = True
+
+
 class LongestRun(trio.abc.Instrument):
     """Measures it, from the first time on that the thread has nothing to do."""
 
@@ -42,7 +51,7 @@ class LongestRun(trio.abc.Instrument):
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         """It ends, and perhaps was too long."""
         took = self._clock() - self._since
-        if not self._serving or took <= self.longest or _is_the_end(task):
+        if not self._serving or took <= self.longest or _over or _is_the_end(task):
             return
         self.longest = took
         if took > TOO_LONG_SECONDS:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from become import BECOME_NOBODY
+from become import BECOME_NOBODY, seen_by
 from conftest import (
     ALIGNMENT,
     BASE,
@@ -523,13 +523,26 @@ def test_a_program_that_closes_what_it_did_not_open(daemon: Daemon, client_progr
 # -- what is sent and what comes back --
 
 
-@pytest.fixture
-def answering(daemon: Daemon, directory: Path) -> Iterator[Fake]:
-    """In the daemon's own mount another one listens."""
+@contextlib.contextmanager
+def answering_to(uid: int, daemon: Daemon, directory: Path) -> Iterator[Fake]:
+    """In the daemon's own mount another one listens, where that user finds `.control`."""
     with (
         listening(directory / "socket") as fake,
+        seen_by(uid),
         bound(directory / "socket", daemon.mount / ".control"),
     ):
+        yield fake
+
+
+@pytest.fixture
+def answering(daemon: Daemon, directory: Path) -> Iterator[Fake]:
+    with answering_to(os.geteuid(), daemon, directory) as fake:
+        yield fake
+
+
+@pytest.fixture
+def answering_nobody(daemon: Daemon, directory: Path) -> Iterator[Fake]:
+    with answering_to(NOBODY, daemon, directory) as fake:
         yield fake
 
 
@@ -559,7 +572,7 @@ def no_userfaultfd() -> None:
 
 @pytest.mark.usefixtures("no_userfaultfd")
 def test_who_asks_for_a_userfaultfd_shows_a_region(
-    daemon: Daemon, answering: Fake, spawn: Callable[..., Client]
+    daemon: Daemon, answering_nobody: Fake, spawn: Callable[..., Client]
 ) -> None:
     region = daemon.mount / "r"
     region.touch()
@@ -567,20 +580,20 @@ def test_who_asks_for_a_userfaultfd_shows_a_region(
     client = spawn(**AS_NOBODY)
     refused = failure(errno.EDOM)
     assert client.do("mshare", "r", BASE, SIZE, os.O_RDWR, 0) == refused
-    assert answering.heard[0] == (USERFAULTFD, [region.stat().st_ino])
+    assert answering_nobody.heard[0] == (USERFAULTFD, [region.stat().st_ino])
     assert region.exists()
 
 
 @pytest.mark.usefixtures("no_userfaultfd")
 def test_what_was_made_for_nothing_is_removed(
-    daemon: Daemon, answering: Fake, spawn: Callable[..., Client]
+    daemon: Daemon, answering_nobody: Fake, spawn: Callable[..., Client]
 ) -> None:
     client = spawn(**AS_NOBODY)
     before = sorted(os.listdir(daemon.mount))
     for flags in (CREATE, os.O_CREAT | os.O_RDWR, os.O_CREAT | os.O_RDONLY):
         assert client.do("mshare", "r", BASE, SIZE, flags, 0o600) == failure(errno.EDOM)
         assert sorted(os.listdir(daemon.mount)) == before
-    heard = [(op, len(inodes)) for op, inodes in answering.heard if op]
+    heard = [(op, len(inodes)) for op, inodes in answering_nobody.heard if op]
     assert heard == [(USERFAULTFD, 1)] * 3
 
 

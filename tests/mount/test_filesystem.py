@@ -15,6 +15,7 @@ import pytest
 from pyfuse3 import FUSEError, RequestContext
 
 from msharefsd.mount.asking import Asking
+from msharefsd.mount.controls import Controls
 from msharefsd.mount.filesystem import FIXED, FileSystem, region_inode
 from msharefsd.mount.names import Names
 from msharefsd.threads.fairness import Turns
@@ -34,7 +35,7 @@ def regions() -> Names:
 @pytest.fixture
 def files(regions: Names) -> Any:
     """Any: the tests pass plain numbers where pyfuse3 has types of its own."""
-    return FileSystem(regions, Asking(NoPagers()), Turns())
+    return FileSystem(regions, Asking(NoPagers()), Turns(), Controls())
 
 
 class NoPagers:
@@ -47,7 +48,7 @@ class NoPagers:
         return b""
 
 
-BOUND = set(FIXED) - {b".control"}
+LISTED = set(FIXED) - {b".control", b".controls"}
 """What is there before the daemon has bound its socket."""
 
 
@@ -154,8 +155,8 @@ async def test_a_listing_is_of_one_moment(
         before = len(places)
         await files.readdir(handle, places[-1], None)
     names = [name for name in listed if name]
-    assert sorted(names) == sorted([*BOUND, b"r0", b"r2", b"r3", b"r4"])
-    assert files._lookups.keys() == {FIXED[name] for name in BOUND} | {
+    assert sorted(names) == sorted([*LISTED, b"r0", b"r2", b"r3", b"r4"])
+    assert files._lookups.keys() == {FIXED[name] for name in LISTED} | {
         region_inode(region) for region in regions if region.name != b"new"
     }
 

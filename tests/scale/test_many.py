@@ -91,9 +91,6 @@ def memory(daemon: Daemon, what: str = "RssAnon") -> int:
 def big(make_daemon: Callable[..., Daemon], client_program: Path) -> Iterator[Daemon]:
     """A daemon that was started with few descriptors, and a region that has one sharer."""
     daemon = make_daemon(f"--alignment={SIZE}")
-    # With thousands of sharers in one pager a full garbage collection takes as long as
-    # 100 ms: docs/security.md, “What is open”.
-    daemon.expected.append("the longest run between two checkpoints took")
     limit = (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     daemon.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
     with clients(client_program, daemon) as start:

@@ -13,6 +13,8 @@ class Baseline:
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
+        # Its user has been there, and has a socket: see mount/controls.py.
+        os.stat(daemon.mount / ".control")
         self.regions = set(os.listdir(daemon.mount))
         self.held = self._held()
         same = 0

@@ -16,6 +16,7 @@ from typing import Final
 
 import hostile
 import pytest
+from become import seen_by
 from conftest import ALIGNMENT, BIN, Daemon, compile_c, eventually
 from hostile import Attack, Held
 from victim import ALICE, HANG_SECONDS, SOURCE, Victim
@@ -162,6 +163,12 @@ class Walls:
             return self.daemon.log().count("ready:") > offset
 
         eventually(is_ready, "the next daemon is ready", HANG_SECONDS)
+
+    def found_by(self, *users: int) -> None:
+        """They have been there, and the daemon has a socket for each; it keeps that."""
+        for uid in users:
+            with seen_by(uid):
+                os.stat(self.daemon.mount / ".control")
 
     def settled(self) -> tuple[int, int]:
         """What the daemon holds while nobody does anything."""
