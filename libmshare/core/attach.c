@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 /*
@@ -39,7 +38,6 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	};
 	struct mshare_wire_reply reply;
 	int region = -1, mapped = -1, backing = -1, result, saved, fds[2] = { -1, -1 };
-	struct stat status;
 	bool made = false, building = false, complete = false;
 	bool as_it_lies = attachment->size == 0;
 
@@ -68,8 +66,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
 	}
-	if (fstat(region, &status) == 0)
-		attachment->file = status.st_ino;
+	attachment->file = name_number(region);
 	if (fds[1] == UFFD_ASK) {
 		fds[1] = uffd_ask(attachment->connection.fd, region);
 		if (fds[1] < 0) {

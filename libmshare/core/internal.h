@@ -192,6 +192,8 @@ int name_check(const char *name);
  * a moment, and only who knows that there was one can tell that from no msharefs at all.
  */
 int name_root(const struct waiting *waiting, struct root *root);
+/* Which file of the mount that is. */
+ino_t name_number(int region);
 /* The region's file, as long as it has its name; ESTALE if another one has it. */
 int name_reopen(int root, const struct attachment *attachment);
 /* Open a region's file as mshare() has to; *made: it is new. */
