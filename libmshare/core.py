@@ -189,6 +189,13 @@ def mshare_msync(addr: int, length: int) -> None:
     _check_range(_library.mshare_msync(addr, length, _MS_SYNC), addr, length)
 
 
+def check_free(addr: int, length: int) -> None:
+    """Raise OSError(EEXIST) if this process has something mapped there."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    mshare_mmap(addr, length, 0, flags)
+    mshare_munmap(addr, length)
+
+
 def map_anonymous(addr: int, length: int) -> None:
     """Map memory for mshare(O_CREAT) to donate: private, without reservation.
 

@@ -314,6 +314,9 @@ def _attach(
         raise ValueError("to create a region, say where (start) and how large (size) it is")
     if not empty:
         core.map_anonymous(start, size)
+    else:
+        # What is there would be given to the region, and shown to everybody.
+        core.check_free(start, size)
     try:
         core.mshare(name, start, size, access | os.O_CREAT | os.O_EXCL, mode, backing)
     except BaseException as error:

@@ -37,7 +37,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		.backing = kind,
 	};
 	struct mshare_wire_reply reply;
-	int region = -1, mapped = -1, result, saved, fds[2];
+	int region = -1, mapped = -1, backing = -1, result, saved, fds[2] = { -1, -1 };
 	bool made = false, building = false, complete = false;
 	bool as_it_lies = attachment->size == 0;
 
@@ -50,25 +50,26 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		if (mapped)
 			request.flags = MSHARE_WIRE_HAS_MAPPINGS;
 	}
-	attachment->connection = connection_open(root);
-	if (attachment->connection < 0)
+	held_take(&attachment->connection, connection_open(root));
+	if (attachment->connection.fd < 0)
 		goto fail;
-	attachment->uffd = uffd_open_unaided();
-	if (attachment->uffd < 0 && attachment->uffd != UFFD_ASK)
+	fds[1] = uffd_open_unaided();
+	if (fds[1] < 0 && fds[1] != UFFD_ASK)
 		goto fail;
 	region = name_open(root, attachment->name, oflags, mode, attachment->repeated, &made);
 	if (region < 0) {
 		saved = errno;
 		/* The mount may be gone: that is no word about the region. */
-		if (saved == ENOENT && connection_noted(attachment->connection) == CONNECTION_LOST)
+		if (saved == ENOENT && connection_noted(attachment->connection.fd) == CONNECTION_LOST)
 			saved = ENOTCONN;
 		errno = saved;
 		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
 	}
-	if (attachment->uffd == UFFD_ASK) {
-		attachment->uffd = uffd_ask(attachment->connection, region);
-		if (attachment->uffd < 0) {
+	attachment->file = name_number(region);
+	if (fds[1] == UFFD_ASK) {
+		fds[1] = uffd_ask(attachment->connection.fd, region);
+		if (fds[1] < 0) {
 			attachment->repeated |= daemon_is_gone(errno);
 			goto fail;
 		}
@@ -77,11 +78,11 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		request.flags |= MSHARE_WIRE_MADE_FILE;
 	if (attachment->repeated)
 		request.flags |= MSHARE_WIRE_REPEATED;
-	request.userfaultfd = (uint32_t)attachment->uffd;
+	held_take(&attachment->uffd, fds[1]);
+	request.userfaultfd = (uint32_t)fds[1];
 	fds[0] = region;
-	fds[1] = attachment->uffd;
-	result = connection_call(attachment->connection, &request, NULL, fds, 2, &reply,
-				 &attachment->backing);
+	result = connection_call(attachment->connection.fd, &request, NULL, fds, 2, &reply, &backing);
+	held_take(&attachment->backing, backing);
 	attachment->repeated |= result == CONNECTION_LOST;
 	if (result < 0)
 		goto fail;
@@ -89,7 +90,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	region = -1;
 	building = reply.flags & MSHARE_WIRE_DONATE;
 	complete = !building && (reply.flags & MSHARE_WIRE_CREATED);
-	if (attachment->backing < 0) {
+	if (backing < 0) {
 		errno = EMFILE; /* the kernel drops what there is no room for: recvmsg(2) */
 		goto fail;
 	}
@@ -108,18 +109,22 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	}
 	if (!building && window_map(attachment, reply.flags) < 0)
 		goto fail;
+	if ((reply.flags & MSHARE_WIRE_CREATED) && attachment->writable)
+		policy_hand_on(attachment->start, attachment->size);
 	return 0;
 fail:
 	saved = errno;
 	if (mapped == 0)
 		raw_munmap(attachment->start, attachment->size);
 	if (complete && made)
-		unmake(attachment->connection, MSHARE_WIRE_UNLINK);
+		unmake(attachment->connection.fd, MSHARE_WIRE_UNLINK);
 	else if (building)
-		unmake(attachment->connection, MSHARE_WIRE_DETACH);
+		unmake(attachment->connection.fd, MSHARE_WIRE_DETACH);
 	else if (made && region >= 0 && !daemon_is_gone(saved))
 		name_unmake(root, attachment->name, region);
 	close_keeping_errno(region);
+	if (attachment->uffd.fd < 0)
+		close_keeping_errno(fds[1]);
 	attachment_drop(attachment);
 	if (as_it_lies) {
 		attachment->start = NULL;
@@ -129,58 +134,61 @@ fail:
 	return -1;
 }
 
-static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind)
+static int check_alignment(const struct attachment *attachment, int root)
 {
-	const struct root *root = name_root(&attachment->waiting);
+	size_t alignment = root_alignment(root);
 
-	if (!root)
+	if (alignment == 0)
 		return -1;
-	strcpy(attachment->root, root->path);
-	if (oflags & O_CREAT) {
-		size_t alignment = root_alignment(root->fd);
-
-		if (alignment == 0)
-			return -1;
-		if (((uintptr_t)attachment->start | attachment->size) & (alignment - 1)) {
-			errno = EINVAL;
-			return -1;
-		}
-	}
-	return attach(attachment, root->fd, oflags, mode, kind);
+	if (!(((uintptr_t)attachment->start | attachment->size) & (alignment - 1)))
+		return 0;
+	errno = EINVAL;
+	return -1;
 }
 
-/* Takes the lock.  On success *info, if it is given, tells where the region lies. */
+static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind)
+{
+	struct root root;
+	int result = -1;
+
+	if (name_root(&attachment->waiting, &root) < 0)
+		return -1;
+	strcpy(attachment->root, root.path);
+	if (!(oflags & O_CREAT) || check_alignment(attachment, root.fd) == 0)
+		result = attach(attachment, root.fd, oflags, mode, kind);
+	root_close(&root);
+	return result;
+}
+
+/* On success *info, if it is given, tells where the region lies. */
 static int add(const char *name, char *start, size_t size, int oflags, mode_t mode, uint32_t kind,
 	       struct mshare_info *info)
 {
-	struct attachment *attachment = calloc(1, sizeof *attachment);
+	struct attachment *attachment = attachment_new(start, size);
 	int result;
 
 	if (!attachment)
 		return -1;
-	attachment_lock();
 	strcpy(attachment->name, name);
-	attachment->start = start;
-	attachment->size = size;
 	attachment->writable = (oflags & O_ACCMODE) == O_RDWR;
-	attachment->connection = attachment->uffd = attachment->backing = -1;
+	attachment_begin(attachment);
 	do
 		result = try_add(attachment, oflags, mode, kind);
 	while (result < 0 && daemon_is_gone(errno) && wait_again(&attachment->waiting));
-	if (result < 0) {
-		int saved = errno;
-
-		free(attachment);
-		if (!attachment_first()) /* what fails leaves nothing behind */
-			root_forget();
-		errno = saved;
-	} else {
+	if (result == 0) {
 		fork_handle();
-		attachment_add(attachment);
 		if (info)
 			*info = (struct mshare_info){ (uintptr_t)attachment->start, attachment->size };
+		attachment_settle(attachment, true);
+	} else {
+		int saved = errno;
+
+		attachment_settle(attachment, false);
+		attachment_free(attachment);
+		if (!attachment_any()) /* what fails leaves nothing behind */
+			root_forget();
+		errno = saved;
 	}
-	attachment_unlock();
 	return result;
 }
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
+from conftest import ALIGNMENT, BASE, PAGE, Client, Daemon, eventually
 
 import libmshare
 from libmshare import Region, core, region
@@ -441,4 +441,17 @@ def test_mapping_in_a_region(spawn: Spawn, daemon: Daemon, tmp_path: Path) -> No
             memory.munmap(SIZE - 4096, 8192)
         with pytest.raises(OSError, match="Invalid"):
             memory.munmap(1, 4096)
+        memory.unlink()
+
+
+def test_an_empty_region_takes_nothing_that_is_there(daemon: Daemon) -> None:
+    """It would be given to the region, and shown to all who share that."""
+    del daemon
+    core.map_anonymous(BASE + SIZE // 2, PAGE)
+    try:
+        with pytest.raises(FileExistsError):
+            Region("r", create=True, empty=True, start=BASE, size=SIZE)
+    finally:
+        core.mshare_munmap(BASE + SIZE // 2, PAGE)
+    with Region("r", create=True, empty=True, start=BASE, size=SIZE) as memory:
         memory.unlink()
