@@ -375,7 +375,11 @@ class Daemon:
 
     def descriptors(self) -> int:
         """Of all its processes."""
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
+        found = 0
+        for pid in self.processes():
+            with contextlib.suppress(FileNotFoundError):  # it has ended just now
+                found += len(os.listdir(f"/proc/{pid}/fd"))
+        return found
 
     def has_open(self, file: Path) -> bool:
         for pid in self.processes():

@@ -284,6 +284,10 @@ class PageServer:
             start, end = watch.around(found, offset, first, first + length)
         guarded = found is not None and found.guarded and window.writable
         done, outcome = window.map_present(offset, end, protect=guarded)
+        if outcome is Outcome.RETRY and not done and end - offset > window.region.page:
+            # What lies in several VMAs is ENOENT as a whole, each time anew.
+            end = offset + window.region.page
+            done, outcome = window.map_present(offset, end, protect=guarded)
         if done and start < offset:
             # As far as it goes: some may be mapped already, or not be there.
             window.map_present(start, offset, protect=guarded)
