@@ -36,6 +36,73 @@ static int reserve_again(const struct details *details)
 	return mapped == 0 ? 0 : -1;
 }
 
+static void describe(const struct attachment *attachment, bool created,
+		     struct mshare_region *region)
+{
+	*region = (struct mshare_region){
+		.start = (uintptr_t)attachment->start,
+		.size = attachment->size,
+		.length = attachment->length ? attachment->length : attachment->size,
+		.writable = attachment->writable,
+		.created = created,
+	};
+	memcpy(region->identity, attachment->identity, sizeof region->identity);
+	strcpy(region->root, attachment->root);
+	region->held = 1;
+}
+
+static int check_holder(const struct attachment *attachment, int oflags)
+{
+	if ((oflags & (O_CREAT | O_EXCL)) == (O_CREAT | O_EXCL)) {
+		errno = EEXIST;
+		return -1;
+	}
+	if (attachment->uffd.fd < 0) {
+		reason_say("the region could not be attached again after fork");
+		errno = ESTALE;
+		return -1;
+	}
+	if ((oflags & O_ACCMODE) == O_RDWR && !attachment->writable) {
+		reason_say("this process has attached the region read-only");
+		errno = EACCES;
+		return -1;
+	}
+	return 0;
+}
+
+enum had { NOT_HAD, HELD, REFUSED };
+
+/*
+ * An attachment that this process has already gets one more holder, if it can (or errno says
+ * why not).  NOT_HAD: nobody else here attaches it until the one that is beginning is settled.
+ */
+static enum had hold(struct attachment *beginning, const unsigned char identity[MSHARE_IDENTITY],
+		     int oflags, struct mshare_region *region)
+{
+	struct attachment *attachment;
+	enum had had = NOT_HAD;
+
+	attachment_lock();
+	attachment = attachment_claim(beginning, identity);
+	if (attachment)
+		had = check_holder(attachment, oflags) < 0 ? REFUSED : HELD;
+	if (had == HELD) {
+		attachment->holders++;
+		describe(attachment, false, region);
+	}
+	attachment_unlock();
+	return had;
+}
+
+/* For one that holds nothing that is there already: it fails later, if there is one. */
+static void claim(struct attachment *attachment, const struct details *details)
+{
+	attachment_lock();
+	attachment_claim(attachment, details->identity);
+	attachment_unlock();
+	attachment->length = details->length;
+}
+
 /*
  * Everything that can fail without a trace comes before the file is created; what
  * comes later is undone.  If it takes the daemon to have a userfaultfd, that comes later:
@@ -44,7 +111,7 @@ static int reserve_again(const struct details *details)
  * An attachment without a size takes the region where it lies, which the reply says.
  */
 static int attach(struct attachment *attachment, int root, int oflags, mode_t mode, uint32_t kind,
-		  const struct wish *wish, struct attachment **already)
+		  const struct wish *wish, struct mshare_region *described, enum had *had)
 {
 	struct mshare_wire_request request = {
 		.op = MSHARE_WIRE_ATTACH,
@@ -54,7 +121,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		.backing = kind,
 	};
 	struct mshare_wire_reply reply;
-	int region = -1, mapped = -1, result, saved, fds[2];
+	int region = -1, mapped = -1, backing = -1, result, saved, fds[2] = { -1, -1 };
 	bool made = false, building = false, complete = false;
 	bool as_it_lies = attachment->size == 0, placed = false, again;
 	struct details details = { 0 };
@@ -71,11 +138,11 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		if (mapped || wish->zeros)
 			request.flags = MSHARE_WIRE_HAS_MAPPINGS;
 	}
-	attachment->connection = connection_open(root);
-	if (attachment->connection < 0)
+	held_take(&attachment->connection, connection_open(root));
+	if (attachment->connection.fd < 0)
 		goto fail;
-	attachment->uffd = uffd_open_unaided();
-	if (attachment->uffd < 0 && attachment->uffd != UFFD_ASK)
+	fds[1] = uffd_open_unaided();
+	if (fds[1] < 0 && fds[1] != UFFD_ASK)
 		goto fail;
 	if (wish->open && wish->open->identity)
 		region = name_open_identity(root, wish->open->identity, oflags);
@@ -85,15 +152,16 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	if (region < 0) {
 		saved = errno;
 		/* The mount may be gone: that is no word about the region. */
-		if (saved == ENOENT && connection_noted(attachment->connection) == CONNECTION_LOST)
+		if (saved == ENOENT && connection_noted(attachment->connection.fd) == CONNECTION_LOST)
 			saved = ENOTCONN;
 		errno = saved;
 		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
 	}
-	if (attachment->uffd == UFFD_ASK) {
-		attachment->uffd = uffd_ask(attachment->connection, region);
-		if (attachment->uffd < 0) {
+	attachment->file = name_number(region);
+	if (fds[1] == UFFD_ASK) {
+		fds[1] = uffd_ask(attachment->connection.fd, region);
+		if (fds[1] < 0) {
 			attachment->repeated |= daemon_is_gone(errno);
 			goto fail;
 		}
@@ -105,8 +173,8 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		goto fail;
 	}
 	if (wish->open && !made) {
-		*already = attachment_of(details.identity);
-		if (*already)
+		*had = hold(attachment, details.identity, oflags, described);
+		if (*had != NOT_HAD)
 			goto fail;
 	}
 	/* A call that is made once more has its range, perhaps, of before a daemon died. */
@@ -118,8 +186,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		mapped = 0;
 		placed = true;
 		as_it_lies = false;
-		attachment->start = (char *)(uintptr_t)details.start;
-		attachment->size = details.size;
+		attachment_place(attachment, (char *)(uintptr_t)details.start, details.size);
 		request.start = details.start;
 		request.size = details.size;
 		request.flags = wish->zeros ? MSHARE_WIRE_HAS_MAPPINGS : 0;
@@ -128,17 +195,16 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	} else if (!mapped && !made && wish->zeros && has_range(region)) {
 		request.flags &= ~MSHARE_WIRE_HAS_MAPPINGS;
 	}
-	attachment->length = details.length;
-	memcpy(attachment->identity, details.identity, sizeof details.identity);
+	claim(attachment, &details);
 	if (made)
 		request.flags |= MSHARE_WIRE_MADE_FILE;
 	if (attachment->repeated)
 		request.flags |= MSHARE_WIRE_REPEATED;
-	request.userfaultfd = (uint32_t)attachment->uffd;
+	held_take(&attachment->uffd, fds[1]);
+	request.userfaultfd = (uint32_t)fds[1];
 	fds[0] = region;
-	fds[1] = attachment->uffd;
-	result = connection_call(attachment->connection, &request, NULL, fds, 2, &reply,
-				 &attachment->backing);
+	result = connection_call(attachment->connection.fd, &request, NULL, fds, 2, &reply, &backing);
+	held_take(&attachment->backing, backing);
 	attachment->repeated |= result == CONNECTION_LOST;
 	if (result < 0)
 		goto fail;
@@ -147,7 +213,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	region = -1;
 	building = reply.flags & MSHARE_WIRE_DONATE;
 	complete = !building && (reply.flags & MSHARE_WIRE_CREATED);
-	if (attachment->backing < 0) {
+	if (backing < 0) {
 		errno = EMFILE; /* the kernel drops what there is no room for: recvmsg(2) */
 		goto fail;
 	}
@@ -159,8 +225,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		}
 		if (mapped != 0)
 			goto fail;
-		attachment->start = (char *)(uintptr_t)reply.start;
-		attachment->size = reply.size;
+		attachment_place(attachment, (char *)(uintptr_t)reply.start, reply.size);
 	}
 	/* Before it is complete: whoever dies from now on leaves nothing. */
 	if (attachment->created && wish->open && (wish->open->flags & MSHARE_EPHEMERAL) &&
@@ -174,147 +239,122 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	}
 	if (!building && window_map(attachment, reply.flags) < 0)
 		goto fail;
+	if (attachment->created && attachment->writable)
+		policy_hand_on(attachment->start, attachment->size);
 	return 0;
 fail:
 	saved = errno;
 	if (mapped == 0)
 		raw_munmap(attachment->start, attachment->size);
 	if (complete && made)
-		unmake(attachment->connection, MSHARE_WIRE_UNLINK);
+		unmake(attachment->connection.fd, MSHARE_WIRE_UNLINK);
 	else if (building)
-		unmake(attachment->connection, MSHARE_WIRE_DETACH);
+		unmake(attachment->connection.fd, MSHARE_WIRE_DETACH);
 	else if (made && region >= 0 && !daemon_is_gone(saved))
 		name_unmake(root, attachment->name, region);
 	close_keeping_errno(region);
+	if (attachment->uffd.fd < 0)
+		close_keeping_errno(fds[1]);
 	attachment_drop(attachment);
-	if (as_it_lies || placed) {
-		attachment->start = NULL;
-		attachment->size = 0;
-	}
+	if (as_it_lies || placed)
+		attachment_place(attachment, NULL, 0);
 	errno = saved;
 	return -1;
 }
 
+static int check_alignment(const struct attachment *attachment, int root)
+{
+	size_t alignment = root_alignment(root);
+
+	if (alignment == 0)
+		return -1;
+	if (!(((uintptr_t)attachment->start | attachment->size) & (alignment - 1)))
+		return 0;
+	reason_say("address and size must be multiples of the alignment");
+	errno = EINVAL;
+	return -1;
+}
+
 static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind,
-		   const struct wish *wish, struct attachment **already)
+		   const struct wish *wish, struct mshare_region *region, enum had *had)
 {
-	const struct root *root = wish->open && wish->open->root ?
-					  root_use_again(wish->open->root) :
-					  name_root(&attachment->waiting);
+	struct root root;
+	int result;
 
-	if (!root)
+	if (wish->open && wish->open->root)
+		result = root_use_again(wish->open->root, &root);
+	else
+		result = name_root(&attachment->waiting, &root);
+	if (result < 0)
 		return -1;
-	strcpy(attachment->root, root->path);
-	if ((oflags & O_CREAT) && !wish->placed) {
-		size_t alignment = root_alignment(root->fd);
-
-		if (alignment == 0)
-			return -1;
-		if (((uintptr_t)attachment->start | attachment->size) & (alignment - 1)) {
-			reason_say("address and size must be multiples of the alignment");
-			errno = EINVAL;
-			return -1;
-		}
-	}
-	return attach(attachment, root->fd, oflags, mode, kind, wish, already);
-}
-
-static void describe(const struct attachment *attachment, bool created,
-		     struct mshare_region *region)
-{
-	*region = (struct mshare_region){
-		.start = (uintptr_t)attachment->start,
-		.size = attachment->size,
-		.length = attachment->length ? attachment->length : attachment->size,
-		.writable = attachment->writable,
-		.created = created,
-	};
-	memcpy(region->identity, attachment->identity, sizeof region->identity);
-	strcpy(region->root, attachment->root);
-	region->held = 1;
-}
-
-/* One that this process has already gets one more holder. */
-static int hold(struct attachment *attachment, int oflags, struct mshare_region *region)
-{
-	if ((oflags & (O_CREAT | O_EXCL)) == (O_CREAT | O_EXCL)) {
-		errno = EEXIST;
-		return -1;
-	}
-	if (attachment->uffd < 0) {
-		reason_say("the region could not be attached again after fork");
-		errno = ESTALE;
-		return -1;
-	}
-	if ((oflags & O_ACCMODE) == O_RDWR && !attachment->writable) {
-		reason_say("this process has attached the region read-only");
-		errno = EACCES;
-		return -1;
-	}
-	attachment->holders++;
-	describe(attachment, false, region);
-	return 0;
+	strcpy(attachment->root, root.path);
+	if ((oflags & O_CREAT) && !wish->placed)
+		result = check_alignment(attachment, root.fd);
+	if (result == 0)
+		result = attach(attachment, root.fd, oflags, mode, kind, wish, region, had);
+	root_close(&root);
+	return result;
 }
 
 static int add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind,
-	       const struct wish *wish, struct mshare_info *info, struct mshare_region *region)
+	       const struct wish *wish, struct mshare_region *region, enum had *had)
 {
-	struct attachment *already = NULL;
 	int result, races = 0;
 
+	*had = NOT_HAD;
 	if (wish->open && wish->open->identity)
-		already = attachment_of(wish->open->identity);
-	if (already)
-		result = -1;
-	else
-		do
-			result = try_add(attachment, oflags, mode, kind, wish, &already);
-		while (result < 0 && !already &&
-		       /* Somebody else has made it meanwhile, or it has gone. */
-		       ((wish->placed && !(oflags & O_EXCL) &&
-			 (errno == EINVAL || errno == ENOENT) && races++ < 3) ||
-			(daemon_is_gone(errno) && wait_again(&attachment->waiting))));
-	if (result < 0) {
-		int saved = errno;
-
-		free(attachment);
-		if (already)
-			return hold(already, oflags, region);
-		if (!attachment_first()) /* what fails leaves nothing behind */
-			root_forget();
-		errno = saved;
+		*had = hold(attachment, wish->open->identity, oflags, region);
+	if (*had != NOT_HAD)
 		return -1;
-	}
-	fork_handle();
-	attachment->plain = !wish->open;
-	attachment->holders = wish->open ? 1 : 0;
-	attachment_add(attachment);
-	if (info)
-		*info = (struct mshare_info){ (uintptr_t)attachment->start, attachment->size };
-	if (region)
-		describe(attachment, attachment->created, region);
-	return 0;
+	do
+		result = try_add(attachment, oflags, mode, kind, wish, region, had);
+	while (result < 0 && *had == NOT_HAD &&
+	       /* Somebody else has made it meanwhile, or it has gone. */
+	       ((wish->placed && !(oflags & O_EXCL) && (errno == EINVAL || errno == ENOENT) &&
+		 races++ < 3) ||
+		(daemon_is_gone(errno) && wait_again(&attachment->waiting))));
+	return result;
+}
+
+/* It is no attachment. */
+static void give_up(struct attachment *attachment)
+{
+	int saved = errno;
+
+	attachment_settle(attachment, false);
+	attachment_free(attachment);
+	if (!attachment_any()) /* what fails leaves nothing behind */
+		root_forget();
+	errno = saved;
 }
 
 int attach_region(const char *name, char *start, size_t size, int oflags, mode_t mode,
 		  uint32_t kind, const struct wish *wish, struct mshare_info *info,
 		  struct mshare_region *region)
 {
-	struct attachment *attachment = calloc(1, sizeof *attachment);
-	int result;
+	struct attachment *attachment;
+	enum had had;
 
+	reason_forget();
+	attachment = attachment_new(start, size);
 	if (!attachment)
 		return -1;
-	reason_forget();
-	attachment_lock();
 	strcpy(attachment->name, name);
-	attachment->start = start;
-	attachment->size = size;
 	attachment->writable = (oflags & O_ACCMODE) == O_RDWR;
-	attachment->connection = attachment->uffd = attachment->backing = -1;
-	result = add(attachment, oflags, mode, kind, wish, info, region);
-	attachment_unlock();
-	return result;
+	attachment_begin(attachment);
+	if (add(attachment, oflags, mode, kind, wish, region, &had) < 0) {
+		give_up(attachment);
+		return had == HELD ? 0 : -1;
+	}
+	fork_handle();
+	attachment->plain = !wish->open;
+	attachment->holders = wish->open ? 1 : 0;
+	if (info)
+		*info = (struct mshare_info){ (uintptr_t)attachment->start, attachment->size };
+	if (region)
+		describe(attachment, attachment->created, region);
+	attachment_settle(attachment, true);
+	return 0;
 }
 
 bool known_flags(int oflags, int more)

@@ -67,10 +67,20 @@ MSHARE_EXPORT int mshare_open(const struct mshare_request *request, struct mshar
 			     &wish, NULL, region);
 }
 
+/* The last one's part is given up: whether the region is to be detached.  The lock is held. */
+static bool let_go(struct attachment *attachment)
+{
+	if (!attachment || attachment->holders == 0 || --attachment->holders > 0 ||
+	    attachment->plain)
+		return false;
+	attachment_end(attachment);
+	return true;
+}
+
 MSHARE_EXPORT int mshare_close(struct mshare_region *region)
 {
-	struct attachment *attachment, **link;
-	int result = 0;
+	struct attachment *attachment = NULL;
+	bool last;
 
 	reason_forget();
 	if (!region) {
@@ -78,35 +88,20 @@ MSHARE_EXPORT int mshare_close(struct mshare_region *region)
 		return -1;
 	}
 	attachment_lock();
-	attachment = region->held ? attachment_of(region->identity) : NULL;
+	if (region->held)
+		attachment = attachment_of(region->identity);
 	region->held = 0;
-	if (attachment && attachment->holders > 0 && --attachment->holders == 0 &&
-	    !attachment->plain) {
-		link = attachment_link(attachment);
-		result = detach_region(link, MSHARE_WIRE_DETACH);
-	}
+	last = let_go(attachment);
 	attachment_unlock();
-	return result;
+	return last ? detach_region(attachment, MSHARE_WIRE_DETACH) : 0;
 }
 
 MSHARE_EXPORT int mshare_forget_name(const struct mshare_region *region)
 {
-	struct waiting waiting = { 0 };
-	const struct root *root;
-	int result;
-
 	reason_forget();
 	if (!region) {
 		errno = EFAULT;
 		return -1;
 	}
-	attachment_lock();
-	do {
-		root = root_use_again(region->root);
-		result = root ? name_unlink_identity(root->fd, region->identity) : -1;
-	} while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
-	if (result < 0 && root && errno == ENOENT)
-		errno = ESTALE;
-	attachment_unlock();
-	return result;
+	return name_forget(region->root, region->identity);
 }

@@ -10,12 +10,14 @@ from functools import partial
 from typing import Final
 
 from msharefsd.control import wire
+from msharefsd.control.orphans import is_gone
 from msharefsd.control.peer import owner_of
 from msharefsd.control.sharing import Sharing
 from msharefsd.control.wire import BackingKind, Reply, ReplyFlag, Request, RequestFlag
 from msharefsd.errors import Refused
 from msharefsd.linux import processes, syscalls
 from msharefsd.memory import hugetlb
+from msharefsd.memory.backing import Backing
 from msharefsd.memory.hugetlb import HugetlbBacking
 from msharefsd.paging.lanes import Far
 from msharefsd.paging.pages import pages_of
@@ -154,13 +156,20 @@ class Attaching:
             window_of(sharer).far, far.sharer = far, sharer
         self._control.metrics.attaches.inc()
         self._state.join(sharer)
-        assert region.backing is not None
+        backing = await self._keep_guarded(sharer)
         if pages_of(region).armed or pages_of(region).looked_at:
             flags |= ReplyFlag.PROTECTED
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
-        fd = region.backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
+        fd = backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
         return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
+
+    async def _keep_guarded(self, sharer: Sharer) -> Backing:
+        """Before it is told of its memory, which it is given only then."""
+        await self._control.guards.keep(sharer)
+        if sharer.region.backing is None:
+            raise Refused(errno.ENOENT, "the region is gone")
+        return sharer.region.backing
 
     async def _watch(self, region: Region) -> None:
         """Who is about to have the memory's descriptor must change nothing by it."""
@@ -262,8 +271,11 @@ class Attaching:
 
     # -- REJOIN --
 
-    async def rejoin(self, fds: list[int]) -> None:
-        """Go on with an attachment of this process that another pager had."""
+    async def rejoin(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
+        """Go on with an attachment of this process, whose connection was lost.
+
+        Who shows the region's file has lost the backing, too, and gets it again.
+        """
         if self._state.sharer is not None:
             raise Refused(errno.EINVAL, "this connection has attached a region already")
         if len(fds) != 1:
@@ -273,16 +285,32 @@ class Attaching:
             region, may_write = self._proven(fds[0])
         except Refused as refused:
             raise Refused(errno.ESTALE, "the region is gone") from refused
-        sharer = orphans.find(region, self._peer.pid)
+        pid = self._peer.pid
+        sharer = orphans.find(region, pid) or self._connected(region, pid)
         if sharer is None:
             raise Refused(errno.ESTALE, "this process is no sharer of the region any more")
         if sharer.writable and not may_write:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
-        await orphans.hand_over(sharer)
+        if (hand_over := self._control.joined.get(sharer)) is not None:
+            await hand_over()
+        else:
+            await orphans.hand_over(sharer)
         sharer.pidfd, sharer.ended = self._peer.pidfd, self._peer.has_ended
         self._state.join(sharer)
         if region.state is State.BUILDING:
             self._state.build(region)
+        backing = region.backing
+        lost = backing is not None and syscalls.identify(fds[0]) != backing.identity
+        fd = backing.descriptor(writable=sharer.writable) if backing and lost else None
+        return Reply(request.op), fd
+
+    def _connected(self, region: Region, pid: int) -> Sharer | None:
+        """The process's attachment, if it has a connection, somewhere."""
+        for sharer in self._control.joined:
+            here = sharer.region is region and sharer.pid == pid != 0
+            if here and not sharer.ended() and not is_gone(sharer):
+                return sharer
+        return None
 
     # -- donors --
 

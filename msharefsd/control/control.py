@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msharefsd.control.guards import Guards
 from msharefsd.control.orphans import Orphans
 from msharefsd.control.peer import Peer
 from msharefsd.control.wire import MAX_FDS
@@ -16,7 +17,7 @@ from msharefsd.linux.processes import Deaths
 from msharefsd.memory.kept import Files
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.server import PageServer
-from msharefsd.region.region import Region, region_of_file
+from msharefsd.region.region import Region, Sharer, region_of_file
 from msharefsd.region.registry import Regions
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
@@ -63,11 +64,14 @@ class Control:
     """For looking at files that are about to be mapped."""
     mapped_files: Files
     orphans: Orphans
+    guards: Guards
     default_backing: str
     may_have_device: Callable[[Peer], bool]
     """Whether a user may be handed /dev/userfaultfd."""
     turns: Turns = field(default_factory=Turns)
     """Of calls, by user."""
+    joined: dict[Sharer, Callable[[], Awaitable[None]]] = field(default_factory=dict)
+    """The sharers that have a connection, and how it is made to give them up."""
     seldom: Seldom = field(default_factory=Seldom)
     anonymous_device: tuple[int, int] = field(default_factory=_anonymous_device)
     _device: int | None = None

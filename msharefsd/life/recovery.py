@@ -25,15 +25,17 @@ What is finished here that the dead daemon had begun:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Final
 
 from msharefsd.barriers import barrier
-from msharefsd.control.orphans import Orphans
+from msharefsd.control.guards import Guards
+from msharefsd.control.orphans import Orphans, is_gone, is_registered, still_there
 from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedRegion, SavedSharer
@@ -223,18 +225,45 @@ def _finish_memory(journal: Journal, region: Region) -> None:
 # -- sharers --
 
 
+async def _adopt_guarded(
+    journal: Journal, regions: Regions, guards: Guards, guarded: dict[int, int], lanes: Lanes
+) -> list[tuple[Sharer, int | None]]:
+    """As _reach_all(); all of them are kept, and what is not theirs is not kept any more."""
+    kept = set(guarded)
+    adopted = await _reach_all(journal, regions, guarded, lanes)
+    for number, fd in guarded.items():
+        os.close(fd)
+        guards.drop(number)
+    for sharer, _ in adopted:
+        try:
+            if sharer.number not in kept:
+                await guards.keep(sharer)
+        except Refused as refused:
+            log.error("process %d: %s", sharer.pid, refused.message)
+    return adopted
+
+
 class _LostError(Exception):
     """A sharer cannot be reached; the text says why."""
 
 
 async def adopt_sharers(
-    journal: Journal, regions: Regions, pages: PageServer, spaces: AddressSpaces, orphans: Orphans
+    journal: Journal,
+    regions: Regions,
+    pages: PageServer,
+    spaces: AddressSpaces,
+    orphans: Orphans,
+    guards: Guards,
+    guarded: dict[int, int],
 ) -> None:
-    """Take the sharers that live, and put right in them what was left half done."""
+    """Take the sharers that live, and put right in them what was left half done.
+
+    `guarded`: what was kept of their userfaultfds, by their numbers.
+    """
     for region in regions.alive():
         if region.backing is not None and journal.watched(region.id):
             pages.watching.adopt(region)
-    adopted = await _reach_all(journal, regions, pages)
+    adopted = await _adopt_guarded(journal, regions, guards, guarded, pages.lanes)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
         pages.poison.marks.restore(window_of(sharer), journal.poisoned(sharer.number))
@@ -257,26 +286,36 @@ async def adopt_sharers(
 
 
 async def _reach_all(
-    journal: Journal, regions: Regions, pages: PageServer
-) -> list[tuple[Sharer, int]]:
-    """The sharers that live, oldest first, and a pidfd of each."""
-    adopted: list[tuple[Sharer, int]] = []
+    journal: Journal, regions: Regions, guarded: dict[int, int], lanes: Lanes
+) -> list[tuple[Sharer, int | None]]:
+    """The sharers that live, oldest first, and a pidfd of each whose process does.
+
+    Takes out of `guarded` what it has a use for.
+    """
+    adopted: list[tuple[Sharer, int | None]] = []
     seen: set[tuple[int, int]] = set()
     # The newest first: a number in a process is the last one's that had it.
     for row in reversed(journal.sharers()):
         region = regions.with_id(row.region)
         if region is None:
+            guarded.pop(row.number, None)  # nor can it be served, but it stays guarded
             continue  # its memory cannot be had now
         sharer = _sharer(row, region)
         try:
             if region.backing is None:
                 raise _LostError("its region has no memory")
-            if (row.pid, row.userfaultfd) in seen:
-                raise _LostError("it has attached anew")
-            pidfd = await _reach(sharer, pages.lanes)
+            anew = (row.pid, row.userfaultfd) in seen
+            pidfd: int | None
+            if lanes.needs_one(row.uid):
+                pidfd = await _reach_far(sharer, lanes, anew=anew)
+            else:
+                sharer.uffd = guarded.pop(row.number, -1)
+                pidfd = _reach(sharer, anew=anew)
         except _LostError as lost:
             log.info("process %d is no sharer of %s any more: %s", row.pid, region.label(), lost)
             journal.forget_sharer(sharer.number)
+            if sharer.uffd >= 0:
+                guarded[row.number] = sharer.uffd
             continue
         seen.add((row.pid, row.userfaultfd))
         adopted.append((sharer, pidfd))
@@ -298,45 +337,90 @@ def _sharer(row: SavedSharer, region: Region) -> Sharer:
     )
 
 
-async def _reach(sharer: Sharer, lanes: Lanes) -> int:
-    """Fetch a sharer's userfaultfd; returns a pidfd of the process.
+def _reach(sharer: Sharer, *, anew: bool) -> int | None:
+    """A pidfd of a sharer's process, if that lives; sees to it that we have its userfaultfd.
 
-    Of a process of another user its lane fetches it; if that is late, it is late.
+    Its address space is what counts: others may have that when the process has ended.
+    `anew`: the process has attached again since, and its userfaultfd's number is another's.
+    """
+    pidfd = _process(sharer)
+    try:
+        if sharer.uffd < 0 and not anew:
+            if pidfd is None:
+                raise _LostError("it has ended")
+            with _lost(sharer):
+                sharer.uffd = _fetch(pidfd, sharer)
+        if sharer.uffd < 0 or (anew and not is_registered(sharer)):
+            raise _LostError("it has attached anew")
+        if is_gone(sharer):
+            raise _LostError("it has ended" if pidfd is None else "it executes another program")
+        if not still_there(sharer):
+            raise _LostError("it has given the region up")
+        os.set_blocking(sharer.uffd, False)
+    except BaseException:
+        if pidfd is not None:
+            os.close(pidfd)
+        raise
+    return pidfd
+
+
+async def _reach_far(sharer: Sharer, lanes: Lanes, *, anew: bool) -> int:
+    """The same of a process of another user, whose lane fetches its userfaultfd.
+
+    If that is late, it is late.
+    """
+    if anew:
+        raise _LostError("it has attached anew")
+    pidfd = _process(sharer)
+    if pidfd is None:
+        raise _LostError("it has ended")
+    try:
+        with _lost(sharer):
+            far = await lanes.fetch(sharer, partial(_fetch_far, sharer))
+    except BaseException:
+        os.close(pidfd)
+        raise
+    window_of(sharer).far, far.sharer = far, sharer
+    return pidfd
+
+
+@contextlib.contextmanager
+def _lost(sharer: Sharer) -> Iterator[None]:
+    """Its userfaultfd is fetched here."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE:
+            log.warning(
+                "process %d cannot be reached (%s): it waits for ever where it touches what "
+                "is not there; pidfd_getfd(2) needs the right to ptrace(2)",
+                sharer.pid,
+                error.strerror,
+            )
+        raise _LostError(f"its userfaultfd is not to be had: {error.strerror}") from error
+
+
+def _process(sharer: Sharer) -> int | None:
+    """A pidfd of the process that attached; None if it has ended, or is not to be seen."""
+    if sharer.pid == 0 or sharer.started == 0:
+        return None
+    try:
+        pidfd = os.pidfd_open(sharer.pid)
+    except OSError:
+        return None
+    if processes.started(sharer.pid) == sharer.started:
+        return pidfd
+    os.close(pidfd)  # its number is another's
+    return None
+
+
+def _fetch(pidfd: int, sharer: Sharer) -> int:
+    """A sharer's userfaultfd that nobody has kept, from its process.
 
     The number that the process once told may be anything's by now.  That it is a
     userfaultfd is checked; if it is another one than before, of other memory even, the
     process has got at it by itself and could do with it all that we do.
     """
-    if sharer.pid == 0:
-        raise _LostError("it is in another pid namespace")
-    try:
-        pidfd = os.pidfd_open(sharer.pid)
-    except OSError as error:
-        raise _LostError("it has ended") from error
-    try:
-        if sharer.started == 0 or processes.started(sharer.pid) != sharer.started:
-            raise _LostError("it has ended, and its number is another's")
-        if lanes.needs_one(sharer.uid):
-            far = await lanes.fetch(sharer, partial(_fetch_far, sharer))
-            window_of(sharer).far, far.sharer = far, sharer
-        else:
-            sharer.uffd = _fetch(pidfd, sharer)
-    except (OSError, _LostError) as error:
-        os.close(pidfd)
-        if isinstance(error, OSError):
-            if error.errno not in _GONE:
-                log.warning(
-                    "process %d cannot be reached (%s): it waits for ever where it touches what "
-                    "is not there; pidfd_getfd(2) needs the right to ptrace(2)",
-                    sharer.pid,
-                    error.strerror,
-                )
-            raise _LostError(f"its userfaultfd is not to be had: {error.strerror}") from error
-        raise
-    return pidfd
-
-
-def _fetch(pidfd: int, sharer: Sharer) -> int:
     fd = syscalls.pidfd_getfd(pidfd, sharer.uffd_number)
     try:
         if not uffd.is_one(fd) or uffd.is_gone(fd):

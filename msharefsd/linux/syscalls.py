@@ -102,6 +102,7 @@ _libc.statx.argtypes = [
 _libc.syscall.restype = ctypes.c_long
 _SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
 _SYS_RT_TGSIGQUEUEINFO: Final = {"x86_64": 297, "aarch64": 240}
+_SYS_GET_ROBUST_LIST: Final = {"x86_64": 274, "aarch64": 100}
 _SYS_PIDFD_GETFD: Final = 438
 _SYS_CLOSE_RANGE: Final = 436
 # siginfo_t: signo, errno, code, padding, si_addr; 128 bytes in all.
@@ -129,6 +130,19 @@ def userfaultfd(flags: int) -> int:
     fd = int(_libc.syscall(number, flags))
     _check(fd)
     return fd
+
+
+def robust_list(thread: int) -> int:
+    """Where a thread has its list of robust mutexes (get_robust_list(2)); 0 if it has none.
+
+    Or if it is gone, or not ours to ask.
+    """
+    head, length = ctypes.c_void_p(), ctypes.c_size_t()
+    number = _SYS_GET_ROBUST_LIST.get(platform.machine())
+    if number is None:
+        return 0
+    failed = _libc.syscall(number, thread, ctypes.byref(head), ctypes.byref(length))
+    return 0 if failed else int(head.value or 0)
 
 
 def pidfd_getfd(pidfd: int, number: int) -> int:

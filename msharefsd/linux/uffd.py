@@ -50,6 +50,7 @@ class Feature(IntFlag):
     """Feature bits of UFFDIO_API."""
 
     WP = 1 << 0
+    EVENT_FORK = 1 << 1
     EVENT_REMAP = 1 << 2
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
@@ -107,6 +108,14 @@ class Fault:
     """The page is present; it only has to be mapped (Mode.MINOR)."""
     thread: int
     """The faulting thread's id in its own pid namespace, for SIGBUS by tgkill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """A child has what its parent has registered, and the parent's fork() waited for us."""
+
+    uffd: int
+    """The child's userfaultfd, a new descriptor of ours."""
 
 
 class Outcome(Enum):
@@ -224,19 +233,20 @@ class Reader:
     O_NONBLOCK does not see to that: it belongs to the open file, so the process that
     made the userfaultfd can take it away, and can read the event for which we were
     told to come.  RWF_NOWAIT is the single call's (preadv2(2); userfaultfd knows it
-    since Linux 6.10).  Without it a timer's signal gets us out of a read that waits.
+    since Linux 6.10, but not of one that came with a child).  Without it a timer's signal
+    gets us out of a read that waits.
     """
 
     _reading = -1
 
     def __init__(self, *, nowait: bool, may_wait: bool = False) -> None:
-        """`nowait`: whether this kernel has RWF_NOWAIT; else only in the main thread.
+        """`nowait`: whether this kernel has RWF_NOWAIT.  In the main thread.
 
         `may_wait`: it is for a thread that may wait.
         """
         self._nowait = nowait
         self._may_wait = may_wait
-        if not nowait and not may_wait:
+        if not may_wait:
             signal.signal(signal.SIGALRM, self._too_long)
 
     def _too_long(self, *_: object) -> None:
@@ -247,7 +257,11 @@ class Reader:
     def _read(self, fd: int, size: int) -> bytes:
         if self._nowait:
             data = bytearray(size)
-            return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])
+            try:
+                return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
         if self._may_wait:
             os.set_blocking(fd, False)
             return os.read(fd, size)
@@ -260,8 +274,8 @@ class Reader:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._reading = -1
 
-    def faults(self, fd: int, most: int = 16) -> list[Fault]:
-        """The faults that wait now; none when there is none.
+    def faults(self, fd: int, most: int = 16) -> list[Fault | Inherited]:
+        """The faults that wait now, and children that were made; none when there is none.
 
         Raises OSError if the descriptor cannot be read (no handshake, say).
         """
@@ -280,7 +294,7 @@ def can_read_without_waiting(fd: int) -> bool:
     return True
 
 
-def _faults(data: bytes) -> Iterator[Fault]:
+def _faults(data: bytes) -> Iterator[Fault | Inherited]:
     for event, flags, address, thread in _MESSAGE.iter_unpack(data):
         if event == _EVENT_PAGEFAULT:
             yield Fault(
@@ -291,9 +305,8 @@ def _faults(data: bytes) -> Iterator[Fault]:
                 thread,
             )
         elif event == _EVENT_FORK:
-            # Never asked for; a sharer that was adopted may have done so all the same.
             # The descriptor that comes with it has the place of the flags.
-            os.close(flags & 0xFFFFFFFF)
+            yield Inherited(flags & 0xFFFFFFFF)
 
 
 def wake(fd: int, start: int, length: int) -> None:
@@ -364,6 +377,31 @@ def is_gone(fd: int) -> bool:
     """
     nowhere = (1 << 47) - 16 * syscalls.PAGE  # never registered
     return zeropage(fd, nowhere, syscalls.PAGE)[1] is Outcome.GONE
+
+
+class Guard(Enum):
+    """What a userfaultfd's address space has at some address."""
+
+    GONE = "there is no such address space any more"
+    NOTHING = "no window that is registered"
+    WINDOW = "a window that is registered"
+
+
+def guard_at(fd: int, address: int, page: int) -> Guard:
+    """Whether there is a registered window at `address`, of pages of that size (bytes).
+
+    Nothing comes of the question: a page is to be copied from where nothing can be
+    (vm.mmap_min_addr), and mfill_atomic() looks at the window first.
+    """
+    try:
+        fcntl.ioctl(fd, UFFDIO_COPY, _COPY.pack(address, page, page, 0, 0))
+    except ProcessLookupError:
+        return Guard.GONE
+    except FileNotFoundError:
+        return Guard.NOTHING
+    except OSError:
+        pass
+    return Guard.WINDOW
 
 
 def _fill(

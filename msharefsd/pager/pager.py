@@ -27,6 +27,7 @@ from setproctitle import setproctitle
 
 from msharefsd.config import Config
 from msharefsd.control.control import Control
+from msharefsd.control.guards import Guards, split
 from msharefsd.control.orphans import Orphans
 from msharefsd.control.peer import Peer
 from msharefsd.errors import Refused, StartError, StateError
@@ -233,7 +234,8 @@ class _Pager:
         """Adopt what is there, serve, and end."""
         known, device, board = await self._dialog.names()
         self._regions.board = board
-        kept = self._keeper.take()
+        kept, guarded = split(self._keeper.take())
+        guards = Guards(self._keeper)
         saver = Saver(self._keeper, kept)
         recovery.adopt_regions(
             self._journal,
@@ -252,7 +254,7 @@ class _Pager:
         regions.release = writeback.release
         spaces = AddressSpaces(found, pages, writeback, self._journal)
         with contextlib.closing(Deaths()) as deaths:
-            orphans = Orphans(regions, pages, deaths)
+            orphans = Orphans(regions, pages, deaths, guards)
             control = Control(
                 self._dialog,
                 regions,
@@ -267,6 +269,7 @@ class _Pager:
                 Threads(self._limits.threads),
                 self._files,
                 orphans,
+                guards,
                 config.backing,
                 partial(_may_have_device, config),
             )
@@ -276,7 +279,9 @@ class _Pager:
                 nursery.start_soon(control.turns.run)
                 await nursery.start(pages.run)
                 await nursery.start(orphans.run)
-                await recovery.adopt_sharers(self._journal, regions, pages, spaces, orphans)
+                await recovery.adopt_sharers(
+                    self._journal, regions, pages, spaces, orphans, guards, guarded
+                )
                 await self._dialog.ready(list(regions.alive()))
                 priority.give_back()
                 nursery.start_soon(writeback.run, regions.alive)

@@ -309,7 +309,8 @@ class User:
         found = self._reader.faults(fd)
         if not found:
             os.set_blocking(fd, False)  # see PageServer: somebody may have changed that
-        return found
+        # A child's is not asked for (PageServer.shake_hands), and stays where it came.
+        return [each for each in found if isinstance(each, Fault)]
 
     def _readable(self, key: int, found: object) -> None:
         far = self.fars.get(key)

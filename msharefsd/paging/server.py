@@ -24,6 +24,7 @@ import errno
 import logging
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
@@ -33,7 +34,7 @@ from msharefsd.journal.journal import Journal
 from msharefsd.linux import uffd
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
-from msharefsd.linux.uffd import Fault, Outcome
+from msharefsd.linux.uffd import Fault, Feature, Inherited, Outcome
 from msharefsd.paging import thread
 from msharefsd.paging.background import Background
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
@@ -63,6 +64,13 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.5
 
 
+Heir = Callable[[Sharer, int], Awaitable[None]]
+
+
+async def _nobody(_sharer: Sharer, fd: int) -> None:
+    os.close(fd)
+
+
 class PageServer:
     """Serves the faults of all sharers of one daemon."""
 
@@ -82,6 +90,8 @@ class PageServer:
         self._capabilities = capabilities
         self._metrics = metrics
         self._journal = journal
+        self.inherited: Heir = _nobody
+        """Told of a child that has a sharer's window, and its userfaultfd, which it takes."""
         self._reader = uffd.Reader(nowait=capabilities.nowait)
         self._seldom = Seldom()
         self._background = Background()
@@ -130,8 +140,11 @@ class PageServer:
         return self.lanes.take(uid, fd)
 
     async def shake_hands(self, far: Far) -> None:
-        """The handshake with one that a lane has.  Raises OSError, and it is to be closed."""
-        await far.shake_hands(self._capabilities.features)
+        """The handshake with one that a lane has.  Raises OSError, and it is to be closed.
+
+        Without a child's: its userfaultfd would be in the lane's table.
+        """
+        await far.shake_hands(self._capabilities.features & ~Feature.EVENT_FORK)
 
     def give_up(self, sharer: Sharer) -> None:
         """A sharer's window cannot be brought to what its region is: it has to end."""
@@ -172,16 +185,20 @@ class PageServer:
                     await trio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
             for fault in faults:
-                barrier("fault.read")
-                try:
-                    outcome = self._answer(window, fault)
-                except OSError as error:
-                    outcome = self._failed(window, window.page_of(fault.address), error)
-                if outcome is Outcome.GONE:
+                if isinstance(fault, Inherited):
+                    await self.inherited(window.sharer, fault.uffd)
+                elif self._answered(window, fault) is Outcome.GONE:
                     return
                 await breath.take()
                 if window.detached:
                     return
+
+    def _answered(self, window: Window, fault: Fault) -> Outcome:
+        barrier("fault.read")
+        try:
+            return self._answer(window, fault)
+        except OSError as error:
+            return self._failed(window, window.page_of(fault.address), error)
 
     def _failed(self, window: Window, offset: int, error: OSError) -> Outcome:
         """A fault that cannot be answered ends in SIGBUS, and not in waiting forever."""

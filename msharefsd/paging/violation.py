@@ -75,11 +75,9 @@ class Violations:
 
     def _forbidden(self, window: Window, offset: int, fault: Fault, found: int | None) -> None:
         sharer = window.sharer
-        if not thread.may_signal(sharer):
-            self._poison.fleeting(window, offset)
-            return
-        where = _where(window, found)
-        if where is Where.SYSTEM_CALL:
+        reachable = thread.may_signal(sharer)
+        where = _where(window, found) if reachable else Where.SYSTEM_CALL
+        if where is Where.SYSTEM_CALL:  # who cannot be sent a signal has SIGBUS of that
             self._background.start(self._fail_system_call, window, offset)
         elif where is Where.USER and found is not None:
             thread.signal(sharer.pid, found, signal.SIGSEGV, fault.address)

@@ -9,12 +9,13 @@ late (lanes.py).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import trio
 
 from msharefsd.linux import uffd
-from msharefsd.linux.uffd import Fault, Mode, Outcome
+from msharefsd.linux.uffd import Fault, Inherited, Mode, Outcome
 from msharefsd.paging.chunks import Chunks
 from msharefsd.paging.lanes import Far
 from msharefsd.region.ranges import Ranges
@@ -155,6 +156,8 @@ class Window(Mapping):
         """What of that is to be populated as soon as it can be: see hunger.py."""
         self.threads: dict[int, int] = {}
         """Threads as we number them, by their own numbers: see thread.py."""
+        self.huge = True
+        """Whether its process may have huge pages, as far as is known: see collapse.py."""
         self.ready = False
         """It has asked for what is protected since it mapped its window."""
 
@@ -173,7 +176,7 @@ class Window(Mapping):
         if self.far is not None:
             await self.far.level()
 
-    async def faults(self, reader: uffd.Reader) -> list[Fault]:
+    async def faults(self, reader: uffd.Reader) -> Sequence[Fault | Inherited]:
         """The faults that wait, as soon as there are any; none if there are none after all."""
         if self.far is not None:
             return await self.far.faults()
