@@ -244,6 +244,9 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	return 0;
 fail:
 	saved = errno;
+	/* It was there when its file was opened. */
+	if (saved == ENOENT && region >= 0 && wish->open && wish->open->identity)
+		saved = ESTALE;
 	if (mapped == 0)
 		raw_munmap(attachment->start, attachment->size);
 	if (complete && made)

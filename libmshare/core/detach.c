@@ -39,72 +39,49 @@ int detach_region(struct attachment *attachment, uint16_t op)
 	return result;
 }
 
-enum use { NONE, THE_ONLY_ONE, ONE_OF_SEVERAL };
-
 /*
- * End the use that mshare() made, if it did.  Who holds the region by mshare_open() keeps
- * it: then *attachment is to be given back; and otherwise to be detached.
+ * End the use that mshare() made: whether there is one.  Who holds the region
+ * by mshare_open() keeps it; *detached is what is to be detached otherwise.
  */
-static enum use end_use(const char *name, struct attachment **attachment)
+static bool end_use(const char *name, struct attachment **detached)
 {
-	enum use use = NONE;
+	struct attachment *found;
 
+	*detached = NULL;
 	attachment_lock();
-	*attachment = attachment_named(name);
-	if (*attachment && (*attachment)->holders > 0) {
-		(*attachment)->plain = false;
-		attachment_take(*attachment);
-		use = ONE_OF_SEVERAL;
-	} else if (*attachment) {
-		attachment_end(*attachment);
-		use = THE_ONLY_ONE;
+	found = attachment_named(name);
+	if (found && found->holders > 0) {
+		found->plain = false;
+	} else if (found) {
+		attachment_end(found);
+		*detached = found;
 	}
 	attachment_unlock();
-	return use;
+	return found;
 }
 
 MSHARE_EXPORT int mshare_detach(const char *name)
 {
-	struct attachment *attachment;
+	struct attachment *detached;
 
 	reason_forget();
 	if (name_check(name) < 0)
 		return -1;
-	switch (end_use(name, &attachment)) {
-	case THE_ONLY_ONE:
-		return detach_region(attachment, MSHARE_WIRE_DETACH);
-	case ONE_OF_SEVERAL:
-		attachment_give_back(attachment);
-		return 0;
-	default:
+	if (!end_use(name, &detached)) {
 		errno = ENOENT;
 		return -1;
 	}
-}
-
-/* Its name only; that it has lost it already is as good. */
-static int forget(struct attachment *attachment)
-{
-	int result = name_forget(attachment->root, attachment->identity), saved = errno;
-
-	attachment_give_back(attachment);
-	errno = saved;
-	return result < 0 && errno == ESTALE ? 0 : result;
+	return detached ? detach_region(detached, MSHARE_WIRE_DETACH) : 0;
 }
 
 MSHARE_EXPORT int mshare_unlink(const char *name)
 {
-	struct attachment *attachment;
+	struct attachment *detached;
 
 	reason_forget();
 	if (name_check(name) < 0)
 		return -1;
-	switch (end_use(name, &attachment)) {
-	case THE_ONLY_ONE:
-		return detach_region(attachment, MSHARE_WIRE_UNLINK);
-	case ONE_OF_SEVERAL:
-		return forget(attachment);
-	default:
+	if (!end_use(name, &detached))
 		return name_unlink(name);
-	}
+	return detached ? detach_region(detached, MSHARE_WIRE_UNLINK) : 0;
 }

@@ -226,8 +226,6 @@ int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated
 int name_open_identity(int root, const unsigned char identity[MSHARE_IDENTITY], int oflags);
 /* Remove the name that a region has, if it has one and no other region has got it. */
 int name_unlink_identity(int root, const unsigned char identity[MSHARE_IDENTITY]);
-/* The same for a call: root is the path that led there.  ESTALE: it has none. */
-int name_forget(const char *root, const unsigned char identity[MSHARE_IDENTITY]);
 /* Remove the name that name_open() has made, unless somebody has given it a range. */
 void name_unmake(int root, const char *name, int region);
 /* Remove the name of a region that this process has not attached. */

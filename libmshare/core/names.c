@@ -93,26 +93,6 @@ int name_unlink_identity(int root, const unsigned char identity[MSHARE_IDENTITY]
 	return unlinkat(root, path, 0);
 }
 
-int name_forget(const char *path, const unsigned char identity[MSHARE_IDENTITY])
-{
-	struct waiting waiting = { 0 };
-	struct root root;
-	bool found;
-	int result;
-
-	do {
-		result = root_use_again(path, &root);
-		found = result == 0;
-		if (found) {
-			result = name_unlink_identity(root.fd, identity);
-			root_close(&root);
-		}
-	} while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
-	if (result < 0 && found && errno == ENOENT)
-		errno = ESTALE;
-	return result;
-}
-
 /* By its number: whoever has removed it meanwhile may have made another one. */
 void name_unmake(int root, const char *name, int region)
 {

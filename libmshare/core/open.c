@@ -98,10 +98,25 @@ MSHARE_EXPORT int mshare_close(struct mshare_region *region)
 
 MSHARE_EXPORT int mshare_forget_name(const struct mshare_region *region)
 {
+	struct waiting waiting = { 0 };
+	struct root root;
+	bool found;
+	int result;
+
 	reason_forget();
 	if (!region) {
 		errno = EFAULT;
 		return -1;
 	}
-	return name_forget(region->root, region->identity);
+	do {
+		result = root_use_again(region->root, &root);
+		found = result == 0;
+		if (found) {
+			result = name_unlink_identity(root.fd, region->identity);
+			root_close(&root);
+		}
+	} while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
+	if (result < 0 && found && errno == ENOENT)
+		errno = ESTALE;
+	return result;
 }

@@ -81,6 +81,8 @@ class Attaching:
         if flags & os.O_ACCMODE == os.O_WRONLY:
             raise Refused(errno.EACCES, "the descriptor is not open for reading")
         region = self._control.region_of(identity)
+        if region is None and self._control.is_of_region(identity):
+            raise Refused(errno.ENOENT, "the region is gone")
         if region is None:
             raise Refused(errno.EPERM, "the descriptor is of no region on this mount")
         if region is not self._state.region:

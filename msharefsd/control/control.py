@@ -92,6 +92,11 @@ class Control:
         number = region_of_file(identity.inode)
         return None if number is None else self.regions.with_id(number)
 
+    def is_of_region(self, identity: syscalls.FileIdentity) -> bool:
+        """Whether it is the file of a region, which may be gone by now."""
+        here = (identity.major, identity.minor) == self.mount_device
+        return here and region_of_file(identity.inode) is not None
+
     def close_all(self, fds: list[int], uid: int) -> None:
         """Close what a client of that user sent.
 

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bare import Bare
 from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
 from numpy.typing import NDArray
 
 import libmshare
 from libmshare import Region, Stale, holding
+from msharefsd.control.wire import Op
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -177,6 +179,19 @@ def test_ephemeral_regions_end_with_their_last_user(
     assert "crash" not in os.listdir(daemon.mount)
 
 
+def test_what_ends_between_open_and_attach_is_gone(daemon: Daemon) -> None:
+    """Whoever has just opened its file is told so, and not that it has no right to it."""
+    region = Region.create(size="1M", ephemeral=True)
+    file = os.open(daemon.mount / f".identity-{region.identity.id}", os.O_RDONLY)
+    region.close()
+    one = Bare(daemon.mount)
+    try:
+        assert one.call(Op.USERFAULTFD, file).error == errno.ENOENT
+    finally:
+        one.sock.close()
+        os.close(file)
+
+
 def gone(pickled: bytes) -> bool:
     try:
         pickle.loads(pickled)
@@ -278,6 +293,57 @@ def test_the_plain_functions_take_nothing_from_a_region(daemon: Daemon) -> None:
         libmshare.mshare_mmap(there, 4096, 3, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | 0x10)
     assert daemon.sharers("p") == 1
     libmshare.mshare_unlink("p")
+
+
+def test_threads_attach_and_close_the_same_region(daemon: Daemon) -> None:
+    """Who comes while another thread attaches it, or leaves it, waits for that, and has it."""
+    with Region.create("r", SIZE) as region:
+        identity = region.identity
+        region.buf[0] = 7
+    odd: list[str] = []
+
+    def use(which: str | libmshare.Identity) -> None:
+        try:
+            for _ in range(25):
+                with Region.attach(which) as mine:
+                    assert mine.buf[0] == 7
+        except (OSError, AssertionError) as error:
+            odd.append(repr(error))
+
+    threads = [threading.Thread(target=use, args=(which,)) for which in ("r", identity) * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert odd == []
+    assert holding.held() == []
+    eventually(lambda: daemon.sharers("r") == 0, "nobody has it")
+    with Region.attach("r") as region:
+        region.unlink()
+
+
+def test_closed_descriptors_are_had_again_without_a_name(daemon: Daemon) -> None:
+    """By the region's identity: its name is gone, and then another region's."""
+    program = """
+        import os
+        from libmshare import Region
+        region = Region.create("r", 1 << 20)
+        region.unlink()
+        os.closerange(3, 1000)
+        region.munmap(4096, 4096)
+        region.mmap(4096, 4096)
+        other = Region.create("r", 1 << 20)
+        os.closerange(3, 1000)
+        region.munmap(8192, 4096)
+        region.mmap(8192, 4096)
+        region.buf[8192] = 1
+        assert not any(other.buf[:16384])
+        other.unlink()
+        other.close()
+        region.close()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+    assert not (daemon.mount / "r").exists()
 
 
 def test_close_beside_buf(daemon: Daemon) -> None:
