@@ -374,20 +374,31 @@ class Daemon:
                 pytest.fail(f"suspicious line in the daemon's log: {line}\n\n{self.log()}")
 
     def clean_up(self) -> None:
-        """Whatever happened."""
-        self.abort()
+        """Whatever happened; each step, whatever became of those before."""
+        with contextlib.ExitStack() as steps:  # from the last to the first
+            steps.callback(mounting.ungraft)
+            steps.callback(self._remove_memory)
+            steps.callback(self._take_down)
+            steps.callback(self._end_processes)
+
+    def _end_processes(self) -> None:
+        with contextlib.suppress(OSError):
+            self.abort()
         if self.process is not None:
             self.kill()
         for pid in self.processes():  # of a front that is gone
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _take_down(self) -> None:
         while mounting.is_mounted(str(self.mount)):
             mounting.unmount(str(self.mount))
         while (huge := mounts.top_mount(str(self.run / "huge"))) is not None:
             mounting.unmount(huge.target)
+
+    def _remove_memory(self) -> None:
         for name in self.shm_objects():
             os.unlink(f"/dev/shm/{name}")
-        mounting.ungraft()
 
 
 @pytest.fixture
@@ -434,8 +445,9 @@ def make_daemon(directory: Path, request: pytest.FixtureRequest) -> Iterator[Cal
             each.check_log()
     finally:
         watchdog.cancel()
-        for each in daemons:
-            each.clean_up()
+        with contextlib.ExitStack() as stack:
+            for each in daemons:
+                stack.callback(each.clean_up)
 
 
 @pytest.fixture
