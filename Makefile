@@ -2,6 +2,7 @@
 # make demo    the letter's donor and consumer on a real mount
 # make test    linters, type checker, tests
 # make bench   side by side with peers, and page tables of many: tables, JSON, a plot
+# make bench-postgres   PostgreSQL's page tables, throughput and connections, each way
 # make fuzz    the fuzzers, SECONDS each
 # make kills   kill the daemon under load, KILLS times
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
@@ -18,9 +19,9 @@ export PYTHONSAFEPATH := 1
 export PATH := $(BIN):$(PATH)
 
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
-	$(shell find msharefsd libmshare -type f -not -path '*/__pycache__/*')
+	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench fuzz kills oracle soak lock clean
+.PHONY: setup demo test lint check bench bench-postgres fuzz kills oracle soak lock clean
 
 setup: $(VENV)/.project
 
@@ -69,6 +70,9 @@ bench: setup
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/story.py
 
+bench-postgres: setup
+	$(BIN)/python benchmarks/postgres_modes.py $(BENCH)
+
 fuzz: setup
 	MSHARE_FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/pytest -o faulthandler_timeout=0 tests/fuzz
 
@@ -98,7 +102,7 @@ lock:
 		--requirement requirements/lock.txt
 	$(COMPILE) --group lock --output-file requirements/lock.txt
 	$(COMPILE) --group build --output-file requirements/build.txt
-	$(COMPILE) --constraint requirements/build.txt pyproject.toml \
+	$(COMPILE) --constraint requirements/build.txt --extra daemon pyproject.toml \
 		--output-file requirements/runtime.txt
 	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
 		--group dev --output-file requirements/dev.txt

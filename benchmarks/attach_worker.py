@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from multiprocessing import shared_memory
+from typing import Final
 
 import posix_ipc
 
@@ -41,7 +42,7 @@ def _by_core(name: str) -> Cycle:
 def _by_region(name: str) -> Cycle:
     def cycle() -> tuple[int, int]:
         since = time.perf_counter_ns()
-        region = Region(name)
+        region = Region.attach(name)
         attached = time.perf_counter_ns()
         region.close()
         return attached - since, time.perf_counter_ns() - attached
@@ -58,6 +59,28 @@ def _by_multiprocessing(name: str) -> Cycle:
         return attached - since, time.perf_counter_ns() - attached
 
     return cycle
+
+
+CREATED: Final = 1 << 20
+"""Bytes of what is created and removed again."""
+
+
+def _create_region() -> tuple[int, int]:
+    since = time.perf_counter_ns()
+    region = Region.create(size=CREATED)
+    created = time.perf_counter_ns()
+    region.unlink()
+    region.close()
+    return created - since, time.perf_counter_ns() - created
+
+
+def _create_by_multiprocessing() -> tuple[int, int]:
+    since = time.perf_counter_ns()
+    memory = shared_memory.SharedMemory(create=True, size=CREATED)
+    created = time.perf_counter_ns()
+    memory.close()
+    memory.unlink()
+    return created - since, time.perf_counter_ns() - created
 
 
 def _by_posix_ipc(name: str) -> Cycle:
@@ -90,6 +113,8 @@ def main() -> None:
             "Region": _by_region(arguments.region),
             "multiprocessing": _by_multiprocessing(peer.name),
             "posix_ipc": _by_posix_ipc(f"/{peer.name}"),
+            "create Region": _create_region,
+            "create multiprocessing": _create_by_multiprocessing,
         }
         samples: dict[str, list[tuple[int, int]]] = {way: [] for way in ways}
         for cycle in ways.values():

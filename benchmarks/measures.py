@@ -188,11 +188,21 @@ def attaching(workers: Workers, plan: Plan) -> list[Row]:
     for ours, call, peer, what, target in (
         ("core", "mshare(), Python", "multiprocessing", "multiprocessing.shared_memory", 30.0),
         ("core", "mshare(), Python", "posix_ipc", "posix_ipc and mmap", None),
-        ("Region", "Region(), Python", "multiprocessing", "multiprocessing.shared_memory", 30.0),
+        (
+            "Region",
+            "Region.attach(), Python",
+            "multiprocessing",
+            "multiprocessing.shared_memory",
+            20.0,
+        ),
         ("ours", "mshare(), C", "peer", "shm_open() and mmap()", None),
     ):
         rows.append(Row(f"attach: {call}", "us", attach[ours], attach[peer], what, target))
         rows.append(Row(f"attach + detach: {call}", "us", both[ours], both[peer], what))
+    ours, peer = "create Region", "create multiprocessing"
+    what = "multiprocessing.shared_memory"
+    rows.append(Row("Region.create(), Python", "us", attach[ours], attach[peer], what))
+    rows.append(Row("Region.create() + unlink(), Python", "us", both[ours], both[peer], what, 40.0))
     return rows
 
 

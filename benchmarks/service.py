@@ -38,19 +38,15 @@ def running(directory: Path, alignment: int, *arguments: str) -> Iterator[Servic
     line.  Raises ServiceError.
     """
     mountpoint, run, log_file = directory / "mshare", directory / "run", directory / "log"
+    command = [
+        str(Path(sys.executable).parent / "msharefsd"),
+        f"--mountpoint={mountpoint}",
+        f"--run-directory={run}",
+        f"--alignment={alignment}",
+        *arguments,
+    ]
     with log_file.open("ab") as log:
-        process = subprocess.Popen(
-            [
-                Path(sys.executable).parent / "msharefsd",
-                f"--mountpoint={mountpoint}",
-                f"--run-directory={run}",
-                f"--alignment={alignment}",
-                *arguments,
-            ],
-            stdout=log,
-            stderr=log,
-            cwd="/",
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
     try:
         _wait_ready(process, log_file)
         yield Service(mountpoint, process)
@@ -59,6 +55,8 @@ def running(directory: Path, alignment: int, *arguments: str) -> Iterator[Servic
             process.wait(STOP_SECONDS)
         if process.poll() != 0:
             raise ServiceError(f"msharefsd did not stop as it should:\n{_text(log_file)}")
+        purge = [*command, "--purge", "--force"]
+        subprocess.run(purge, check=False, capture_output=True, timeout=STOP_SECONDS)
     finally:
         # Killing it fails every request that waits in its mount, so this comes first.
         process.kill()

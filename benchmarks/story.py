@@ -78,6 +78,9 @@ class Kind:
     daemon: tuple[str, ...] | None = None
     """Arguments of the daemon, if it takes one."""
     huge: bool = False
+    """Of huge pages that are reserved."""
+    tmpfs: bool = False
+    """A file of a tmpfs that makes huge pages by itself."""
     collapse: bool = False
     most: int = sys.maxsize
     """Not more processes than that."""
@@ -89,7 +92,8 @@ SMALL: Final = Kind("region, 4 KiB pages, --no-collapse", "mshare", ("--no-colla
 COLLAPSED: Final = Kind("region, 4 KiB pages, collapsed", "mshare", (), collapse=True)
 HUGETLB: Final = Kind("region, hugetlb", "mshare", ("--backing=hugetlb",), huge=True)
 PLAIN_HUGETLB: Final = Kind("plain hugetlbfs file", "hugetlb", huge=True)
-KINDS: Final = (PLAIN, SMALL, COLLAPSED, HUGETLB, PLAIN_HUGETLB)
+PLAIN_HUGE: Final = Kind("plain tmpfs file, huge=always", "hugetlb", tmpfs=True)
+KINDS: Final = (PLAIN, SMALL, COLLAPSED, HUGETLB, PLAIN_HUGETLB, PLAIN_HUGE)
 CRASHING: Final = (PLAIN, COLLAPSED, HUGETLB)
 IDLE: Final = "processes that share nothing"
 
@@ -149,7 +153,11 @@ class Stage:
                 mount = stack.enter_context(running).mountpoint
                 environment["MSHARE_ROOT"] = str(mount)
             elif kind.huge:
-                name = str(stack.enter_context(_hugetlbfs(directory / "huge")) / name)
+                mounting = _mounted(directory / "huge", "hugetlbfs", "pagesize=2M,mode=0700")
+                name = str(stack.enter_context(mounting) / name)
+            elif kind.tmpfs:
+                mounting = _mounted(directory / "huge", "tmpfs", "huge=always,mode=0700")
+                name = str(stack.enter_context(mounting) / name)
             else:
                 stack.callback(_unlink, f"/dev/shm/{name}")
             program = self._program(kind.backend)
@@ -172,9 +180,9 @@ def _unlink(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _hugetlbfs(directory: Path) -> Iterator[Path]:
+def _mounted(directory: Path, kind: str, options: str) -> Iterator[Path]:
     directory.mkdir()
-    syscalls.mount("benchmark", str(directory), "hugetlbfs", 0, "pagesize=2M,mode=0700")
+    syscalls.mount("benchmark", str(directory), kind, 0, options)
     try:
         yield directory
     finally:

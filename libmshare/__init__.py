@@ -1,14 +1,20 @@
 """libmshare: memory regions that many processes map at one address.
 
-`mshare()` and `mshare_unlink()` are the calls of the mshare patches, as in C;
-`Region` is the same for people.
+`Region` is for people: `Region.create()` makes a region, `Region.attach()` attaches one.
+`mshare()`, `mshare_unlink()` and their kin are the calls of the mshare patches, as in C.
 """
 
+from importlib import metadata as _metadata
+
 from libmshare.core import (
+    MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
     RegionInfo,
+    alignment,
     mshare,
     mshare_attach,
     mshare_detach,
+    mshare_madvise,
     mshare_mmap,
     mshare_mprotect,
     mshare_msync,
@@ -17,14 +23,45 @@ from libmshare.core import (
     mshare_stat,
     mshare_unlink,
 )
-from libmshare.region import Region
+from libmshare.errors import (
+    AccessDenied,
+    AddressTaken,
+    Busy,
+    DaemonGone,
+    Mismatch,
+    MshareError,
+    NoMemory,
+    NoSuchRegion,
+    NotMounted,
+    RegionExists,
+    Stale,
+)
+from libmshare.region import Identity, Pin, Region
 
 __all__ = [
+    "MAP_FIXED",
+    "MAP_FIXED_NOREPLACE",
+    "AccessDenied",
+    "AddressTaken",
+    "Busy",
+    "DaemonGone",
+    "Identity",
+    "Mismatch",
+    "MshareError",
+    "NoMemory",
+    "NoSuchRegion",
+    "NotMounted",
+    "Pin",
     "Region",
+    "RegionExists",
     "RegionInfo",
+    "Stale",
+    "__version__",
+    "alignment",
     "mshare",
     "mshare_attach",
     "mshare_detach",
+    "mshare_madvise",
     "mshare_mmap",
     "mshare_mprotect",
     "mshare_msync",
@@ -33,3 +70,9 @@ __all__ = [
     "mshare_stat",
     "mshare_unlink",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # reading it takes longer than everything else here
+        return _metadata.version("msharefs")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m libmshare --cflags|--libs|--preload`: how to build and run C programs with it."""
+"""`python -m libmshare --cflags|--libs|--preload|--align`: how to build and run C programs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def main() -> None:
     parser.add_argument("--cflags", action="store_true", help="flags for the C compiler")
     parser.add_argument("--libs", action="store_true", help="flags for the linker")
     parser.add_argument("--preload", action="store_true", help="the path for LD_PRELOAD")
+    parser.add_argument("--align", action="store_true", help="that of the library which aligns")
     wanted = parser.parse_args()
     directory = core.library_directory()
     words: list[str] = []
@@ -23,11 +24,14 @@ def main() -> None:
             words.append("-lmshare")
         else:
             words += [f"-L{directory}", f"-Wl,-rpath,{directory}", f"-l:{core.LIBRARY}"]
-    if wanted.preload:
-        name = "libmshare-preload.so"
-        words.append(name if directory is None else str(directory / name))
-    if not (wanted.cflags or wanted.libs or wanted.preload):
-        parser.error("say --cflags, --libs or --preload")
+    for asked, name in (
+        (wanted.preload, "libmshare-preload.so"),
+        (wanted.align, "libmshare-align.so"),
+    ):
+        if asked:
+            words.append(name if directory is None else str(directory / name))
+    if not (wanted.cflags or wanted.libs or wanted.preload or wanted.align):
+        parser.error("say --cflags, --libs, --preload or --align")
     print(*words)  # noqa: T201 - that is what it is for
 
 

@@ -7,10 +7,13 @@ functions; ctypes releases the interpreter lock around each call.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from libmshare import errors
 
 PACKAGE: Final = Path(__file__).resolve().parent
 LIBRARY: Final = "libmshare.so.0"
@@ -41,6 +44,51 @@ class _Info(ctypes.Structure):
     _fields_ = (("start", ctypes.c_ulong), ("size", ctypes.c_ulong))
 
 
+IDENTITY_BYTES: Final = 16
+EMPTY: Final = 1
+DONATE: Final = 2
+EPHEMERAL: Final = 4
+_PATH_MAX: Final = 4096
+
+
+class OpenRequest(ctypes.Structure):
+    """struct mshare_request of mshare.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("identity", ctypes.c_char_p),
+        ("root", ctypes.c_char_p),
+        ("addr", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("oflags", ctypes.c_int),
+        ("mode", ctypes.c_uint),
+        ("backing", ctypes.c_char_p),
+        ("flags", ctypes.c_uint),
+    )
+
+
+class OpenRegion(ctypes.Structure):
+    """struct mshare_region of mshare.h."""
+
+    _fields_ = (
+        ("start", ctypes.c_ulong),
+        ("size", ctypes.c_ulong),
+        ("length", ctypes.c_ulong),
+        ("identity", ctypes.c_ubyte * IDENTITY_BYTES),
+        ("held", ctypes.c_ubyte),
+        ("writable", ctypes.c_ubyte),
+        ("created", ctypes.c_ubyte),
+        ("root", ctypes.c_char * _PATH_MAX),
+    )
+    start: int
+    size: int
+    length: int
+    held: int
+    writable: int
+    created: int
+    root: bytes
+
+
 _library = _load()
 _library.mshare.argtypes = [
     ctypes.c_char_p,
@@ -64,6 +112,12 @@ _library.mshare_mmap.argtypes = [
     ctypes.c_long,
 ]
 _library.mshare_mmap.restype = ctypes.c_void_p
+_library.mshare_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_library.mshare_open.argtypes = [ctypes.POINTER(OpenRequest), ctypes.POINTER(OpenRegion)]
+_library.mshare_close.argtypes = [ctypes.POINTER(OpenRegion)]
+_library.mshare_forget_name.argtypes = [ctypes.POINTER(OpenRegion)]
+_library.mshare_reason.argtypes = []
+_library.mshare_reason.restype = ctypes.c_char_p
 _library.mshare_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _library.mshare_mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _library.mshare_msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -74,7 +128,6 @@ MAP_FIXED: Final = 0x10
 MAP_FIXED_NOREPLACE: Final = 0x100000
 _MAP_NORESERVE: Final = 0x4000
 _MS_SYNC: Final = 4
-_PATH_MAX: Final = 4096
 
 
 class RegionInfo(NamedTuple):
@@ -84,7 +137,8 @@ class RegionInfo(NamedTuple):
     size: int
 
 
-def _encode(name: str) -> bytes:
+def encode(name: str) -> bytes:
+    """A name or a path as the C library takes it.  Raises ValueError for a null byte."""
     data = os.fsencode(name)
     if b"\0" in data:
         raise ValueError("embedded null byte in a region's name")
@@ -93,8 +147,54 @@ def _encode(name: str) -> bytes:
 
 def _check(result: int, name: str) -> None:
     if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), name)
+        raise _failure(name)
+
+
+def _failure(name: str | None) -> OSError:
+    """What the last call's errno stands for."""
+    code = ctypes.get_errno()
+    reason = os.fsdecode(_library.mshare_reason())
+    if code == errno.ENOENT and not _is_mounted():
+        return errors.NotMounted(code, errors.not_mounted(os.environ.get("MSHARE_ROOT")), name)
+    return errors.of(code, reason, name)
+
+
+def _is_mounted() -> bool:
+    try:
+        mshare_root()
+    except OSError as error:
+        return error.errno != errno.ENOENT
+    return True
+
+
+def mshare_open(request: OpenRequest, region: OpenRegion, name: str) -> None:
+    """Attach or create, and hold; *region* says what, and that it is held, before this returns.
+
+    `name` is what errors call it.  Raises OSError (errors.py) with the errno that mshare(3)
+    lists.
+    """
+    _check(_library.mshare_open(ctypes.byref(request), ctypes.byref(region)), name)
+
+
+def mshare_close(region: OpenRegion) -> None:
+    """Hold it no longer; what is not held does no harm.  Raises OSError."""
+    _check(_library.mshare_close(ctypes.byref(region)), "")
+
+
+def mshare_forget_name(region: OpenRegion, name: str) -> None:
+    """Remove the region's name, and no other region's.  Raises OSError (ESTALE, EACCES, EPERM)."""
+    _check(_library.mshare_forget_name(ctypes.byref(region)), name)
+
+
+def mshare_madvise(addr: int, length: int, advice: int) -> None:
+    """madvise(2), in a region for every sharer.  Raises OSError."""
+    _check_range(_library.mshare_madvise(addr, length, advice), addr, length)
+
+
+def alignment(root: str | None = None) -> int:
+    """What addresses and sizes of regions are multiples of, in bytes.  Raises OSError."""
+    with open(f"{mshare_root() if root is None else root}/mshare_info", "rb") as file:
+        return int(file.read())
 
 
 def mshare(
@@ -111,8 +211,8 @@ def mshare(
     what holds a new region's pages, "shm" or "hugetlb"; None leaves it to
     $MSHARE_BACKING and the daemon.  Raises OSError with the errno that mshare(3) lists.
     """
-    kind = None if backing is None else _encode(backing)
-    _check(_library.mshare_backed(_encode(name), addr, length, oflags, mode, kind), name)
+    kind = None if backing is None else encode(backing)
+    _check(_library.mshare_backed(encode(name), addr, length, oflags, mode, kind), name)
 
 
 def mshare_attach(name: str, oflags: int) -> RegionInfo:
@@ -122,7 +222,7 @@ def mshare_attach(name: str, oflags: int) -> RegionInfo:
     mshare(3) lists.
     """
     info = _Info()
-    _check(_library.mshare_attach(_encode(name), oflags, ctypes.byref(info)), name)
+    _check(_library.mshare_attach(encode(name), oflags, ctypes.byref(info)), name)
     return RegionInfo(info.start, info.size)
 
 
@@ -132,18 +232,18 @@ def mshare_unlink(name: str) -> None:
     In a process that has not attached it: remove the name, as os.unlink() does.
     Raises OSError (ENOENT, EACCES, EPERM).
     """
-    _check(_library.mshare_unlink(_encode(name)), name)
+    _check(_library.mshare_unlink(encode(name)), name)
 
 
 def mshare_detach(name: str) -> None:
     """End this process's use of a region and leave its name.  Raises OSError (ENOENT)."""
-    _check(_library.mshare_detach(_encode(name)), name)
+    _check(_library.mshare_detach(encode(name)), name)
 
 
 def mshare_stat(name: str) -> RegionInfo:
     """Where the region lies.  Raises OSError: ENOENT, EACCES."""
     info = _Info()
-    _check(_library.mshare_stat(_encode(name), ctypes.byref(info)), name)
+    _check(_library.mshare_stat(encode(name), ctypes.byref(info)), name)
     return RegionInfo(info.start, info.size)
 
 
@@ -155,14 +255,15 @@ def mshare_root() -> str:
     path = ctypes.create_string_buffer(_PATH_MAX)
     if _library.mshare_root(path, len(path)) != 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        if code == errno.ENOENT:
+            raise errors.NotMounted(code, errors.not_mounted(os.environ.get("MSHARE_ROOT")))
+        raise errors.of(code, "", None)
     return os.fsdecode(path.value)
 
 
 def _check_range(result: int, addr: int, length: int) -> None:
     if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), f"{length} bytes at {addr:#x}")
+        raise _failure(f"{length} bytes at {addr:#x}")
 
 
 def mshare_mmap(

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import mmap
+import operator
 import os
-import threading
-import weakref
+import secrets
+import stat
+import warnings
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    NamedTuple,
+    Protocol,
+    Self,
+    SupportsIndex,
+    TypeVar,
+    overload,
+)
 
-from libmshare import core
+from libmshare import core, errors, holding, touching
 
 if TYPE_CHECKING:
     import numpy as np
-    import numpy.typing as npt
+    from numpy.typing import DTypeLike, NDArray
+
+    _T = TypeVar("_T", bound=np.generic)
+else:  # numpy is optional, and typing.get_type_hints() wants names
+    NDArray, DTypeLike = Sequence, Any
+
+_UNITS: Final = {unit: 1 << (10 * power) for power, unit in enumerate("BKMGTPE")}
+_DEFAULT_MODE: Final = 0o600
 
 
 class SupportsFileno(Protocol):
@@ -25,154 +45,372 @@ class SupportsFileno(Protocol):
         """The descriptor."""
 
 
-class _Attachment:
-    """The process's one attachment of a region, shared by its Region objects."""
+class Identity(NamedTuple):
+    """Which region it is, whatever it is called: no other one ever has the same."""
 
-    def __init__(self, name: str, start: int, size: int, *, writable: bool) -> None:
-        self.name = name
-        self.start = start
-        self.size = size
-        self.writable = writable
-        self.users = 0
-        # Every buffer of the region keeps this object alive, so whether there are
-        # any shows when we let go of it ourselves.
-        self.memory: ctypes.Array[ctypes.c_char] = (ctypes.c_char * size).from_address(start)
-
-    def buffer(self) -> memoryview:
-        view = memoryview(self.memory).cast("B")
-        return view if self.writable else view.toreadonly()
-
-    def has_exports(self) -> bool:
-        reference = weakref.ref(self.memory)
-        del self.memory
-        memory = reference()
-        if memory is None:
-            self.memory = (ctypes.c_char * self.size).from_address(self.start)
-            return False
-        self.memory = memory
-        return True
+    id: str
+    """128 bits, as hexadecimal digits."""
+    root: str
+    """Where its msharefs is mounted."""
 
 
-_lock = threading.RLock()
-_attachments: dict[str, _Attachment] = {}
-# A child has the threads' locks and not the threads: one that was held stays so.
-os.register_at_fork(
-    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)
+class Pin:
+    """Keeps a region's memory mapped: for addresses, of which nobody sees that they are used."""
+
+    def __init__(self, memory: holding.Memory, address: int, length: int) -> None:
+        self._memory: holding.Memory | None = memory
+        self.address = address
+        self.length = length
+
+    def release(self) -> None:
+        """The addresses are not used any more.  Twice is fine."""
+        self._memory = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def parse_size(size: SupportsIndex | str) -> int:
+    """Bytes: a number, or a text as "64M", "1.5G" (powers of 1024).  Raises ValueError."""
+    if not isinstance(size, str):
+        if (number := operator.index(size)) <= 0:
+            raise ValueError("a region's size is at least a byte")
+        return number
+    text = size.strip().upper().removesuffix("B").removesuffix("I")
+    unit = text[-1:] if text[-1:] in _UNITS else "B"
+    try:
+        value = float(text.removesuffix(unit)) * _UNITS[unit]
+    except ValueError:
+        raise ValueError(f"{size!r} is no size: write 4096, '64M' or '1.5G'") from None
+    if not 0 < value < 1 << 63 or value != int(value):
+        raise ValueError(f"{size!r} is no size: it is a whole number of bytes, and not 0")
+    return int(value)
 
 
 class Region:
     """A region of memory that lies at one address in every process that attached it.
 
-    ``Region("name")`` attaches; ``Region("name", create=True, start=..., size=...)``
-    creates one filled with zeros (bytes; multiples of the alignment that
-    ``mshare_info`` tells), or attaches it if it exists and `exclusive` is false.
+    ``Region.create("name", "64M")`` makes one, filled with zeros; ``Region.attach("name")``
+    attaches it.  A region is what its `identity` says, not its name: pickled, it travels as
+    that, and what is unpickled is the same region or `Stale`.
 
-    Leaving the ``with`` block, or ``close()``, ends this object's use; the region
-    stays under its name until ``unlink()``, like a file.  Pickled, a region travels
-    as its name: another process that unpickles it attaches.
+    The memory stays mapped as long as anything of this process shows it: this object, a buffer
+    (`buf`), an array.  ``close()``, or the end of the ``with`` block, gives up this object's
+    part; the region stays under its name, as a file does, until ``unlink()``.
 
-    Synchronization: a region's bytes are shared memory, with no locks but those that
-    the programs agree on.  The methods may be called from any thread.  A thread that
-    touches a page for the first time waits for the daemon and may hold the
-    interpreter lock meanwhile.
+    Synchronization: a region's bytes are shared memory, with no locks but those that the
+    programs agree on.  All methods may be called from any thread.  Who touches a page for the
+    first time waits for the daemon, and may hold the interpreter lock meanwhile: `populate()`
+    does not.
     """
 
-    def __init__(
-        self,
-        name: str,
+    _hold: holding.Hold
+    _memory: holding.Memory | None = None
+    _warn = False
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Not to be called: Region.create() or Region.attach().  Raises TypeError."""
+        raise TypeError("Region.create(name, size) makes a region, Region.attach(name) attaches it")
+
+    @classmethod
+    def _of(cls, hold: holding.Hold, memory: holding.Memory, *, readonly: bool) -> Self:
+        made = object.__new__(cls)
+        made._hold = hold
+        made._readonly = readonly
+        made._name = hold.name
+        made._memory = memory
+        return made
+
+    _readonly: bool
+    _name: str
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None = None,
+        size: SupportsIndex | str | None = None,
         *,
-        create: bool = False,
-        exclusive: bool = False,
-        start: int | None = None,
-        size: int | None = None,
+        exist_ok: bool = False,
+        start: SupportsIndex | None = None,
+        mode: int | None = None,
+        backing: str | None = None,
         readonly: bool = False,
         empty: bool = False,
-        mode: int = 0o600,
-        backing: str | None = None,
-    ) -> None:
-        """Attach or create the region; with `empty` create it with nothing mapped in it.
+        donate: bool = False,
+        ephemeral: bool = False,
+        reserve: bool = False,
+    ) -> Self:
+        """Make a region of `size` bytes, filled with zeros.
 
-        `backing` is what holds a new region's pages: "shm", "hugetlb", or None for what
-        $MSHARE_BACKING or the daemon says.
+        `name`: without one it gets one that nobody has.
+        `size`: a number, or a text as "64M".
+        `exist_ok`: attach the one of that name if there is one; it has to be as asked.
+        `start`: its address, in bytes; by default the daemon chooses one where no other region
+        is.  With it, address and size are multiples of `alignment()`.
+        `mode`: of its file, 0o600 by default, less the umask.
+        `backing`: "shm" or "hugetlb"; by default what $MSHARE_BACKING or the daemon says.
+        `readonly`: nobody may ever write it.
+        `empty`: nothing is mapped in it; mmap() does.
+        `donate`: what this process has mapped in the range becomes the region's, contents kept.
+        `ephemeral`: it has no name, and ends with its last user, however that ends; others get
+        it pickled, or by its identity.
+        `reserve`: all its memory is there when this returns, or it fails.
 
-        Raises OSError with the errno of mshare(3), and ValueError when `start` or
-        `size` (bytes) are missing to create it.
+        Raises OSError, as errors.py has it (RegionExists, AddressTaken, NoMemory, Mismatch, ...),
+        and ValueError or TypeError for arguments that make no sense.
         """
-        self._attachment: _Attachment | None = None
-        with _lock:
-            known = _attachments.get(name)
-            if known is None:
-                known = _attach(
-                    name, create, exclusive, start, size, readonly, empty, mode, backing
-                )
-                _attachments[name] = known
-            elif exclusive:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
-            elif not (readonly or known.writable):
-                raise PermissionError(
-                    errno.EACCES, "this process has attached the region read-only", name
-                )
-            elif (start, size) not in ((None, None), (known.start, known.size)):
-                raise OSError(errno.EINVAL, "the region lies elsewhere", name)
-            known.users += 1
-            self._attachment = known
+        if size is None:
+            raise TypeError("say how large the region is: size=..., in bytes or as '64M'")
+        _check_sense(
+            {
+                "empty and donate contradict each other": empty and donate,
+                "reserve needs memory of its own that may be written": reserve
+                and (empty or donate or readonly),
+                "donate is about memory at an address: say start=...": donate and start is None,
+                "exist_ok needs a name, and neither ephemeral nor donate": exist_ok
+                and (name is None or ephemeral or donate),
+            }
+        )
+        length = parse_size(size)
+        wanted = name if name is not None else f"py-{os.getpid()}-{secrets.token_hex(8)}"
+        request = core.OpenRequest(
+            name=core.encode(wanted),
+            addr=None if start is None else operator.index(start),
+            size=length,
+            oflags=(os.O_RDONLY if readonly else os.O_RDWR)
+            | os.O_CREAT
+            | (0 if exist_ok else os.O_EXCL),
+            mode=_DEFAULT_MODE if mode is None else mode,
+            backing=None if backing is None else core.encode(backing),
+            flags=core.EMPTY * empty | core.DONATE * donate | core.EPHEMERAL * ephemeral,
+        )
+        region = None
+        if exist_ok:
+            with contextlib.suppress(errors.NoSuchRegion):
+                region = cls.attach(wanted, readonly=readonly)
+        region = region if region is not None else cls._open(request, wanted, readonly=readonly)
+        try:
+            if not region._hold.region.created:
+                region._check_same(length, start, mode, backing, empty=empty)
+            if reserve:
+                region.populate()
+        except BaseException:
+            if region._hold.region.created:
+                region.unlink()
+            region.close()
+            raise
+        region._warn = True
+        return region
 
-    def _open(self) -> _Attachment:
-        if self._attachment is None:
+    @classmethod
+    def attach(cls, which: str | Identity, *, readonly: bool = False) -> Self:
+        """Attach the region of that name, or that identity, where it lies.
+
+        Raises OSError, as errors.py has it (NoSuchRegion, Stale, AccessDenied, AddressTaken,
+        NotMounted, DaemonGone, ...).
+        """
+        if isinstance(which, Identity):
+            region = cls._attach_identity(which, "", readonly=readonly)
+        else:
+            request = core.OpenRequest(name=core.encode(which), oflags=_access(readonly=readonly))
+            region = cls._open(request, which, readonly=readonly)
+        region._warn = True
+        return region
+
+    @classmethod
+    def _attach_identity(cls, which: Identity, name: str, *, readonly: bool) -> Self:
+        request = core.OpenRequest(
+            identity=bytes.fromhex(which.id),
+            root=core.encode(which.root),
+            oflags=_access(readonly=readonly),
+        )
+        called = name or which.id
+        try:
+            return cls._open(request, called, readonly=readonly)
+        except errors.Stale:
+            raise
+        except FileNotFoundError:
+            # Mounted elsewhere here, it may be; it is the same region or none.
+            request.root = None
+            return cls._open(request, called, readonly=readonly)
+
+    @classmethod
+    def _open(cls, request: core.OpenRequest, name: str, *, readonly: bool) -> Self:
+        hold, memory = holding.open_region(request, name)
+        return cls._of(hold, memory, readonly=readonly or not hold.region.writable)
+
+    def _check_same(
+        self,
+        length: int,
+        start: SupportsIndex | None,
+        mode: int | None,
+        backing: str | None,
+        *,
+        empty: bool,
+    ) -> None:
+        """Raises Mismatch unless the region that exists is what create() was asked for."""
+        found = self._hold.region
+        is_other = ""
+        if length != found.length:
+            is_other = f"it is {found.length} bytes"
+        elif start is not None and operator.index(start) != found.start:
+            is_other = f"it lies at {found.start:#x}"
+        elif empty:
+            is_other = "empty=True is about a new one"
+        elif mode is not None:
+            path = os.path.join(os.fsdecode(found.root), self._name)
+            its = stat.S_IMODE(os.stat(path).st_mode)
+            is_other = f"its mode is {its:#o}" if its & mode != its else ""
+        if not is_other and backing is not None:
+            with open(f"{os.fsdecode(found.root)}/.regions/{self._name}/info") as info:
+                kinds = [line.split()[1] for line in info if line.startswith("backing:")]
+            is_other = f"its backing is {kinds[0]}" if kinds and kinds[0] != backing else ""
+        if is_other:
+            raise errors.Mismatch(
+                errno.EINVAL, f"the region exists, and {is_other}: attach() it", self._name
+            )
+
+    def _opened(self) -> holding.Memory:
+        memory = self._memory
+        if memory is None:
             raise ValueError("the region is closed")
-        return self._attachment
+        return memory
 
     @property
     def name(self) -> str:
-        """The region's name."""
-        return self._open().name
+        """What the region was called when it was opened; an ephemeral one has no name now."""
+        return self._name
+
+    @property
+    def identity(self) -> Identity:
+        """Which region it is."""
+        region = self._hold.region
+        return Identity(bytes(region.identity).hex(), os.fsdecode(region.root))
 
     @property
     def start(self) -> int:
         """The region's address, the same in every process (bytes)."""
-        return self._open().start
+        self._opened()
+        return self._hold.region.start
 
     @property
     def size(self) -> int:
         """The region's size in bytes."""
-        return self._open().size
+        self._opened()
+        return self._hold.region.length
 
     @property
     def readonly(self) -> bool:
-        """Whether this process may only read."""
-        return not self._open().writable
+        """Whether this object only reads."""
+        return self._readonly
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._memory is None
 
     @property
     def buf(self) -> memoryview:
-        """The region's bytes.  While it, or a slice of it, lives, close() is refused."""
-        return self._open().buffer()
+        """The region's bytes, for as long as it lives."""
+        view = memoryview(self._opened()).cast("B")
+        return view.toreadonly() if self._readonly else view
+
+    def __buffer__(self, flags: int) -> memoryview:
+        """For memoryview() and its like, from Python 3.12 on."""
+        return self.buf
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> memoryview: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> int | memoryview:
+        return self.buf[key]
+
+    def __setitem__(self, key: SupportsIndex | slice, value: Any) -> None:
+        self.buf[key] = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Region) and self.identity.id == other.identity.id
+
+    def __hash__(self) -> int:
+        return hash(self.identity.id)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def ndarray(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: type[_T] | np.dtype[_T],
+            offset: SupportsIndex = 0,
+            order: str = "C",
+        ) -> NDArray[_T]: ...
+        @overload
+        def ndarray(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: type[float] = ...,
+            offset: SupportsIndex = 0,
+            order: str = "C",
+        ) -> NDArray[np.float64]: ...
+        @overload
+        def ndarray(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: str | list[Any] | tuple[Any, ...] | type[bool | int | complex | bytes | str],
+            offset: SupportsIndex = 0,
+            order: str = "C",
+        ) -> NDArray[Any]: ...  # a DTypeLike would accept np.int64 where float64 is wanted
 
     def ndarray(
         self,
-        shape: int | tuple[int, ...],
-        dtype: npt.DTypeLike = float,
-        offset: int = 0,
-    ) -> np.ndarray[Any, np.dtype[Any]]:
-        """A numpy array over the region's bytes from `offset` on.
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+        offset: SupportsIndex = 0,
+        order: str = "C",
+    ) -> NDArray[Any]:
+        """A numpy array over the region's bytes from `offset` on; it keeps them mapped.
 
+        Sent to a process of multiprocessing or concurrent.futures it travels by reference.
         Raises ValueError if it does not fit.
         """
-        import numpy as np  # noqa: PLC0415 - it is optional
+        from libmshare import arrays  # noqa: PLC0415 - numpy is optional
 
-        attachment = self._open()
-        kind = np.dtype(dtype)
-        dimensions = (shape,) if isinstance(shape, int) else shape
-        needed = kind.itemsize
-        for extent in dimensions:
-            needed *= extent
-        if offset < 0 or needed < 0 or offset + needed > attachment.size:
-            raise ValueError(
-                f"{needed} bytes at offset {offset} do not lie in a region of {attachment.size}"
-            )
-        # Through a slice: numpy counts a whole 512 GiB buffer in its own way.
-        part = attachment.buffer()[offset : offset + needed]
-        return np.frombuffer(part, dtype=kind).reshape(dimensions)
+        return arrays.over(self.buf, shape, dtype, operator.index(offset), order)
+
+    def pin(self, offset: int = 0, length: int | None = None) -> Pin:
+        """Keep the memory mapped until the pin is released or dropped; it tells the address."""
+        memory = self._opened()
+        length = self.size - offset if length is None else length
+        return Pin(memory, self._place(offset, length), length)
+
+    def populate(
+        self, offset: int = 0, length: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Have the memory of a part of the region, by default of all, there when this returns.
+
+        Other threads run, and signal handlers.  `timeout` is in seconds.
+        Raises MemoryError if there is not enough, TimeoutError, OSError if a file that is mapped
+        there cannot be read, or nothing is mapped there.
+        """
+        memory = self._opened()
+        length = self.size - offset if length is None else length
+        address = self._place(offset, length)
+        touching.populate(
+            memory,
+            address,
+            length,
+            timeout,
+            self.identity.root,
+            self._name,
+            write=not self.readonly,
+        )
 
     def mmap(
         self,
@@ -196,7 +434,8 @@ class Region:
             fd, flags = -1, flags | mmap.MAP_ANONYMOUS
         else:
             fd = file if isinstance(file, int) else file.fileno()
-        core.mshare_mmap(self._place(offset, length), length, prot, flags, fd, file_offset)
+        with self.pin(offset, length) as at:
+            core.mshare_mmap(at.address, length, prot, flags, fd, file_offset)
 
     def munmap(self, offset: int, length: int) -> None:
         """Unmap a part of the region for every sharer; its memory is freed.
@@ -204,14 +443,21 @@ class Region:
         A touch of it is SIGBUS from now on, through buffers and arrays as well.
         Raises OSError as munmap(2).
         """
-        core.mshare_munmap(self._place(offset, length), length)
+        with self.pin(offset, length) as at:
+            core.mshare_munmap(at.address, length)
 
     def protect(self, offset: int, length: int, prot: int) -> None:
         """Change the protection of a part of the region for every sharer.
 
         Raises OSError as mprotect(2).
         """
-        core.mshare_mprotect(self._place(offset, length), length, prot)
+        with self.pin(offset, length) as at:
+            core.mshare_mprotect(at.address, length, prot)
+
+    def madvise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
+        """madvise(2) on a part of the region, by default on all.  Raises OSError."""
+        with self.pin(offset, length) as at:
+            core.mshare_madvise(at.address, at.length, advice)
 
     def flush(self, offset: int = 0, length: int | None = None) -> None:
         """Have what was written to MAP_SHARED files in the files when this returns.
@@ -219,55 +465,43 @@ class Region:
         Without arguments the whole region.  Raises OSError as msync(2); holes in the
         region are no error.
         """
-        length = self.size - offset if length is None else length
-        try:
-            core.mshare_msync(self._place(offset, length), length)
-        except OSError as error:
-            if error.errno != errno.ENOMEM:  # a hole: what is mapped has been written
-                raise
+        with self.pin(offset, length) as at:
+            try:
+                core.mshare_msync(at.address, at.length)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:  # a hole: what is mapped has been written
+                    raise
 
     def _place(self, offset: int, length: int) -> int:
-        attachment = self._open()
-        if offset < 0 or length < 0 or offset + length > attachment.size:
+        region = self._hold.region
+        if offset < 0 or length < 0 or offset + length > region.length:
             raise ValueError(
-                f"{length} bytes at offset {offset} do not lie in a region of {attachment.size}"
+                f"{length} bytes at offset {offset} do not lie in a region of {region.length}"
             )
-        return attachment.start + offset
+        return region.start + offset
 
     def close(self) -> None:
-        """End this object's use of the region; the last one in the process detaches.
+        """End this object's use of the region.  Twice is fine.
 
-        Raises BufferError while buffers or arrays of it live.  Closing twice is fine.
+        Buffers and arrays go on; the process detaches when the last one has gone.
         """
-        self._end(core.mshare_detach)
+        self._warn = False
+        self._memory = None
 
     def unlink(self) -> None:
-        """mshare_unlink(): detach, and remove the name if nobody else has it attached.
+        """The name goes now, the memory with its last user.  Twice is fine.
 
-        Raises BufferError while buffers live, ValueError if other Region objects of
-        this process still use it.
+        A new region of the same name is another one, and is left alone.  Works after close().
+        Raises OSError (AccessDenied).
         """
-        with _lock:
-            if self._open().users > 1:
-                raise ValueError("other Region objects of this process use it: close them first")
-        self._end(core.mshare_unlink)
-
-    def _end(self, how: Any) -> None:
-        with _lock:
-            attachment = self._attachment
-            if attachment is None:
-                return
-            if attachment.users == 1:
-                if attachment.has_exports():
-                    raise BufferError("cannot close a region while buffers of it exist")
-                del _attachments[attachment.name]
-                self._attachment = None
-                how(attachment.name)
-            else:
-                attachment.users -= 1
-                self._attachment = None
+        try:
+            core.mshare_forget_name(self._hold.region, self._name)
+        except errors.Stale:
+            if not self.closed:
+                raise
 
     def __enter__(self) -> Self:
+        self._opened()
         return self
 
     def __exit__(
@@ -278,61 +512,36 @@ class Region:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Any, tuple[str, bool]]:
-        return _unpickle, (self.name, self.readonly)
+    def __del__(self) -> None:
+        if self._memory is not None and self._warn:
+            warnings.warn(
+                f"{self!r} was not closed: use `with`, or close()",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def __reduce__(self) -> tuple[Any, tuple[Identity, str, bool]]:
+        self._opened()
+        return unpickle, (self.identity, self._name, self._readonly)
 
     def __repr__(self) -> str:
-        if self._attachment is None:
-            return "<Region closed>"
-        attachment = self._attachment
-        return f"<Region {attachment.name!r} {attachment.size} bytes at {attachment.start:#x}>"
+        if self._memory is None:
+            return f"<Region {self._name!r} closed>"
+        region = self._hold.region
+        return f"<Region {self._name!r} {region.length} bytes at {region.start:#x}>"
 
 
-def _unpickle(name: str, readonly: bool) -> Region:  # noqa: FBT001 - pickle passes by position
-    return Region(name, readonly=readonly)
+def _check_sense(complaints: dict[str, bool]) -> None:
+    for text, holds in complaints.items():
+        if holds:
+            raise ValueError(text)
 
 
-def _attach(
-    name: str,
-    create: bool,  # noqa: FBT001 - an inner function of the constructor
-    exclusive: bool,  # noqa: FBT001
-    start: int | None,
-    size: int | None,
-    readonly: bool,  # noqa: FBT001
-    empty: bool,  # noqa: FBT001
-    mode: int,
-    backing: str | None,
-) -> _Attachment:
-    access = os.O_RDONLY if readonly else os.O_RDWR
-    if not (create and exclusive):
-        try:
-            return _attach_existing(name, start, size, access)
-        except FileNotFoundError:
-            if not create:
-                raise
-    if start is None or size is None:
-        raise ValueError("to create a region, say where (start) and how large (size) it is")
-    if not empty:
-        core.map_anonymous(start, size)
-    try:
-        core.mshare(name, start, size, access | os.O_CREAT | os.O_EXCL, mode, backing)
-    except BaseException as error:
-        if not empty:
-            core.mshare_munmap(start, size)
-        if isinstance(error, FileExistsError) and not exclusive:
-            # Somebody else created it meanwhile.
-            return _attach_existing(name, start, size, access)
-        raise
-    return _Attachment(name, start, size, writable=not readonly)
+def _access(*, readonly: bool) -> int:
+    return os.O_RDONLY if readonly else os.O_RDWR
 
 
-def _attach_existing(name: str, start: int | None, size: int | None, access: int) -> _Attachment:
-    if start is None and size is None:
-        start, size = core.mshare_attach(name, access)
-    else:
-        if start is None or size is None:
-            found = core.mshare_stat(name)
-            start = found.start if start is None else start
-            size = found.size if size is None else size
-        core.mshare(name, start, size, access)
-    return _Attachment(name, start, size, writable=access == os.O_RDWR)
+def unpickle(identity: Identity, name: str, readonly: bool) -> Region:  # noqa: FBT001 - pickle
+    """The same region, or Stale; for pickle."""
+    return Region._attach_identity(identity, name, readonly=readonly)

@@ -1,7 +1,8 @@
 """Points where a test can stop the daemon, to kill it there and nowhere else.
 
 With MSHAREFSD_PARK=NAME in its environment the daemon stops itself (SIGSTOP) the first
-time it comes to the barrier of that name.  Otherwise a barrier is one comparison.
+time it comes to the barrier of that name; with MSHAREFSD_FAIL=NAME it fails there, as if it
+could not start.  Otherwise a barrier is two comparisons.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import os
 import signal
 from typing import Final
 
+from msharefsd.errors import StartError
+
 _PARK: Final = os.environ.get("MSHAREFSD_PARK")
+_FAIL: Final = os.environ.get("MSHAREFSD_FAIL")
 
 
 def barrier(name: str) -> None:
-    """Stop here, if this is the point that was asked for."""
+    """Stop here, or fail, if this is the point that was asked for."""
     if name == _PARK:
         os.kill(os.getpid(), signal.SIGSTOP)
+    if name == _FAIL:
+        raise StartError(f"{name}: it was to fail here")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from msharefsd import config
-from msharefsd.errors import StartError, leaves
-from msharefsd.front import front
+from msharefsd.errors import StartError, StateError, leaves
+from msharefsd.front import front, purging
+from msharefsd.life.signals import Signals
+from msharefsd.linux import priority
 from msharefsd.linux.features import UnsupportedError
 from msharefsd.mount.mounting import MountError
 
@@ -25,8 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="msharefsd",
         description="Mount msharefs and serve its regions, in the foreground.",
-        epilog="Sizes take K, M, G and T.  SIGTERM unmounts, SIGHUP leaves all to the next "
-        "msharefsd.  See msharefsd(8).",
+        epilog="Sizes take K, M, G and T.  Whatever ends it, regions stay for the next "
+        "msharefsd; --purge removes them.  See msharefsd(8).",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -70,13 +72,42 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FEATURE",
         help="do without a kernel feature, to test that",
     )
+    parser.add_argument(
+        "--purge",
+        action="store_true",
+        help="remove all regions that a msharefsd has left, and end; says what it removes, and "
+        "refuses what is in use",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --purge: also what is in use (its next touch is SIGBUS), and what no journal "
+        "knows",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the daemon; the exit code is 0 after SIGTERM, 1 if it failed, 2 for bad settings."""
-    overrides = vars(_parser().parse_args(arguments))
+def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
+    """Run the daemon; the exit code is 0 after a signal, 1 if it failed, 2 for bad settings.
+
+    3 if what was left cannot be used, and somebody has to decide.
+
+    `signals`: who has listened since the program began.
+    """
+    signals = signals or Signals()
+    try:
+        return _main(arguments, signals)
+    finally:
+        signals.close()
+
+
+def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
+    parser = _parser()
+    overrides = vars(parser.parse_args(arguments))
+    purge, force = overrides.pop("purge", False), overrides.pop("force", False)
+    if force and not purge:
+        parser.error("--force is for --purge")
     try:
         settings = config.load(overrides.pop("config", None), overrides)
     except config.ConfigError as error:
@@ -90,9 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir("/")  # never keep a file system busy, least of all our own
     code = 0
     try:
-        front.run(settings)
+        if purge:
+            priority.give_back()  # nobody waits to be served
+            purging.run(settings, force=force)
+        else:
+            front.run(settings, signals)
     except* (UnsupportedError, MountError, StartError) as group:
         for failure in leaves(group):
             logging.getLogger("msharefsd").error("%s", failure)
-        code = 1
+            code = max(code, 3 if isinstance(failure, StateError) else 1)
     return code

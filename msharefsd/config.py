@@ -7,6 +7,7 @@ import grp
 import os
 import pwd
 import re
+import shlex
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
@@ -16,11 +17,14 @@ import msgspec
 
 from msharefsd.linux import hugepages
 from msharefsd.linux.features import Capabilities
+from msharefsd.linux.mounts import top_mount
 
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST_ALIGNMENT: Final = 2 << 20
 LARGEST_ALIGNMENT: Final = 1 << 46
 LARGEST_SIZE: Final = 1 << 63
+_NEEDED: Final = ("/dev/shm", "/dev/fuse", "/proc", "/sys/fs")  # noqa: S108 - not to use it
+"""What must be seen whatever is mounted; with the run directory."""
 _UNPRIVILEGED: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
@@ -100,7 +104,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     huge_page: str = "2M"
     region_memory: str | None = None
     collapse: bool = True
-    collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 5.0
+    collapse_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1.0
     run_directory: str = ""
     userfaultfd: str = "auto"
     """Who may be handed /dev/userfaultfd: "all", "none", "group:NAME"; "auto" is what
@@ -143,6 +147,15 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         """The group that may connect; None for everybody.  Raises ConfigError."""
         return _group(self.connect_group) if self.connect_group else None
 
+    def words(self) -> list[str]:
+        """The options that say which daemon this is, as a shell reads them."""
+        said = []
+        if self.mountpoint != _usual_mountpoint():
+            said.append(f"--mountpoint={shlex.quote(self.mountpoint)}")
+        if self.run_directory != _usual_run_directory(self.mountpoint):
+            said.append(f"--run-directory={shlex.quote(self.run_directory)}")
+        return said
+
     def may_have_device(self, groups: Collection[int]) -> bool:
         """Whether a user in those groups may be handed /dev/userfaultfd."""
         kind, _, name = self.userfaultfd.partition(":")
@@ -155,20 +168,15 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
     def resolved(self) -> Config:
         """With the defaults that depend on who runs the daemon; and checked."""
-        root = os.geteuid() == 0
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
-        mountpoint, run = self.mountpoint, self.run_directory
+        mountpoint = self.mountpoint or _usual_mountpoint()
         if not mountpoint:
-            if not root and not runtime:
-                raise ConfigError("no --mountpoint, and XDG_RUNTIME_DIR is not set")
-            mountpoint = "/sys/fs/mshare" if root else f"{runtime}/mshare"
-        mountpoint = os.path.abspath(mountpoint)
+            raise ConfigError("no --mountpoint, and XDG_RUNTIME_DIR is not set")
+        mountpoint = _without_links(mountpoint)
+        run = self.run_directory or _usual_run_directory(mountpoint)
         if not run:
-            if not root and not runtime:
-                raise ConfigError("no --run-directory, and XDG_RUNTIME_DIR is not set")
-            # One directory a mountpoint, so that daemons do not meet.
-            name = mountpoint.strip("/").replace("-", "--").replace("/", "-")
-            run = f"{'/run' if root else runtime}/msharefs/{name}"
+            raise ConfigError("no --run-directory, and XDG_RUNTIME_DIR is not set")
+        run = os.path.abspath(run)
+        _check_mountpoint(mountpoint, run)
         config = msgspec.structs.replace(self, mountpoint=mountpoint, run_directory=run)
         _ = config.alignment_bytes, config.region_memory_bytes, config.huge_page_bytes
         _ = config.control_group
@@ -183,6 +191,45 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         _ = config.limits.users()
         config.limits.check()
         return config
+
+
+def _usual_mountpoint() -> str:
+    """Where we mount without --mountpoint; empty if there is no such place."""
+    if os.geteuid() == 0:
+        return "/sys/fs/mshare"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return _without_links(f"{runtime}/mshare") if runtime else ""
+
+
+def _without_links(path: str) -> str:
+    """The path as the mount table has it, which knows no links; /var/run is one usually.
+
+    What is mounted there already is not looked at: its daemon may never answer.
+    """
+    path = os.path.abspath(path)
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    return path if top_mount(path) else os.path.realpath(path)
+
+
+def _usual_run_directory(mountpoint: str) -> str:
+    """One directory a mountpoint, so that daemons do not meet; empty if there is no place."""
+    runtime = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR")
+    name = mountpoint.strip("/").replace("-", "--").replace("/", "-")
+    return f"{runtime}/msharefs/{name}" if runtime else ""
+
+
+def _check_mountpoint(mountpoint: str, run_directory: str) -> None:
+    """Raise ConfigError if what we need ourselves would be hidden by the mount.
+
+    Whoever looks there would wait for us, and so would we.
+    """
+    needed = (*_NEEDED, os.path.realpath(run_directory))
+    for place in needed:
+        if os.path.commonpath([mountpoint, place]) == mountpoint:
+            raise ConfigError(
+                f"the mountpoint {mountpoint} would hide {place}, which msharefsd needs itself: "
+                "choose a directory of its own, /run/mshare for instance"
+            )
 
 
 def _group(name: str) -> int:

@@ -29,3 +29,7 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
 
 class StartError(Exception):
     """The daemon cannot start; the text says why and what to do."""
+
+
+class StateError(StartError):
+    """What another daemon has left cannot be used, and will not become right by itself."""

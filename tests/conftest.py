@@ -167,6 +167,7 @@ class Daemon:
         self.expected: list[str] = []
         """Patterns of warnings that the test provokes."""
         self.process: subprocess.Popen[bytes] | None = None
+        self._launched: tuple[Sequence[str], dict[str, object]] = (), {}
 
     def command(self, program: Sequence[str] = ()) -> list[str]:
         """How it is started; `program` stands in for msharefsd."""
@@ -192,8 +193,23 @@ class Daemon:
                 stderr=log,
                 cwd="/",
                 env=environment,
+                start_new_session=True,  # no terminal of ours is the daemon's
                 **popen,
             )
+        self._launched = command, {"env": environment, **popen}
+
+    def purge(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """`msharefsd --purge`, as the daemon was started."""
+        command, popen = self._launched
+        return subprocess.run(  # type: ignore[call-overload,no-any-return] # popen is the test's
+            [*self.command(command), "--purge", *options],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            **popen,
+        )
 
     def start(self, command: Sequence[str] = (), **popen: object) -> Daemon:
         """Start and wait until it is ready."""
@@ -210,6 +226,23 @@ class Daemon:
         )
         assert self.process is not None and self.process.poll() is None, self.log()
         return self
+
+    def begins(self) -> bool:
+        """Start, and say whether it serves then, or has ended because it cannot."""
+        offset = self.log().count("ready:")
+        self.launch()
+        process = self.process
+        assert process is not None
+        eventually(
+            lambda: process.poll() is not None or self.log().count("ready:") > offset,
+            "that it starts or says why not",
+            60,
+        )
+        if process.poll() is None:
+            return True
+        assert process.returncode in (1, 3), self.log()
+        self.process = None
+        return False
 
     @property
     def pid(self) -> int:
@@ -229,19 +262,49 @@ class Daemon:
         if connection is not None and connection.exists():
             (connection / "abort").write_text("1")
 
-    def stop(self) -> None:
-        """SIGTERM, and see that nothing stays behind."""
+    def halt(self, number: int = signal.SIGTERM) -> None:
+        """End it by a signal: regions stay, and nothing else does."""
         assert self.process is not None
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(number)
         try:
             assert self.process.wait(20) == 0, self.log()
         except subprocess.TimeoutExpired:
             pytest.fail(f"it does not end: {self.whereabouts()}\n{self.log()}")
         self.process = None
         assert mounts.top_mount(str(self.mount)) is None
+        assert not any(map(alive, self.pagers().values()))
+
+    def stop(self) -> None:
+        """Remove every region, end it, and see that nothing stays behind."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self._remove_names()
+        self.halt()
+        # There is nothing then, but what sharers have still.
+        if self.run.exists():
+            done = self.purge("--force")
+            assert done.returncode == 0, done.stderr
+            for line in done.stderr.splitlines():
+                assert not SUSPICIOUS.search(line) or any(
+                    re.search(p, line) for p in self.expected
+                ), done.stderr
         assert not self.run.exists()
         assert self.shm_objects() == []
+
+    def _remove_names(self) -> None:
+        """As `rm` does, if we may and it answers; their memory goes soon."""
+        remove = 'cd -- "$1" && for each in *; do unlink -- "$each"; done'
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                ["sh", "-c", remove, "sh", str(self.mount)],
+                check=False,
+                capture_output=True,
+                timeout=10,
+            )
+        deadline = time.monotonic() + 0.3
+        while self.backings() and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def kill(self) -> None:
         """SIGKILL, all of it but the keepers."""
@@ -314,8 +377,8 @@ class Daemon:
         """Of all its processes, and of those threads that have a table of their own."""
         tables: set[tuple[int, frozenset[str]]] = set()
         for pid in self.processes():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-                for thread in os.listdir(f"/proc/{pid}/task"):
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
                     table = frozenset(os.listdir(f"/proc/{pid}/task/{thread}/fd"))
                     tables.add((pid, table))
         return sum(len(table) for _, table in tables)

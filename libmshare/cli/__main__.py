@@ -26,8 +26,13 @@ def main() -> None:
             from libmshare.cli.run import run  # noqa: PLC0415
 
             run(sys.argv[3:])
-        from libmshare.cli.app import app  # noqa: PLC0415
-
+        try:
+            from libmshare.cli.app import app  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise CommandError(
+                f"the command needs {error.name}, and libmshare alone does not: install "
+                "msharefs[daemon]"
+            ) from None
         app(prog_name="mshare")
     except CommandError as failure:
         failure.tell()

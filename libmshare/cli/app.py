@@ -13,6 +13,7 @@ import typer
 
 from libmshare.cli.errors import CommandError
 from libmshare.cli.output import printable
+from libmshare.cli.views import Sort, View
 
 app = typer.Typer(
     name="mshare",
@@ -83,6 +84,12 @@ def _version(wanted: bool) -> None:
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="the region's name", autocompletion=_complete)
 ]
+Pids = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="PID", min=1, help="this process and all that it started; may be repeated"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON, with sizes and addresses in bytes")]
 
 
@@ -116,11 +123,18 @@ def options(
 
 
 @app.command()
-def ls(ctx: typer.Context, json: Json = False) -> None:
+def ls(
+    ctx: typer.Context,
+    json: Json = False,
+    all_: Annotated[
+        bool,
+        typer.Option("--all", help="also those that were removed and are in use, and by whom"),
+    ] = False,
+) -> None:
     """List the regions."""
     from libmshare.cli import listing
 
-    listing.ls(ctx.obj, json=json)
+    listing.ls(ctx.obj, json=json, removed=all_)
 
 
 @app.command()
@@ -140,11 +154,102 @@ def maps(ctx: typer.Context, name: Name, json: Json = False) -> None:
 
 
 @app.command()
-def ptes(ctx: typer.Context, name: Name) -> None:
-    """Show the page tables of a region's sharers."""
-    from libmshare.cli import listing
+def ptes(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="a region, whose page tables its daemon tells; else all processes are looked at",
+            autocompletion=_complete,
+            show_default=False,
+        ),
+    ] = None,
+    everybody: Annotated[
+        bool, typer.Option("--all", help="all processes that may be looked at: the default")
+    ] = False,
+    pid: Pids = None,
+    by: Annotated[View, typer.Option(help="what a line is about")] = View.OBJECT,
+    sort: Annotated[Sort, typer.Option(help="what comes first")] = Sort.TABLES,
+    top: Annotated[int, typer.Option(metavar="N", min=0, help="so many lines; 0: all")] = 20,
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="show it live; q quits")] = False,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=86400, help="between two looks")
+    ] = 2.0,
+) -> None:
+    """Show where page tables go: on the whole machine, or those of a region's sharers."""
+    from libmshare.cli import listing, output, tables
 
-    listing.ptes(os.fsencode(name), ctx.obj)
+    if name is not None:
+        if everybody or pid or json or watch:
+            raise typer.BadParameter("a region's NAME stands alone", param_hint="NAME")
+        listing.ptes(os.fsencode(name), ctx.obj)
+        return
+    if everybody and pid:
+        raise typer.BadParameter("either --all or --pid", param_hint="--pid")
+    wanted = tables.Wanted(tuple(pid or ()), by, sort, top)
+    if watch and output.on_terminal() and not json:
+        tables.live(wanted, interval)
+    else:
+        tables.ptes(wanted, json=json)
+
+
+@app.command()
+def collapse(
+    everybody: Annotated[
+        bool, typer.Option("--all", help="all processes that may be looked at")
+    ] = False,
+    pid: Pids = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="objects of this name, as ptes has it, with * and ?; may be repeated",
+        ),
+    ] = None,
+    min_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="leave smaller objects alone [64M]")
+    ] = None,
+    min_filled: Annotated[
+        str | None,
+        typer.Option(metavar="PART", help="leave emptier 2 MiB alone, they would grow [50%]"),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="PART", help="of one processor, by pauses [25%]")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="go on, and do it as soon as there is something")
+    ] = False,
+    interval: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="between two looks of --watch [1]")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="settings; options go before them")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what would be done, and how long it would take")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Have page tables back from programs that run: huge pages for their shared memory."""
+    from libmshare.cli import collapse as collapse_
+    from libmshare.cli.collapsing import load
+
+    if not (everybody or pid or name or config):
+        raise typer.BadParameter("of whom: --all, --pid PID or --name PATTERN?")
+    options: dict[str, object] = {
+        "names": name,
+        "min_size": min_size,
+        "min_filled": min_filled,
+        "budget": budget,
+        "interval": interval,
+    }
+    order = collapse_.Order(tuple(pid or ()), load(config, options), dry_run, json)
+    if watch and not dry_run:
+        collapse_.watch(order)
+    elif not collapse_.collapse(order):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -169,10 +274,15 @@ def top(
 def create(
     ctx: typer.Context,
     name: Name,
+    size: Annotated[int, typer.Option(metavar="SIZE", parser=_bytes, help="its size: 64M")],
     start: Annotated[
-        int, typer.Option(metavar="ADDRESS", parser=_bytes, help="its address: 2T, 0x20000000000")
-    ],
-    size: Annotated[int, typer.Option(metavar="SIZE", parser=_bytes, help="its size: 512G")],
+        int | None,
+        typer.Option(
+            metavar="ADDRESS",
+            parser=_bytes,
+            help="its address: 2T, 0x20000000000; without it the daemon chooses",
+        ),
+    ] = None,
     mode: Annotated[str, typer.Option(metavar="MODE", help="the mode of its file, octal")] = "0600",
     backing: Annotated[
         Backing | None, typer.Option(help="what holds its pages, instead of the daemon's choice")
@@ -193,14 +303,27 @@ def create(
 def rm(
     ctx: typer.Context,
     names: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="NAME", help="the regions' names", autocompletion=_complete),
-    ],
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="all regions that nobody has")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="with --all: also those that somebody has")
+    ] = False,
 ) -> None:
     """Remove regions; their memory goes with their last sharers."""
-    from libmshare.cli.remove import remove
+    from libmshare.cli.remove import remove, remove_all
 
-    failures = remove([os.fsencode(name) for name in names], ctx.obj)
+    if all_ == bool(names):
+        raise typer.BadParameter("give names, or --all", param_hint="NAME")
+    if force and not all_:
+        raise typer.BadParameter("is for --all", param_hint="--force")
+    if all_:
+        failures, notes = remove_all(ctx.obj, force=force)
+    else:
+        failures, notes = remove([os.fsencode(name) for name in names or []], ctx.obj)
+    for note in notes:
+        typer.echo(f"mshare: {note}", err=True)
     for failure in failures:
         failure.tell()
     if failures:
@@ -228,8 +351,20 @@ def doctor(
 )
 def run(
     command: Annotated[list[str], typer.Argument(metavar="PROGRAM")],
+    backing: Annotated[
+        Backing, typer.Option(help="what large anonymous shared memory is of")
+    ] = Backing.SHM,
+    min_size: Annotated[
+        int | None,
+        typer.Option(metavar="SIZE", parser=_bytes, help="leave smaller mappings alone [64M]"),
+    ] = None,
+    no_watch: Annotated[
+        bool, typer.Option("--no-watch", help="do not have its page tables back")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what would be done")] = False,
 ) -> None:
-    """Run a program whose mmap(), munmap(), mprotect() act on regions."""
+    """Run a program whose page tables are had back, and whose mmap() acts on regions."""
     from libmshare.cli import run as run_
 
-    run_.run(command)
+    smallest = run_.SMALLEST if min_size is None else max(min_size, 1)
+    run_.run(command, run_.Manner(backing.value, smallest, not no_watch, dry_run))

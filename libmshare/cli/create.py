@@ -24,7 +24,7 @@ _ADVICE: Final = {
 
 def create(
     name: bytes,
-    start: int,
+    start: int | None,
     size: int,
     mode: int,
     backing: str | None,
@@ -32,22 +32,36 @@ def create(
     *,
     anonymous: bool,
 ) -> None:
-    """Create the region; `start` and `size` in bytes.  Raises CommandError."""
+    """Create the region; `start` and `size` in bytes.  Raises CommandError.
+
+    Without `start` the daemon chooses it, and the region begins with `size` bytes of zeros.
+    """
     bounded(lambda: _create(name, start, size, mode, backing, anonymous=anonymous), timeout)
 
 
 def _create(
-    name: bytes, start: int, size: int, mode: int, backing: str | None, *, anonymous: bool
+    name: bytes,
+    start: int | None,
+    size: int,
+    mode: int,
+    backing: str | None,
+    *,
+    anonymous: bool,
 ) -> None:
     """In a process of its own, which is a sharer only for a moment."""
     mount = regions.root()
     regions.check_name(name)
-    _check_range(mount, start, size)
+    if start is not None:
+        _check_range(mount, start, size)
+    elif size == 0:
+        raise CommandError("--size must not be 0")
     text = os.fsdecode(name)
     os.umask(0)  # --mode is meant as it is written, as in mkdir(1)
     try:
-        core.mshare(text, start, size, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode, backing)
+        core.mshare(text, start or 0, size, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode, backing)
     except OSError as error:
+        if start is None:
+            raise explain(error, name, _ADVICE) from None
         no_room = (
             f"no room at {start:#x}-{start + size:#x}; that is beyond the addresses of processes, "
             "or something of this process is there: choose another --start"
@@ -57,7 +71,7 @@ def _create(
         room = {errno.EINVAL: no_room, errno.ENOMEM: no_room}
         raise explain(error, name, _ADVICE | room) from None
     try:
-        if anonymous:
+        if anonymous and start is not None:
             prot = mmap.PROT_READ | mmap.PROT_WRITE
             flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | core.MAP_FIXED_NOREPLACE
             core.mshare_mmap(start, size, prot, flags)

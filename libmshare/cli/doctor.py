@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from libmshare.cli import output, regions
+from libmshare.cli import collapsible, output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import CommandError, explain
 from libmshare.cli.output import Column, printable
@@ -23,14 +24,17 @@ from msharefsd.config import ConfigError, load
 from msharefsd.linux import features, hugepages, mounts
 from msharefsd.linux.uffd import DEVICE
 from msharefsd.memory.hugetlb import Pool
-from msharefsd.memory.shm import SHM_DIRECTORY
+from msharefsd.memory.names import IDENTITY_FILE, prefix
+from msharefsd.memory.shm import MARK, SHM_DIRECTORY
 from msharefsd.mount import mounting
+from msharefsd.telemetry.figures import plural
 
 _DESCRIPTORS_A_SHARER: Final = 3
 """In the daemon: see msharefsd(8)."""
 _SILENCE: Final = re.compile(
     r'^msharefs_pager_silent_seconds\{pid="(\d+)",uid="(\d+)"\} ([\d.e+-]+)$', re.MULTILINE
 )
+_MARK: Final = re.compile(rf"({MARK}[0-9a-f]{{8}}-[0-9a-f]{{16}})-\d+-")
 _SILENT_SECONDS: Final = 3.0
 _GIB: Final = 1 << 30
 _USUAL_MAP_COUNT: Final = 65530
@@ -80,7 +84,9 @@ def doctor(timeout: float, config: str | None, *, json: bool) -> bool:
         _fuse(),
         _device(),
         *_shared_memory(),
+        *_left_memory(timeout),
         *_huge_pages(),
+        *_page_tables(),
         _map_count(),
         _overcommit(),
         _descriptors(),
@@ -273,8 +279,63 @@ def _shared_memory() -> Iterator[Finding]:
         Status.OK,
         huge,
         "memory comes in 4 KiB pages, charged to who touches it; msharefsd makes huge pages of "
-        "what several sharers have (feature collapse), with any huge=",
+        "what several sharers have (feature collapse), with any huge=; other programs' files lie "
+        "where those fit if it is advise: mount -o remount,huge=advise",
     )
+
+
+def _left_memory(timeout: float) -> Iterator[Finding]:
+    """Memory of regions that no msharefsd which is known here would find."""
+    here = _marks_of_run_directories()
+    with contextlib.suppress(CommandError):  # said already
+        here |= bounded(_marks_of_regions, timeout)
+    strange: dict[str, int] = {}
+    for name in sorted(os.listdir(SHM_DIRECTORY)):
+        match = _MARK.match(name)
+        if match is None or match[1] in here:
+            continue
+        try:
+            status = os.lstat(f"{SHM_DIRECTORY}/{name}")
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+            strange[name] = status.st_blocks * 512
+    if not strange:
+        return
+    first = f"{SHM_DIRECTORY}/{next(iter(strange))}"
+    held = output.size(sum(strange.values()))
+    yield Finding(
+        "memory of nobody known",
+        Status.WARN,
+        f"{plural(len(strange), 'object')} in {SHM_DIRECTORY}, {held}: {first}"
+        + (f", {len(strange) - 1} more" if len(strange) > 1 else ""),
+        "its run directory is in another container, elsewhere, or removed; if nobody has it "
+        f"mapped (fuser {first}), save it (cp --sparse=always) and free it (rm)",
+    )
+
+
+def _marks_of_run_directories() -> set[str]:
+    """What memory's names begin with, of daemons with the usual run directories."""
+    found = set()
+    for place in ("/run/msharefs", f"{os.environ.get('XDG_RUNTIME_DIR', '/nonexistent')}/msharefs"):
+        try:
+            directories = [Path(place, name) for name in os.listdir(place)]
+        except OSError:
+            continue
+        for directory in directories:
+            try:
+                number = (directory / IDENTITY_FILE).read_text(errors="replace")
+            except OSError:
+                continue
+            found.add(f"{prefix(directory).lstrip('/')}{number}")
+    return found
+
+
+def _marks_of_regions() -> set[str]:
+    """The same, of the daemon that answers.  Raises CommandError."""
+    backings = [each.info.get("backing", "") for each in regions.everything(removed=True)]
+    matches = [_MARK.match(backing.partition(" ")[2].lstrip("/")) for backing in backings]
+    return {match[1] for match in matches if match is not None}
 
 
 def _options_of(target: str) -> list[str] | None:
@@ -304,6 +365,13 @@ def _huge_pages() -> Iterator[Finding]:
             yield Finding(check, Status.OK, found, advice)
         else:
             yield Finding(check, Status.WARN, found, f"backing hugetlb needs some; {advice}")
+
+
+def _page_tables() -> Iterator[Finding]:
+    """For programs that are no clients of ours."""
+    for line in collapsible.lines():
+        status = Status.OK if line.good else Status.WARN
+        yield Finding(line.check, status, line.found, line.advice)
 
 
 def _map_count() -> Finding:

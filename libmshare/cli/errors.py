@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
+from libmshare import errors
 from libmshare.cli.output import printable
+from libmshare.errors import ADVICE, GONE
 
 
 class CommandError(Exception):
@@ -36,33 +38,15 @@ class NotAnsweringError(CommandError):
     """The daemon lives, or seems to, and does not answer."""
 
 
-GONE: Final = frozenset(
-    {errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ECONNRESET}
-)
-"""What calls fail with once the daemon has died."""
-
-_ADVICE: Final = {
-    errno.ENOENT: "no such region; `mshare ls` lists them",
-    errno.ESTALE: "the region was removed just now",
-    errno.EACCES: "permission denied; its mode says who may, `mshare ls` shows it",
-    errno.EINVAL: "a region's name has no slash",
-    errno.ENAMETOOLONG: "a region's name has at most 255 bytes",
-    errno.EMFILE: "out of descriptors, here or in the daemon; see `mshare doctor`",
-    errno.ENFILE: "the system is out of descriptors",
-    errno.EPROTO: "library and daemon are of different versions; install the same for both",
-}
+_ADVICE: Final = ADVICE | {errno.EINVAL: "a region's name has no slash"}
 
 
 def not_mounted() -> DaemonGoneError:
     """For when no msharefs is found."""
     wanted = os.environ.get("MSHARE_ROOT")
-    if wanted:
-        return DaemonGoneError(
-            f"no msharefs is mounted on {printable(wanted)}; start msharefsd "
-            f"--mountpoint={printable(wanted)}, or unset MSHARE_ROOT"
-        )
+    text = errors.not_mounted(printable(wanted) if wanted else None)
     return DaemonGoneError(
-        "msharefs is not mounted; start msharefsd, or say where it is with --root"
+        text.replace("say where it is with MSHARE_ROOT", "say where it is with --root")
     )
 
 
@@ -73,6 +57,6 @@ def explain(error: OSError, name: bytes, advice: Mapping[int, str] | None = None
     """
     code = error.errno or errno.EIO
     if code in GONE:
-        return DaemonGoneError("the daemon of msharefs has died; start msharefsd again")
+        return DaemonGoneError(errors.DAEMON_GONE)
     text = (advice or {}).get(code) or _ADVICE.get(code) or os.strerror(code)
     return CommandError(f"{printable(name)}: {text}")

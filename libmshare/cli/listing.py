@@ -35,7 +35,7 @@ SHARER_COLUMNS: Final = (
 def row(region: regions.Region) -> list[str]:
     """A region's line in `ls`."""
     return [
-        printable(region.name),
+        printable(region.name) + (" (removed)" if region.removed else ""),
         output.address(region.start),
         output.size(region.size),
         output.size(region.memory),
@@ -71,15 +71,33 @@ def _group(gid: int) -> str:
     return str(gid)
 
 
-def ls(timeout: float, *, json: bool) -> None:
-    """All regions."""
-    found = bounded(regions.everything, timeout)
+def ls(timeout: float, *, json: bool, removed: bool = False) -> None:
+    """All regions; with `removed` also those that have lost their names, and who has them."""
+
+    def ask() -> list[tuple[regions.Region, list[regions.Sharer]]]:
+        return [
+            (region, regions.holders(region) if region.removed else [])
+            for region in regions.everything(removed=removed)
+        ]
+
+    found = bounded(ask, timeout)
     if json:
-        output.write_json([region.record() for region in found])
-    elif found or not output.on_terminal():
-        output.write_table(COLUMNS, [row(region) for region in found])
-    else:
+        output.write_json(
+            [
+                region.record()
+                | ({"processes": [each.record() for each in holders]} if region.removed else {})
+                for region, holders in found
+            ]
+        )
+        return
+    if not found and output.on_terminal():
         print("no regions", file=sys.stderr)  # noqa: T201 - not a part of the output
+        return
+    output.write_table(COLUMNS, [row(region) for region, _ in found])
+    if held := [(region, each) for region, holders in found for each in holders]:
+        output.write("")
+        rows = [[printable(region.name), *sharer_row(each)] for region, each in held]
+        output.write_table((Column("REMOVED"), *SHARER_COLUMNS), rows)
 
 
 def info(name: bytes, timeout: float, *, json: bool) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msharefsd.telemetry import figures
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_UNITS: Final = "KMGTPE"
 
 
 def printable(name: str | bytes) -> str:
@@ -39,21 +39,10 @@ def _escape(text: str | bytes, also: str) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes for people: at most four digits, in powers of 1024; "-" for none.
-
-    Exact when there is no point in it: 512G is 512 GiB to the byte.
-    """
+    """Bytes for people, as in 8.1M; "-" for none."""
     if count is None:
         return "-"
-    if count < 1024:
-        return str(count)
-    value, unit = float(count), ""
-    for unit in _UNITS:  # noqa: B007 - the one that it stopped at is wanted
-        value /= 1024
-        if value < 1023.5:
-            break
-    exact = count % (1 << 10 * (_UNITS.index(unit) + 1)) == 0
-    return f"{value:.0f}{unit}" if exact or value >= 99.95 else f"{value:.1f}{unit}"
+    return figures.size(count)
 
 
 def address(value: int | None) -> str:

@@ -17,6 +17,7 @@ from libmshare import core
 from libmshare.cli.errors import CommandError, explain, not_mounted
 from libmshare.cli.output import printable
 
+_REMOVED: Final = b".removed-"
 _SHARER: Final = re.compile(r"(\d+) +(\d+) +(\S+) +(\S+) (.*)")
 _MAP: Final = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) +(.*)"
@@ -55,6 +56,13 @@ class Region:
     memory: int
     info: Mapping[str, str] = field(default_factory=dict)
     """The lines of `info`; none for who may not read it."""
+    directory: bytes = b""
+    """In .regions; its name, if that was not removed."""
+
+    @property
+    def removed(self) -> bool:
+        """Whether it has no name any more, and memory until its sharers have gone."""
+        return self.directory != self.name
 
     @property
     def state(self) -> str | None:
@@ -97,6 +105,7 @@ class Region:
             "gid": self.gid,
             "mode": f"{self.mode:04o}",
             "state": self.state,
+            "removed": self.removed,
         }
         more: dict[str, Any] = {
             key: int(value) if value.isdecimal() else value
@@ -148,17 +157,29 @@ def names() -> list[bytes]:
     return sorted(name for name in listed if not name.startswith(b".") and name != b"mshare_info")
 
 
-def everything() -> list[Region]:
-    """Every region, by name.  Raises CommandError."""
+def everything(*, removed: bool = False) -> list[Region]:
+    """Every region, by name; also those that were removed and have memory still.
+
+    Raises CommandError.
+    """
     mount = root()
     found = []
-    for name in names():
+    for name in names() + (_removed(mount) if removed else []):
         try:
             found.append(_region(mount, name))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone since it was listed
                 raise explain(error, name) from None
     return found
+
+
+def _removed(mount: str) -> list[bytes]:
+    """The directories of regions that were removed.  Raises CommandError."""
+    try:
+        listed = os.listdir(os.fsencode(f"{mount}/.regions"))
+    except OSError as error:
+        raise explain(error, b".regions") from None
+    return sorted(name for name in listed if name.startswith(_REMOVED))
 
 
 def one(name: bytes) -> Region:
@@ -170,20 +191,30 @@ def one(name: bytes) -> Region:
         raise explain(error, name) from None
 
 
-def _region(mount: str, name: bytes) -> Region:
-    status = os.stat(os.path.join(os.fsencode(mount), name))
+def _region(mount: str, directory: bytes) -> Region:
+    """What is in .regions/DIRECTORY: a region's name, or what one that was removed has."""
+    removed = directory.startswith(_REMOVED)
+    where = (b".regions", directory) if removed else (directory,)
+    status = os.stat(os.path.join(os.fsencode(mount), *where))
     try:
-        info = parse_info(_read(mount, name, "info"))
+        info = parse_info(_read(mount, directory, "info"))
     except PermissionError:
         info = {}
+    mode = stat.S_IMODE(status.st_mode)
     return Region(
-        name,
-        stat.S_IMODE(status.st_mode),
+        _named(info.get("name", os.fsdecode(directory))) if removed else directory,
+        int(info.get("mode", f"{mode:o}"), 8),
         status.st_uid,
         status.st_gid,
         int(info.get("memory", status.st_blocks * 512)),
         info,
+        directory,
     )
+
+
+def _named(label: str) -> bytes:
+    r"""The name that a text shows: there bytes that are not printable are \ooo."""
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), os.fsencode(label))
 
 
 def text(name: bytes, file: str) -> str:
@@ -211,6 +242,14 @@ def _read(mount: str, name: bytes, file: str) -> str:
 def sharers(name: bytes) -> list[Sharer]:
     """Who has attached the region, oldest first.  Raises CommandError."""
     return parse_sharers(text(name, "sharers"))
+
+
+def holders(region: Region) -> list[Sharer]:
+    """Who has it attached, as far as one may know; nobody, if it has gone meanwhile."""
+    try:
+        return parse_sharers(_read(root(), region.directory, "sharers"))
+    except OSError:
+        return []
 
 
 def parse_info(content: str) -> dict[str, str]:

@@ -8,35 +8,71 @@ from collections.abc import Sequence
 from typing import Final
 
 from libmshare import core
-from libmshare.cli import regions
+from libmshare.cli import output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import CommandError, DaemonGoneError, explain
+from libmshare.cli.output import printable, printable_line
+from msharefsd.telemetry.figures import plural
 
 _WHOSE: Final = "not permitted; only its owner and root may remove a region"
 _ADVICE: Final = {errno.EPERM: _WHOSE, errno.EACCES: _WHOSE}
+_MOST_TOLD: Final = 5
+"""Of so many processes the name is told."""
+
+Result = tuple[list[CommandError], list[str]]
+"""A failure for each region that could not be removed, and a sentence for each that is held."""
 
 
-def remove(names: Sequence[bytes], timeout: float) -> list[CommandError]:
+def remove(names: Sequence[bytes], timeout: float) -> Result:
     """Remove each region's name; its memory goes with its last sharer.
 
-    Returns a failure for each that could not be removed.  Raises CommandError if that holds
-    for all.
+    Raises CommandError if there is no daemon.
     """
     return bounded(lambda: _remove(names), timeout)
 
 
-def _remove(names: Sequence[bytes]) -> list[CommandError]:
+def remove_all(timeout: float, *, force: bool) -> Result:
+    """Remove every region; those that somebody has attached only with `force`."""
+    return bounded(lambda: _remove(regions.names(), spare=not force), timeout)
+
+
+def _remove(names: Sequence[bytes], *, spare: bool = False) -> Result:
     regions.root()
-    failures = []
+    failures, notes = [], []
     for name in names:
         try:
             regions.check_name(name)
+            holders = _holders(name)
+            if holders and spare:
+                raise CommandError(f"{printable(name)}: {holders}; --force removes it all the same")
             try:
                 core.mshare_unlink(os.fsdecode(name))
             except OSError as error:
                 raise explain(error, name, _ADVICE) from None
+            if holders:
+                notes.append(
+                    f"{printable(name)}: removed; {holders}: its memory goes with the last of "
+                    "them, and until then `mshare ls --all` shows it"
+                )
         except DaemonGoneError:
             raise
         except CommandError as failure:
             failures.append(failure)
-    return failures
+    return failures, notes
+
+
+def _holders(name: bytes) -> str:
+    """Who has the region attached, and how much it is, for people; empty if nobody has."""
+    try:
+        region = regions.one(name)
+    except CommandError:
+        return ""  # what it is called decides what is said of it
+    if not region.sharers:
+        return ""
+    who = [f"{each.pid} {printable_line(each.command)}" for each in regions.holders(region)]
+    more = f", {len(who) - _MOST_TOLD} more" if len(who) > _MOST_TOLD else ""
+    verb = "has" if region.sharers == 1 else "have"
+    return (
+        f"{plural(region.sharers, 'process')} {verb} it ({', '.join(who[:_MOST_TOLD])}{more}), "
+        f"{output.size(region.memory)}"
+    )

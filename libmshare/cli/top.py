@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from libmshare.cli import listing, output, regions
 from libmshare.cli.ask import bounded
-from libmshare.cli.errors import CommandError, DaemonGoneError, explain
+from libmshare.cli.errors import DaemonGoneError, explain
 from libmshare.cli.output import Column, printable
 from libmshare.cli.regions import Region, Sharer
 
@@ -49,14 +49,13 @@ class Snapshot:
 def take() -> Snapshot:
     """Ask the daemon.  Raises CommandError."""
     root = regions.root()
-    found = regions.everything()
+    found = regions.everything(removed=True)
     # The largest first, and a region's sharers together.
     found.sort(key=lambda region: region.memory, reverse=True)
     sharers = []
     for region in found:
         if region.sharers:
-            with contextlib.suppress(CommandError):  # gone meanwhile
-                sharers += [(region.name, sharer) for sharer in regions.sharers(region.name)]
+            sharers += [(region.name, sharer) for sharer in regions.holders(region)]
     return Snapshot(root, time.monotonic(), found, sharers, _count_faults(root))
 
 
@@ -103,6 +102,8 @@ def _heading(now: Snapshot, before: Snapshot | None) -> str:
         f"{printable(now.root)}: {len(now.regions)} regions, {len(now.sharers)} sharers, "
         f"{output.size(memory)} of memory"
     )
+    if removed := [region for region in now.regions if region.removed]:
+        text += f" ({output.size(sum(each.memory for each in removed))} of it removed)"
     if before is not None and now.time > before.time and now.faults >= before.faults:
         text += f", {(now.faults - before.faults) / (now.time - before.time):.0f} faults/s"
     return text
@@ -137,7 +138,7 @@ def live(timeout: float, interval: float) -> None:
     console = Console(highlight=False)
     before: Snapshot | None = None
     # No thread of rich's: bounded() forks.
-    with _keys() as pressed_q, Live(console=console, screen=True, auto_refresh=False) as screen:
+    with keys() as pressed_q, Live(console=console, screen=True, auto_refresh=False) as screen:
         while True:
             now: Snapshot | None = None
             try:
@@ -175,7 +176,7 @@ _ENDING: Final = frozenset(b"q\x03\x04")
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[Callable[[float], bool]]:
+def keys() -> Iterator[Callable[[float], bool]]:
     """Keys without Enter, on a terminal that is put back whatever ends us.
 
     Gives a function that waits so many seconds and says whether q was pressed.

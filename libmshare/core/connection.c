@@ -10,6 +10,30 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+static __thread char reason[sizeof((struct mshare_wire_reply *)0)->message];
+
+void reason_forget(void)
+{
+	reason[0] = '\0';
+}
+
+void reason_say(const char *text)
+{
+	size_t length = strnlen(text, sizeof reason - 1);
+
+	memcpy(reason, text, length);
+	reason[length] = '\0';
+}
+
+MSHARE_EXPORT const char *mshare_reason(void)
+{
+	static __thread char told[sizeof reason];
+
+	memcpy(told, reason, sizeof told);
+	reason_forget();
+	return told;
+}
+
 #define CONTROL "/.control"
 #define MOST_FDS 2
 
@@ -151,6 +175,7 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 		if (*reply_fd >= 0)
 			close(*reply_fd);
 		*reply_fd = -1;
+		reason_say(reply->message);
 		errno = reply->error;
 		return -1;
 	}

@@ -4,11 +4,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define COPY_AT_ONCE ((size_t)16 << 20)
+#define COPY_AT_ONCE (SCRATCH / 2)
 
 /*
  * hugetlbfs has no write(2).  Its pages are made by fallocate(2), which can fail, and
@@ -58,23 +57,17 @@ static int copy_huge(const struct donation *donation, const struct vma *vma, con
 /* Memory that is not readable, by a way that does not mind. */
 static int copy_unreadable(const struct donation *donation, const char *from, const char *to)
 {
-	char *buffer = malloc(COPY_AT_ONCE);
-	int result = -1;
-
-	while (buffer && from < to) {
+	while (from < to) {
 		size_t left = (size_t)(to - from);
-		ssize_t got = pread(donation->memory, buffer, left < COPY_AT_ONCE ? left : COPY_AT_ONCE,
+		ssize_t got = pread(donation->memory, donation->scratch, left < COPY_AT_ONCE ? left : COPY_AT_ONCE,
 				    (off_t)(uintptr_t)from);
 
-		if (got <= 0 || pwrite(donation->backing, buffer, (size_t)got,
+		if (got <= 0 || pwrite(donation->backing, donation->scratch, (size_t)got,
 				       from - donation->start) != got)
-			goto out;
+			return -1;
 		from += got;
 	}
-	result = buffer ? 0 : -1;
-out:
-	free(buffer);
-	return result;
+	return 0;
 }
 
 static int copy(const struct donation *donation, const struct vma *vma, const char *from,

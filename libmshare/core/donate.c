@@ -17,6 +17,13 @@
  * before 5.19 cannot write-protect shared memory: there other threads must not
  * write while mshare() runs.)
  *
+ * Nothing waits for itself.  The donor's own malloc() may have its heap in the range: so
+ * from the freezing on nothing is allocated, and nothing written but the stack and what
+ * memory_outside() gave.
+ *
+ * Nothing is taken that somebody only keeps free: AddressSanitizer has a gap beside its
+ * shadow, allocators have arenas.  Such a range is no place for a region (EEXIST).
+ *
  * Only pages that exist are copied, and all of them: present.c tells how.
  *
  * On huge pages the last step is not one step: the window is closed for a moment before
@@ -113,14 +120,11 @@ static int check_room(struct donation *donation)
 
 static int commit(const struct donation *donation, int *window_fd)
 {
-	struct mshare_wire_object *objects = calloc(donation->count, sizeof *objects);
+	struct mshare_wire_object *objects = (void *)donation->scratch;
 	struct mshare_wire_request request = { .op = MSHARE_WIRE_COMMIT };
 	struct mshare_wire_reply reply;
 	size_t count = 0;
-	int result;
 
-	if (!objects)
-		return -1;
 	for (size_t i = 0; i < donation->count; i++) {
 		const struct vma *vma = &donation->vmas[i];
 		struct mshare_wire_object object = {
@@ -136,19 +140,15 @@ static int commit(const struct donation *donation, int *window_fd)
 		if (last && last->offset + last->length == object.offset &&
 		    last->prot == object.prot && last->flags == object.flags)
 			last->length += object.length;
-		else
+		else if (count < MSHARE_WIRE_MAX_OBJECTS)
 			objects[count++] = object;
-	}
-	if (count > MSHARE_WIRE_MAX_OBJECTS) {
-		free(objects);
-		errno = E2BIG;
-		return -1;
+		else {
+			errno = E2BIG;
+			return -1;
+		}
 	}
 	request.object_count = (uint32_t)count;
-	result = attachment_call(donation->attachment, &request, objects, NULL, 0, &reply,
-				 window_fd);
-	free(objects);
-	return result;
+	return attachment_call(donation->attachment, &request, objects, NULL, 0, &reply, window_fd);
 }
 
 /* Not while a window is there: the freezer would hold back ourselves. */
@@ -183,8 +183,8 @@ static int replace(const struct donation *donation, char **room, size_t size, in
 			return -1;
 		}
 		/* What a reader may have, in place of what a donor needs. */
-		close(attachment->backing);
-		attachment->backing = window_fd;
+		held_close(&attachment->backing);
+		held_take(&attachment->backing, window_fd);
 	}
 	if (donation->huge) {
 		/* Such a window must not be moved (see window.c), so it is closed at first. */
@@ -194,7 +194,7 @@ static int replace(const struct donation *donation, char **room, size_t size, in
 		raw_munmap(donation->start, size);
 		return -1;
 	}
-	if (window_replace(*room, donation->start, size, attachment->backing, attachment->uffd,
+	if (window_replace(*room, donation->start, size, attachment->backing.fd, attachment->uffd.fd,
 			   attachment->writable, protect) < 0)
 		return -1;
 	*room = NULL;
@@ -209,6 +209,37 @@ static int replace(const struct donation *donation, char **room, size_t size, in
 	return -1;
 }
 
+int donate_zeros(struct attachment *attachment, size_t length, bool *complete)
+{
+	struct mshare_wire_request request = { .op = MSHARE_WIRE_COMMIT, .object_count = 1 };
+	struct mshare_wire_object object = {
+		.prot = PROT_READ | PROT_WRITE,
+		.flags = MAP_SHARED,
+	};
+	struct mshare_wire_reply reply;
+	struct statfs file_system;
+	size_t page;
+	int window_fd;
+
+	if (fstatfs(attachment->backing.fd, &file_system) < 0)
+		return -1;
+	page = file_system.f_type == HUGETLBFS_MAGIC ? (size_t)file_system.f_bsize :
+						       (size_t)sysconf(_SC_PAGESIZE);
+	object.length = (length + page - 1) / page * page;
+	if (attachment_call(attachment, &request, &object, NULL, 0, &reply, &window_fd) < 0)
+		return -1;
+	*complete = true;
+	if (!attachment->writable) {
+		if (window_fd < 0) {
+			errno = EMFILE; /* there was no room for it: recvmsg(2) */
+			return -1;
+		}
+		held_close(&attachment->backing);
+		held_take(&attachment->backing, window_fd);
+	}
+	return window_map(attachment, reply.flags);
+}
+
 int donate(struct attachment *attachment, bool *complete)
 {
 	char *start = attachment->start;
@@ -216,7 +247,7 @@ int donate(struct attachment *attachment, bool *complete)
 	struct donation donation = {
 		.attachment = attachment,
 		.start = start,
-		.backing = attachment->backing,
+		.backing = attachment->backing.fd,
 		.last_counted = UINTPTR_MAX,
 		.memory = -1,
 		.page = (size_t)sysconf(_SC_PAGESIZE),
@@ -228,11 +259,16 @@ int donate(struct attachment *attachment, bool *complete)
 
 	if (check_own_memory(&donation, size) < 0)
 		goto out;
-	if (fstatfs(attachment->backing, &file_system) < 0)
+	if (fstatfs(attachment->backing.fd, &file_system) < 0)
 		goto out;
 	if (file_system.f_type == HUGETLBFS_MAGIC)
 		donation.huge = (size_t)file_system.f_bsize;
+	donation.scratch = memory_outside(start, size, SCRATCH, PROT_READ | PROT_WRITE);
+	if (!donation.scratch)
+		goto out;
 	if (maps_find(&donation, start + size) < 0)
+		goto out;
+	if (maps_reserved(&donation) != 0)
 		goto out;
 	if (open_files(&donation, &files_known) < 0)
 		goto out;
@@ -261,6 +297,8 @@ out:
 			close(donation.vmas[i].file);
 	}
 	free(donation.vmas);
+	if (donation.scratch)
+		raw_munmap(donation.scratch, SCRATCH);
 	if (donation.memory >= 0)
 		close(donation.memory);
 	errno = saved;

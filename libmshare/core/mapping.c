@@ -54,12 +54,19 @@ static int check_range(char *start, size_t *length)
 	return 0;
 }
 
-/* The part of [*at, end) that begins at *at; moves *at behind it.  The lock is held. */
+/*
+ * The part of [*at, end) that begins at *at; moves *at behind it.  Whose region it is in is to
+ * be given back.
+ */
 static struct part next_part(char **at, char *end)
 {
-	struct part part = { .start = *at, .in = attachment_at(*at) };
-	char *until = part.in ? part.in->start + part.in->size : attachment_above(*at);
+	struct part part = { .start = *at };
+	char *until;
 
+	attachment_lock();
+	part.in = attachment_take(attachment_at(*at));
+	until = part.in ? part.in->start + part.in->size : attachment_above(*at);
+	attachment_unlock();
 	if (!until || until > end)
 		until = end;
 	part.length = (size_t)(until - *at);
@@ -67,14 +74,24 @@ static struct part next_part(char **at, char *end)
 	return part;
 }
 
+static void part_done(const struct part *part)
+{
+	if (part->in)
+		attachment_give_back(part->in);
+}
+
 static int call(struct attachment *in, uint16_t op, struct mshare_wire_object *object, int fd)
 {
 	struct mshare_wire_request request = { .op = op, .object_count = 1 };
 	struct mshare_wire_reply reply;
-	int ignored;
+	int result, ignored;
 
+	if (attachment_enter(in) < 0)
+		return -1;
 	in->waiting = (struct waiting){ 0 };
-	return attachment_call(in, &request, object, &fd, fd >= 0, &reply, &ignored);
+	result = attachment_call(in, &request, object, &fd, fd >= 0, &reply, &ignored);
+	attachment_leave(in);
+	return result;
 }
 
 static int call_part(const struct part *part, uint16_t op, int prot)
@@ -104,32 +121,35 @@ static int check_mapped(void *addr, size_t length)
 	return raw_msync(addr, length, MS_ASYNC);
 }
 
+enum step { CHECK, INSIDE, OUTSIDE };
+
+static int on_part(const struct part *part, enum step step, int argument, in_region inside,
+		   elsewhere outside)
+{
+	if (step == INSIDE)
+		return part->in ? inside(part, argument) : 0;
+	if (part->in)
+		return 0;
+	if (step == OUTSIDE)
+		return outside(part->start, part->length, argument);
+	return outside == unmap_elsewhere ? 0 : check_mapped(part->start, part->length);
+}
+
 static int on_each_part(char *start, size_t length, int argument, in_region inside,
 			elsewhere outside)
 {
 	char *end = start + length;
 	int result = 0;
 
-	attachment_lock();
-	for (char *at = start; result == 0 && outside != unmap_elsewhere && at < end;) {
-		struct part part = next_part(&at, end);
+	reason_forget();
+	for (enum step step = CHECK; result == 0 && step <= OUTSIDE; step++) {
+		for (char *at = start; result == 0 && at < end;) {
+			struct part part = next_part(&at, end);
 
-		if (!part.in)
-			result = check_mapped(part.start, part.length);
+			result = on_part(&part, step, argument, inside, outside);
+			part_done(&part);
+		}
 	}
-	for (char *at = start; result == 0 && at < end;) {
-		struct part part = next_part(&at, end);
-
-		if (part.in)
-			result = inside(&part, argument);
-	}
-	for (char *at = start; result == 0 && at < end;) {
-		struct part part = next_part(&at, end);
-
-		if (!part.in)
-			result = outside(part.start, part.length, argument);
-	}
-	attachment_unlock();
 	return result;
 }
 
@@ -217,7 +237,7 @@ MSHARE_EXPORT void *mshare_mmap(void *addr, size_t length, int prot, int flags, 
 
 	if (!mshare_near(addr, length) || length == 0 || check_range(start, &rounded) < 0)
 		return raw_mmap(addr, length, prot, flags, fd, offset);
-	attachment_lock();
+	reason_forget();
 	first = next_part(&at, start + rounded);
 	if (first.in && at == start + rounded) {
 		here = true;
@@ -227,7 +247,7 @@ MSHARE_EXPORT void *mshare_mmap(void *addr, size_t length, int prot, int flags, 
 		here = true;
 		errno = flags & MAP_FIXED_NOREPLACE ? EEXIST : EINVAL;
 	}
-	attachment_unlock();
+	part_done(&first);
 	if (!here || (wish && got == MAP_FAILED && errno == EEXIST))
 		return raw_mmap(addr, length, prot, flags, fd, offset);
 	if (got != MAP_FAILED && (flags & MAP_POPULATE) && !(flags & MAP_NONBLOCK)) {
@@ -302,7 +322,8 @@ MSHARE_EXPORT int mshare_msync(void *addr, size_t length, int flags)
 
 /*
  * Advice about the window would split it or worse: MADV_DOFORK would hand a child a
- * window without its userfaultfd.  What only hints is left alone.
+ * window without its userfaultfd.  What only hints is left alone.  What is not to be dumped
+ * may be a secret.
  */
 static int advise_part(const struct part *part, int advice)
 {
@@ -317,12 +338,13 @@ static int advise_part(const struct part *part, int advice)
 	case MADV_UNMERGEABLE:
 	case MADV_HUGEPAGE:
 	case MADV_NOHUGEPAGE:
-	case MADV_DONTDUMP:
-	case MADV_DODUMP:
 	case MADV_COLD:
 	case MADV_PAGEOUT:
 	case MADV_COLLAPSE:
 		return 0;
+	case MADV_DONTDUMP:
+	case MADV_DODUMP:
+		return window_dump(part->in, part->start, part->length, advice);
 	case MADV_DONTNEED:
 		return call_part(part, MSHARE_WIRE_DISCARD, 0);
 	case MADV_POPULATE_READ:

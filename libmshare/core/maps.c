@@ -120,3 +120,63 @@ int maps_find(struct donation *donation, char *end)
 	fclose(maps);
 	return result;
 }
+
+/* Whether what begins there is memory of the donation that nobody may touch. */
+static bool may_be_reserved(const struct donation *donation, unsigned long from)
+{
+	for (size_t i = 0; i < donation->count; i++) {
+		const struct vma *vma = &donation->vmas[i];
+
+		if (vma->vma_start == (char *)from && !vma->prot && !vma->shared && !vma->mapped)
+			return true;
+	}
+	return false;
+}
+
+static bool has_reservations(const struct donation *donation)
+{
+	for (size_t i = 0; i < donation->count; i++) {
+		const struct vma *vma = &donation->vmas[i];
+
+		if (!vma->prot && !vma->shared && !vma->mapped)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Private memory that nobody may touch, that holds no page, and that is not accounted for
+ * ("ac" in VmFlags), as it would be if it had been writable and was made inaccessible.
+ */
+int maps_reserved(const struct donation *donation)
+{
+	FILE *smaps;
+	char *line = NULL;
+	size_t capacity = 0;
+	unsigned long pages = 0, value;
+	bool within = false, reserved = false;
+
+	if (!has_reservations(donation))
+		return 0;
+	smaps = fopen("/proc/self/smaps", "re");
+	if (!smaps)
+		return -1;
+	while (!reserved && getline(&line, &capacity, smaps) > 0) {
+		unsigned long from, to;
+
+		if (sscanf(line, "%lx-%lx ", &from, &to) == 2) {
+			within = may_be_reserved(donation, from);
+			pages = 0;
+		} else if (within && (sscanf(line, "Rss: %lu kB", &value) == 1 ||
+				      sscanf(line, "Swap: %lu kB", &value) == 1)) {
+			pages += value;
+		} else if (within && strncmp(line, "VmFlags:", 8) == 0) {
+			reserved = pages == 0 && !strstr(line, " ac");
+		}
+	}
+	free(line);
+	fclose(smaps);
+	if (reserved)
+		errno = EEXIST;
+	return reserved;
+}

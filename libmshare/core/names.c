@@ -60,6 +60,39 @@ int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated
 	return -1;
 }
 
+static void path_of_identity(const unsigned char identity[MSHARE_IDENTITY], char path[64])
+{
+	static const char prefix[] = ".identity-", digits[] = "0123456789abcdef";
+	char *at = path + sizeof prefix - 1;
+
+	memcpy(path, prefix, sizeof prefix);
+	for (int i = 0; i < MSHARE_IDENTITY; i++) {
+		*at++ = digits[identity[i] >> 4];
+		*at++ = digits[identity[i] & 15];
+	}
+	*at = '\0';
+}
+
+int name_open_identity(int root, const unsigned char identity[MSHARE_IDENTITY], int oflags)
+{
+	char path[64];
+	int fd;
+
+	path_of_identity(identity, path);
+	fd = openat(root, path, (oflags & O_ACCMODE) | O_CLOEXEC);
+	if (fd < 0 && errno == ENOENT)
+		errno = ESTALE;
+	return fd;
+}
+
+int name_unlink_identity(int root, const unsigned char identity[MSHARE_IDENTITY])
+{
+	char path[64];
+
+	path_of_identity(identity, path);
+	return unlinkat(root, path, 0);
+}
+
 /* By its number: whoever has removed it meanwhile may have made another one. */
 void name_unmake(int root, const char *name, int region)
 {
@@ -74,31 +107,79 @@ void name_unmake(int root, const char *name, int region)
 	errno = saved;
 }
 
-/* Somebody else's mount is no better and no worse than none: while ours is away we wait. */
-const struct root *name_root(const struct waiting *waiting)
+/* The path that led to the n-th attachment's root. */
+static bool path_of_root(size_t number, char path[PATH_MAX])
 {
-	const struct root *root = root_use();
-	bool gone = waiting->pause != 0;
-	int why = errno;
+	struct attachment *each;
 
-	if (root || (why != ENOENT && why != EPERM))
-		return root;
-	for (struct attachment *each = attachment_first(); each && !gone; each = each->next)
-		gone = !root_use_again(each->root);
+	attachment_lock();
+	for (each = attachment_first(); each && number > 0; each = each->next)
+		number--;
+	if (each)
+		strcpy(path, each->root);
+	attachment_unlock();
+	return each;
+}
+
+/* Somebody else's mount is no better and no worse than none: while ours is away we wait. */
+int name_root(const struct waiting *waiting, struct root *root)
+{
+	char path[PATH_MAX];
+	bool gone = waiting->pause != 0;
+	int why;
+
+	if (root_use(root) == 0)
+		return 0;
+	why = errno;
+	if (why != ENOENT && why != EPERM)
+		return -1;
+	for (size_t number = 0; !gone && path_of_root(number, path); number++) {
+		gone = root_use_again(path, root) < 0;
+		if (!gone)
+			root_close(root);
+	}
 	errno = gone ? ENOTCONN : why;
-	return NULL;
+	return -1;
+}
+
+/* The kernel knows it since the file was opened: nobody is asked. */
+ino_t name_number(int region)
+{
+	struct statx status;
+
+	if (statx(region, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, &status) < 0)
+		return 0;
+	return status.stx_ino;
+}
+
+int name_reopen(int root, const struct attachment *attachment)
+{
+	static const unsigned char unknown[MSHARE_IDENTITY];
+	int access = (attachment->writable ? O_RDWR : O_RDONLY) | O_CLOEXEC, fd;
+
+	if (memcmp(attachment->identity, unknown, sizeof unknown) != 0)
+		return name_open_identity(root, attachment->identity, access);
+	fd = openat(root, attachment->name, access);
+	if (fd >= 0 && name_number(fd) == attachment->file)
+		return fd;
+	if (fd >= 0 || errno == ENOENT)
+		errno = ESTALE;
+	close_keeping_errno(fd);
+	return -1;
 }
 
 int name_unlink(const char *name)
 {
 	struct waiting waiting = { 0 };
-	const struct root *root;
+	struct root root;
 	bool asked = false;
+	int result;
 
 	do {
-		root = name_root(&waiting);
-		if (root) {
-			if (unlinkat(root->fd, name, 0) == 0 || (errno == ENOENT && asked))
+		if (name_root(&waiting, &root) == 0) {
+			result = unlinkat(root.fd, name, 0);
+			root_close(&root);
+			if (result == 0 || (errno == ENOENT && asked))
 				return 0;
 			asked |= errno == ECONNABORTED; /* it was under way */
 		}
@@ -108,13 +189,14 @@ int name_unlink(const char *name)
 
 static int read_info(const char *name, struct mshare_info *info, const struct waiting *waiting)
 {
-	const struct root *root = name_root(waiting);
+	struct root root;
 	ssize_t got;
 	int fd;
 
-	if (!root)
+	if (name_root(waiting, &root) < 0)
 		return -1;
-	fd = openat(root->fd, name, O_RDONLY | O_CLOEXEC);
+	fd = openat(root.fd, name, O_RDONLY | O_CLOEXEC);
+	root_close(&root);
 	if (fd < 0)
 		return -1;
 	got = read(fd, info, sizeof *info);
@@ -133,17 +215,16 @@ MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 	struct waiting waiting = { 0 };
 	int result;
 
+	reason_forget();
 	if (name_check(name) < 0)
 		return -1;
 	if (!info) {
 		errno = EFAULT;
 		return -1;
 	}
-	attachment_lock();
 	do
 		result = read_info(name, info, &waiting);
 	while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
-	attachment_unlock();
 	return result;
 }
 

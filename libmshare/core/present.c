@@ -17,6 +17,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -85,19 +86,24 @@ out:
 	return result;
 }
 
+/* The first half of the scratch memory is copy_unreadable()'s. */
+static void *room_for(const struct donation *donation, size_t length)
+{
+	return donation->scratch + SCRATCH - length;
+}
+
 static int copy_by_mincore(struct donation *donation, int freezer, const struct vma *vma)
 {
 	enum { PAGES = 1 << 18 };
-	unsigned char *present = malloc(PAGES);
+	unsigned char *present = room_for(donation, PAGES);
 	char *page = vma->start, *run = NULL;
-	int result = -1;
 
-	while (present && page < vma->end) {
+	while (page < vma->end) {
 		size_t left = (size_t)(vma->end - page) / donation->page;
 		size_t count = left < PAGES ? left : PAGES;
 
 		if (mincore(page, count * donation->page, present) < 0)
-			goto out;
+			return -1;
 		if (!run && !memchr(present, 1, count)) {
 			page += count * donation->page;
 			continue;
@@ -107,28 +113,24 @@ static int copy_by_mincore(struct donation *donation, int freezer, const struct 
 				run = page;
 			if (!(present[i] & 1) && run) {
 				if (copy_frozen(donation, freezer, vma, run, page) < 0)
-					goto out;
+					return -1;
 				run = NULL;
 			}
 		}
 	}
-	if (present)
-		result = run ? copy_frozen(donation, freezer, vma, run, page) : 0;
-out:
-	free(present);
-	return result;
+	return run ? copy_frozen(donation, freezer, vma, run, page) : 0;
 }
 
 static int copy_by_pagemap(struct donation *donation, int freezer, const struct vma *vma)
 {
 	enum { ENTRIES = 8192 };
-	uint64_t *entries = malloc(ENTRIES * sizeof *entries);
+	uint64_t *entries = room_for(donation, ENTRIES * sizeof *entries);
 	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	char *page = vma->start, *run = NULL;
 	int result = -1;
 
-	if (!entries || pagemap < 0)
-		goto out;
+	if (pagemap < 0)
+		return -1;
 	while (page < vma->end) {
 		size_t left = (size_t)(vma->end - page) / donation->page;
 		size_t wanted = left < ENTRIES ? left : ENTRIES;
@@ -152,13 +154,7 @@ static int copy_by_pagemap(struct donation *donation, int freezer, const struct 
 	}
 	result = run ? copy_frozen(donation, freezer, vma, run, page) : 0;
 out:
-	free(entries);
-	if (pagemap >= 0) {
-		int saved = errno;
-
-		close(pagemap);
-		errno = saved;
-	}
+	close_keeping_errno(pagemap);
 	return result;
 }
 
@@ -189,22 +185,47 @@ static int copy_contents(struct donation *donation, int freezer, enum finding fi
 	return 0;
 }
 
-/* Pages that this machine has swapped out since it was started; -1 if that is not known. */
-static long long swapped_out(void)
+/* The value of a line of /proc/vmstat, "key value", if the key is of pages swapped out. */
+static long long value_of(char *line)
 {
-	FILE *vmstat = fopen("/proc/vmstat", "re");
-	char key[64];
-	long long value, sum = 0;
-	bool known = false;
+	char *space = strchr(line, ' ');
 
-	while (vmstat && fscanf(vmstat, "%63s %lld", key, &value) == 2) {
-		if (strstr(key, "swpout")) { /* pswpout, zswpout, swpout_zero, thp_swpout */
+	if (!space)
+		return -1;
+	*space = '\0'; /* pswpout, zswpout, swpout_zero, thp_swpout */
+	return strstr(line, "swpout") ? strtoll(space + 1, NULL, 10) : -1;
+}
+
+/*
+ * Pages that this machine has swapped out since it was started; -1 if that is not known.
+ * Not by stdio: it has its buffers of malloc().
+ */
+static long long swapped_out(const struct donation *donation)
+{
+	char *text = donation->scratch, *next;
+	int vmstat = open("/proc/vmstat", O_RDONLY | O_CLOEXEC);
+	long long sum = 0;
+	bool known = false;
+	size_t length = 0;
+	ssize_t got;
+
+	if (vmstat < 0)
+		return -1;
+	while (length < SCRATCH - 1 &&
+	       (got = read(vmstat, text + length, SCRATCH - 1 - length)) > 0)
+		length += (size_t)got;
+	close(vmstat);
+	text[length] = '\0';
+	for (char *line = text; (next = strchr(line, '\n')); line = next + 1) {
+		long long value;
+
+		*next = '\0';
+		value = value_of(line);
+		if (value >= 0) {
 			sum += value;
 			known = true;
 		}
 	}
-	if (vmstat)
-		fclose(vmstat);
 	return known ? sum : -1;
 }
 
@@ -234,7 +255,7 @@ static bool is_swapped(const struct donation *donation, char *end)
 
 int present_copy(struct donation *donation, char *end, bool files_known, int *freezer)
 {
-	long long before = swapped_out();
+	long long before = swapped_out(donation);
 	enum finding finding = BY_MINCORE;
 
 	if (!files_known && (before < 0 || is_swapped(donation, end)))
@@ -242,11 +263,11 @@ int present_copy(struct donation *donation, char *end, bool files_known, int *fr
 	for (;; finding = BY_TRYING) {
 		uint64_t features = finding == BY_TRYING ? UFFD_FEATURE_SIGBUS : 0;
 
-		*freezer = uffd_open(donation->attachment->connection, donation->backing);
+		*freezer = uffd_open(donation->attachment->connection.fd, donation->backing);
 		if (*freezer < 0 || uffd_handshake(*freezer, features) < 0 ||
 		    copy_contents(donation, *freezer, finding) < 0)
 			return -1;
-		if (files_known || finding == BY_TRYING || swapped_out() == before)
+		if (files_known || finding == BY_TRYING || swapped_out(donation) == before)
 			return 0;
 		close(*freezer); /* something may have been missed: all of it again */
 	}

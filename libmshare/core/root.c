@@ -48,6 +48,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/auxv.h>
@@ -390,13 +391,41 @@ int root_find(struct root *root)
 
 /* ---- the root in use ---- */
 
+static struct root current = { .fd = -1 };
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of that; for moments only */
+
+void root_lock(void)
+{
+	pthread_mutex_lock(&lock);
+}
+
+void root_unlock(void)
+{
+	pthread_mutex_unlock(&lock);
+}
+
+/* A copy of what is kept, for one call; -1 with errno. */
+static int lend(struct root *root)
+{
+	*root = current;
+	root->fd = fcntl(current.fd, F_DUPFD_CLOEXEC, 0);
+	return root->fd < 0 ? -1 : 0;
+}
+
+static void keep(const struct root *root)
+{
+	root_lock();
+	root_close(&current);
+	current = *root;
+	current.fd = fcntl(root->fd, F_DUPFD_CLOEXEC, 0);
+	root_unlock();
+}
+
 /*
  * Kept open from call to call: reading mountinfo takes long where much is mounted.  What it
  * was found by is looked at with each call instead: whether it still leads there.  Who takes
  * the place of a dead daemon mounts anew, and then it does not.
  */
-static struct root current = { .fd = -1 };
-
 static bool is_current(const char *path)
 {
 	return current.fd >= 0 && strcmp(current.path, path) == 0 &&
@@ -406,7 +435,9 @@ static bool is_current(const char *path)
 
 void root_forget(void)
 {
+	root_lock();
 	root_close(&current);
+	root_unlock();
 }
 
 /* Whether looking for it again would find it: one in the usual place would come first. */
@@ -419,20 +450,39 @@ static bool is_found_again(void)
 	       identify(AT_FDCWD, USUAL_ROOT, 0, &device, &inode) < 0;
 }
 
-const struct root *root_use(void)
+int root_use(struct root *root)
 {
 	const char *wanted = secure_getenv("MSHARE_ROOT");
+	bool kept;
+	int result = 0;
 
-	if (wanted && *wanted ? is_current(wanted) : is_current(USUAL_ROOT) || is_found_again())
-		return &current;
-	root_close(&current);
-	return root_find(&current) == 0 ? &current : NULL;
+	root_lock();
+	kept = wanted && *wanted ? is_current(wanted) : is_current(USUAL_ROOT) || is_found_again();
+	if (kept)
+		result = lend(root);
+	root_unlock();
+	if (kept)
+		return result;
+	if (root_find(root) < 0)
+		return -1;
+	keep(root);
+	return 0;
 }
 
-const struct root *root_use_again(const char *path)
+int root_use_again(const char *path, struct root *root)
 {
-	if (is_current(path))
-		return &current;
-	root_close(&current);
-	return open_root(&current, path) == 0 ? &current : NULL;
+	bool kept;
+	int result = 0;
+
+	root_lock();
+	kept = is_current(path);
+	if (kept)
+		result = lend(root);
+	root_unlock();
+	if (kept)
+		return result;
+	if (open_root(root, path) < 0)
+		return -1;
+	keep(root);
+	return 0;
 }

@@ -18,9 +18,30 @@
 /*
  * A descriptor of /dev/userfaultfd, once this process was handed one.  Kept for
  * the life of the process: a child after fork makes its own userfaultfd with it
- * and has no need to ask.
+ * and has no need to ask.  Set under the list's lock.
  */
-static int device = -1;
+static struct held device = { .fd = -1 };
+
+static bool has_device(int *fd)
+{
+	bool has;
+
+	attachment_lock();
+	has = held_is_ours(&device);
+	*fd = device.fd;
+	attachment_unlock();
+	return has;
+}
+
+static void keep_device(int fd)
+{
+	attachment_lock();
+	if (held_is_ours(&device))
+		close_keeping_errno(fd);
+	else
+		held_take(&device, fd);
+	attachment_unlock();
+}
 
 static int by_system_call(int flags)
 {
@@ -47,15 +68,20 @@ static int by_device(int from)
  */
 int uffd_open_unaided(void)
 {
-	int fd;
+	int fd, opened;
 
-	if (device >= 0)
-		return by_device(device);
+	if (has_device(&opened))
+		return by_device(opened);
 	fd = by_system_call(O_CLOEXEC | O_NONBLOCK);
-	if (fd >= 0 || (errno != EPERM && errno != ENOSYS))
+	/* What a container's filter answers (seccomp(2)) may be any of these. */
+	if (fd >= 0 || (errno != EPERM && errno != ENOSYS && errno != EACCES))
 		return fd;
-	device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-	return device >= 0 ? by_device(device) : UFFD_ASK;
+	opened = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	if (opened < 0)
+		return UFFD_ASK;
+	fd = by_device(opened);
+	keep_device(opened);
+	return fd;
 }
 
 /*
@@ -66,7 +92,7 @@ int uffd_ask(int connection, int proof)
 {
 	struct mshare_wire_request request = { .op = MSHARE_WIRE_USERFAULTFD };
 	struct mshare_wire_reply reply;
-	int opened;
+	int opened, fd;
 
 	if (connection_call(connection, &request, NULL, &proof, 1, &reply, &opened) < 0)
 		return -1;
@@ -78,8 +104,9 @@ int uffd_ask(int connection, int proof)
 		errno = EMFILE; /* there was no room for it: recvmsg(2) */
 		return -1;
 	}
-	device = opened;
-	return by_device(device);
+	fd = by_device(opened);
+	keep_device(opened);
+	return fd;
 }
 
 int uffd_open(int connection, int proof)

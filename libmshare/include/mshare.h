@@ -12,6 +12,7 @@
 #define MSHARE_H
 
 #include <fcntl.h>
+#include <limits.h>
 #include <stddef.h>
 #include <sys/types.h>
 
@@ -141,6 +142,63 @@ int mshare_mprotect(void *addr, size_t length, int prot);
 int mshare_msync(void *addr, size_t length, int flags);
 int mshare_madvise(void *addr, size_t length, int advice);
 void *mshare_mremap(void *addr, size_t old_size, size_t new_size, int flags, void *target);
+
+/*
+ * Regions by what they are.  A name may be another region's the next time; an identity is
+ * never given again, by no msharefs anywhere.  Who knows it may open the region as the mode
+ * of its file allows, under whatever name, and when its name is gone.
+ */
+#define MSHARE_IDENTITY 16 /* bytes */
+
+struct mshare_request {
+	const char *name;              /* NULL with an identity */
+	const unsigned char *identity; /* attach the region that this is, or NULL */
+	const char *root;              /* where msharefs is mounted; NULL: mshare_root() */
+	void *addr;                    /* of a new region; NULL: the daemon chooses */
+	size_t size;                   /* of a new region; 0 if it has to exist */
+	int oflags;                    /* as for mshare() */
+	mode_t mode;
+	const char *backing; /* as for mshare_backed() */
+	unsigned flags;      /* of a new region */
+};
+
+#define MSHARE_EMPTY 1u     /* it begins without memory, as a hole */
+#define MSHARE_DONATE 2u    /* it begins with what this process has in its range */
+#define MSHARE_EPHEMERAL 4u /* it has no name: it ends with its last user, however that ends */
+
+struct mshare_region {
+	unsigned long start, size; /* its range */
+	unsigned long length;      /* what its creator asked for, from start on */
+	unsigned char identity[MSHARE_IDENTITY];
+	unsigned char held, writable, created;
+	char root[PATH_MAX]; /* the mount that it is of */
+};
+
+/*
+ * Attach a region, or make one with O_CREAT, and hold it: other parts of this program may
+ * hold the same one.  A new region begins with size bytes of zeros, or as flags say.
+ *
+ * The errors of mshare(), and
+ * EADDRINUSE  this process has something where the region is to lie
+ * ESTALE      no region has that identity any more
+ * EPROTO      the daemon is too old for this
+ */
+int mshare_open(const struct mshare_request *request, struct mshare_region *region);
+
+/* No longer hold it; the last one, and mshare_detach() if need be, unmaps the region. */
+int mshare_close(struct mshare_region *region);
+
+/*
+ * Remove the region's name, if it has one, and no other region's of the same name; the
+ * memory goes with the last sharer.  ESTALE: it is gone.  EACCES, EPERM: as unlink(2).
+ */
+int mshare_forget_name(const struct mshare_region *region);
+
+/*
+ * What the daemon, or the library, has to say of this thread's last error, once; may be
+ * empty.  It is good until the next call.
+ */
+const char *mshare_reason(void);
 
 /* Whether [addr, addr + length) may touch a region of this process: a quick guess. */
 int mshare_near(const void *addr, size_t length);

@@ -10,15 +10,19 @@ from functools import partial
 from typing import Final
 
 from msharefsd.control import wire
+from msharefsd.control.orphans import is_gone
 from msharefsd.control.peer import owner_of
 from msharefsd.control.sharing import Sharing
 from msharefsd.control.wire import BackingKind, Reply, ReplyFlag, Request, RequestFlag
 from msharefsd.errors import Refused
 from msharefsd.linux import processes, syscalls
 from msharefsd.memory import hugetlb
+from msharefsd.memory.backing import Backing
 from msharefsd.memory.hugetlb import HugetlbBacking
+from msharefsd.paging.lanes import Far
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.watching import is_untrusted
+from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer, State, writes
 
@@ -49,6 +53,11 @@ def _check_attach(region: Region, request: Request, *, may_exist: bool) -> None:
         raise Refused(errno.EPERM, "the region was created read-only for everyone")
 
 
+def _code(error: OSError) -> int:
+    """What is said of a userfaultfd that cannot be taken."""
+    return error.errno if error.errno in (errno.EBUSY, errno.EAGAIN) else errno.EINVAL
+
+
 class Attaching:
     """The calls by which a connection becomes a sharer."""
 
@@ -72,6 +81,8 @@ class Attaching:
         if flags & os.O_ACCMODE == os.O_WRONLY:
             raise Refused(errno.EACCES, "the descriptor is not open for reading")
         region = self._control.region_of(identity)
+        if region is None and self._control.is_of_region(identity):
+            raise Refused(errno.ENOENT, "the region is gone")
         if region is None:
             raise Refused(errno.EPERM, "the descriptor is of no region on this mount")
         if region is not self._state.region:
@@ -82,7 +93,6 @@ class Attaching:
 
     async def attach(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
         """Make the peer a sharer; takes the userfaultfd out of `fds`."""
-        regions = self._control.regions
         if self._state.sharer is not None:
             raise Refused(errno.EINVAL, "this connection has attached a region already")
         if len(fds) != 2:
@@ -91,6 +101,25 @@ class Attaching:
         writable = writes(request.oflags)
         if writable and not may_write:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
+        far = await self._adopt_far(fds)
+        try:
+            return await self._attach(region, request, fds, far, may_write=may_write)
+        except BaseException:
+            if far is not None:
+                far.close()
+            raise
+
+    async def _attach(
+        self,
+        region: Region,
+        request: Request,
+        fds: list[int],
+        far: Far | None,
+        *,
+        may_write: bool,
+    ) -> tuple[Reply, int | None]:
+        """The proof is given; the userfaultfd is in `fds`, or it is `far`."""
+        regions, writable = self._control.regions, writes(request.oflags)
         created = self._supersede(region, request)
         while region.state is State.BUILDING:
             await region.settled.wait()
@@ -101,10 +130,10 @@ class Attaching:
             self._check_create(region, request, may_write=may_write)
             if request.oflags & os.O_EXCL and RequestFlag.REPEATED in request.flags and not created:
                 raise Refused(errno.EEXIST, "somebody else created it first")
-            flags = await self._create(region, request, fds[1], made_file=created)
+            flags = await self._create(region, request, fds, made_file=created)
         else:
             _check_attach(region, request, may_exist=created)
-            self._adopt(fds[1])
+            self._adopt(fds)
             if created:
                 flags |= ReplyFlag.CREATED
         # A donor has a descriptor to write with, until it is done.
@@ -116,23 +145,33 @@ class Attaching:
             region,
             self._peer.pid,
             self._peer.uid,
-            fds[1],
+            fds[1] if far is None else -1,
             writable=writable,
             ended=self._peer.has_ended,
             pidfd=self._peer.pidfd,
             uffd_number=request.userfaultfd,
             started=processes.started(self._peer.pid) if self._peer.pid else 0,
         )
-        fds.pop(1)
+        if far is None:
+            fds.pop(1)
+        else:
+            window_of(sharer).far, far.sharer = far, sharer
         self._control.metrics.attaches.inc()
         self._state.join(sharer)
-        assert region.backing is not None
+        backing = await self._keep_guarded(sharer)
         if pages_of(region).armed or pages_of(region).looked_at:
             flags |= ReplyFlag.PROTECTED
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
-        fd = region.backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
+        fd = backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
         return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
+
+    async def _keep_guarded(self, sharer: Sharer) -> Backing:
+        """Before it is told of its memory, which it is given only then."""
+        await self._control.guards.keep(sharer)
+        if sharer.region.backing is None:
+            raise Refused(errno.ENOENT, "the region is gone")
+        return sharer.region.backing
 
     async def _watch(self, region: Region) -> None:
         """Who is about to have the memory's descriptor must change nothing by it."""
@@ -167,14 +206,14 @@ class Attaching:
             raise Refused(errno.EACCES, "only who may write the file gives it a range")
 
     async def _create(
-        self, region: Region, request: Request, uffd_fd: int, *, made_file: bool
+        self, region: Region, request: Request, fds: list[int], *, made_file: bool
     ) -> ReplyFlag:
         """Give the region its range; what the reply has to say about that."""
         regions = self._control.regions
         says = RequestFlag.MADE_FILE in request.flags
         made_file = made_file or (says and self._made_file(region))
         try:
-            self._adopt(uffd_fd)
+            self._adopt(fds)
             regions.establish(
                 region,
                 request.start,
@@ -203,16 +242,42 @@ class Attaching:
             hugetlb.may_use(self._peer.uid, self._peer.groups)
         return kind
 
-    def _adopt(self, fd: int) -> None:
+    def _adopt(self, fds: list[int]) -> None:
+        """Take the userfaultfd, unless a lane has it already."""
+        if len(fds) > 1:
+            try:
+                self._control.pages.adopt(fds[1])
+            except OSError as error:
+                raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
+
+    async def _adopt_far(self, fds: list[int]) -> Far | None:
+        """Take the userfaultfd out of `fds`, if it is of another user than the owner.
+
+        Before anything is waited for: our own table must not be the last that has it.
+        """
+        pages = self._control.pages
         try:
-            self._control.pages.adopt(fd)
+            far = pages.adopt_far(fds[1], self._peer.uid)
         except OSError as error:
-            raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
+            raise Refused(_code(error), f"no userfaultfd: {error.strerror}") from error
+        if far is not None:
+            fds.pop(1)
+            try:
+                await pages.shake_hands(far)
+            except BaseException as error:
+                far.close()
+                if not isinstance(error, OSError):
+                    raise
+                raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
+        return far
 
     # -- REJOIN --
 
-    async def rejoin(self, fds: list[int]) -> None:
-        """Go on with an attachment of this process that another pager had."""
+    async def rejoin(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
+        """Go on with an attachment of this process, whose connection was lost.
+
+        Who shows the region's file has lost the backing, too, and gets it again.
+        """
         if self._state.sharer is not None:
             raise Refused(errno.EINVAL, "this connection has attached a region already")
         if len(fds) != 1:
@@ -222,16 +287,32 @@ class Attaching:
             region, may_write = self._proven(fds[0])
         except Refused as refused:
             raise Refused(errno.ESTALE, "the region is gone") from refused
-        sharer = orphans.find(region, self._peer.pid)
+        pid = self._peer.pid
+        sharer = orphans.find(region, pid) or self._connected(region, pid)
         if sharer is None:
             raise Refused(errno.ESTALE, "this process is no sharer of the region any more")
         if sharer.writable and not may_write:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
-        await orphans.hand_over(sharer)
+        if (hand_over := self._control.joined.get(sharer)) is not None:
+            await hand_over()
+        else:
+            await orphans.hand_over(sharer)
         sharer.pidfd, sharer.ended = self._peer.pidfd, self._peer.has_ended
         self._state.join(sharer)
         if region.state is State.BUILDING:
             self._state.build(region)
+        backing = region.backing
+        lost = backing is not None and syscalls.identify(fds[0]) != backing.identity
+        fd = backing.descriptor(writable=sharer.writable) if backing and lost else None
+        return Reply(request.op), fd
+
+    def _connected(self, region: Region, pid: int) -> Sharer | None:
+        """The process's attachment, if it has a connection, somewhere."""
+        for sharer in self._control.joined:
+            here = sharer.region is region and sharer.pid == pid != 0
+            if here and not sharer.ended() and not is_gone(sharer):
+                return sharer
+        return None
 
     # -- donors --
 

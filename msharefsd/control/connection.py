@@ -1,8 +1,9 @@
 """One client's connection: its calls, one after the other, and its end.
 
-One connection attaches one region, and its end is the sharer's end.  So a client
-that is killed at any point leaves nothing: the connection's task undoes what its
-calls did, in one place (`Connection.leave`).
+One connection attaches one region.  When it ends and the client with it, the connection's
+task undoes what its calls did, in one place (`Connection.leave`): so a client that is
+killed at any point leaves nothing.  One that has only closed its descriptors goes on to
+use its memory, and is served without a connection (orphans.py).
 
 Unless it is we who end.  A client whose pager has died connects to the next one, says
 which attachment it goes on with (REJOIN), and makes its call again.  A call that must
@@ -68,15 +69,23 @@ class Connection:
         self._state.nursery = None
 
     def leave(self) -> None:
-        """Undo what the calls of this connection did and did not undo themselves."""
+        """Undo what the calls of this connection did and did not undo themselves.
+
+        A sharer whose address space lives is a sharer still.
+        """
+        pidfd = self._peer.pidfd
+        if pidfd is not None:
+            self._control.deaths.forget(pidfd)
+        sharer = self._state.leave_alone()
         self._state.leave()
-        if self._peer.pidfd is not None:
-            self._control.deaths.forget(self._peer.pidfd)
-            os.close(self._peer.pidfd)
+        if sharer is not None:
+            self._control.orphans.add(sharer, pidfd)
+        elif pidfd is not None:
+            os.close(pidfd)
 
     async def close(self) -> None:
         """Let go of it, when nobody else has it."""
-        await drain(self._sock, lambda fds: self._control.disposal.close_fds(fds, self._peer.uid))
+        await drain(self._sock, lambda fds: self._control.dispose(fds, self._peer.uid))
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
 
@@ -95,7 +104,7 @@ class Connection:
             await trio.lowlevel.wait_readable(self._sock)
 
     async def _one_call(self) -> bool:
-        while self._control.disposal.pending(self._peer.uid) >= MOST_UNCLOSED:
+        while self._control.unclosed(self._peer.uid) >= MOST_UNCLOSED:
             await trio.sleep(UNCLOSED_SECONDS)
         data, fds, flags = await self._receive()
         try:
@@ -174,7 +183,7 @@ class Connection:
             case Op.ATTACH:
                 return await self._attaching.attach(request, fds)
             case Op.REJOIN:
-                await self._attaching.rejoin(fds)
+                return await self._attaching.rejoin(request, fds)
             case Op.COMMIT:
                 return await self._attaching.commit(request)
             case Op.USERFAULTFD:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msharefsd.control.guards import Guards
 from msharefsd.control.orphans import Orphans
 from msharefsd.control.peer import Peer
 from msharefsd.control.wire import MAX_FDS
@@ -16,7 +17,7 @@ from msharefsd.linux.processes import Deaths
 from msharefsd.memory.kept import Files
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.server import PageServer
-from msharefsd.region.region import INODES, Region
+from msharefsd.region.region import Region, Sharer, region_of_file
 from msharefsd.region.registry import Regions
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
@@ -63,11 +64,14 @@ class Control:
     """For looking at files that are about to be mapped."""
     mapped_files: Files
     orphans: Orphans
+    guards: Guards
     default_backing: str
     may_have_device: Callable[[Peer], bool]
     """Whether a user may be handed /dev/userfaultfd."""
     turns: Turns = field(default_factory=Turns)
     """Of calls, by user."""
+    joined: dict[Sharer, Callable[[], Awaitable[None]]] = field(default_factory=dict)
+    """The sharers that have a connection, and how it is made to give them up."""
     seldom: Seldom = field(default_factory=Seldom)
     anonymous_device: tuple[int, int] = field(default_factory=_anonymous_device)
     _device: int | None = None
@@ -85,8 +89,13 @@ class Control:
         device = (identity.major, identity.minor)
         if device != self.mount_device:
             return self.regions.of_backing(*device, identity.inode)
-        number, kind = divmod(identity.inode, INODES)
-        return self.regions.with_id(number) if kind == 0 else None
+        number = region_of_file(identity.inode)
+        return None if number is None else self.regions.with_id(number)
+
+    def is_of_region(self, identity: syscalls.FileIdentity) -> bool:
+        """Whether it is the file of a region, which may be gone by now."""
+        here = (identity.major, identity.minor) == self.mount_device
+        return here and region_of_file(identity.inode) is not None
 
     def close_all(self, fds: list[int], uid: int) -> None:
         """Close what a client of that user sent.
@@ -95,14 +104,25 @@ class Control:
         self-check, and the kernel never sends it again; and a region's backing is ours.  A
         file of another FUSE mount waits for whoever serves that.
         """
-        if len(fds) > MAX_FDS:  # not what any call brings
-            self.disposal.close_fds(fds, uid)
-            return
-        for fd in fds:
-            if self.is_ours(syscalls.identify(fd)):
+        if len(fds) <= MAX_FDS:  # else it is not what any call brings
+            for fd in [fd for fd in fds if self.is_ours(syscalls.identify(fd))]:
+                fds.remove(fd)
                 os.close(fd)
-            else:
-                self.disposal.close_fd(fd, uid)
+        self.dispose(fds, uid)
+
+    def dispose(self, fds: list[int], uid: int) -> None:
+        """Close what may wait for a client of that user.
+
+        Of another user than the owner their lane does that: what hangs there must not keep
+        our own table, with everybody's connections, when we are killed.
+        """
+        if self.pages.lanes.needs_one(uid):
+            fds = self.pages.lanes.dispose(uid, fds)
+        self.disposal.close_fds(fds, uid)
+
+    def unclosed(self, uid: int) -> int:
+        """How many files of a user's wait to be closed."""
+        return self.disposal.pending(uid) + self.pages.lanes.unclosed(uid)
 
     def device(self) -> int:
         """/dev/userfaultfd, open."""

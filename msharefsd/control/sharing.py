@@ -9,8 +9,10 @@ from typing import Final
 import trio
 
 from msharefsd.control.control import Control
+from msharefsd.control.orphans import still_there
 from msharefsd.control.peer import Peer
 from msharefsd.errors import Refused
+from msharefsd.paging.window import window_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.region.registry import is_last
 
@@ -32,7 +34,7 @@ class Sharing:
         self.sharer: Sharer | None = None
         self.building: Region | None = None
         self._note = note
-        self._serving = trio.CancelScope()
+        self._serving, self._served = trio.CancelScope(), trio.Event()
         self._calls = 0
 
     # -- beginning --
@@ -41,13 +43,19 @@ class Sharing:
         """It is a sharer from now on: serve its faults."""
         assert self.nursery is not None
         self.sharer = sharer
-        self._serving = trio.CancelScope()
+        self.control.joined[sharer] = self.hand_over
+        self._serving, self._served = trio.CancelScope(), trio.Event()
         self.nursery.start_soon(self._serve_faults, sharer, self._serving)
         sharer.note = self._note
+        sharer.dismiss = self.nursery.cancel_scope.cancel
 
     async def _serve_faults(self, sharer: Sharer, scope: trio.CancelScope) -> None:
-        with scope:
-            await self.control.pages.serve(sharer)
+        served = self._served
+        try:
+            with scope:
+                await self.control.pages.serve(sharer)
+        finally:
+            served.set()
 
     def build(self, region: Region) -> None:
         """It is a donor from now on: others wait for it, though not for ever."""
@@ -114,6 +122,36 @@ class Sharing:
             self.control.regions.unlinked(region)
         self.detach()
 
+    def leave_alone(self) -> Sharer | None:
+        """Its connection ends; the sharer that it is nevertheless, for others to serve.
+
+        A donor that has not finished is none: its own memory is still in the range.  Nor is
+        a process of another user, which nobody waits for here (lanes.py).
+        """
+        sharer = self.sharer
+        if sharer is None or self.building is not None or window_of(sharer).far is not None:
+            return None
+        if not still_there(sharer):
+            return None
+        self._lose(sharer)
+        return sharer
+
+    async def hand_over(self) -> None:
+        """Another connection of its process goes on; this one ends.
+
+        A thread with descriptors of its own (CLONE_FILES) may have kept what the others
+        have lost.  Raises Refused(ESTALE) of a donor.
+        """
+        sharer = self.need_attached()
+        if self.building is not None:
+            raise Refused(errno.ESTALE, "the region is being made by another connection")
+        assert self.nursery is not None
+        self._lose(sharer)
+        self._serving.cancel()
+        self.nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._served.wait()
+
     def leave(self) -> None:
         """The connection is over.
 
@@ -133,13 +171,18 @@ class Sharing:
         sharer = self.sharer
         if sharer is None:
             return
-        self.sharer = None
         self._serving.cancel()
+        self.control.guards.let_go(sharer)
         self.control.pages.close(sharer)
+        self._lose(sharer)
+        self.control.regions.detach(sharer)
+
+    def _lose(self, sharer: Sharer) -> None:
+        self.sharer = None
+        self.control.joined.pop(sharer, None)
         if sharer.region.creator == self.peer.pid:
             # It knows: from now on whoever says so is another.
             self.control.regions.forget_creator(sharer.region)
-        self.control.regions.detach(sharer)
         sharer.note = _nobody
 
 

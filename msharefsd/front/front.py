@@ -1,7 +1,8 @@
 """The front's life: what is set up in which order, and taken down again.
 
 Everything hangs on one exit stack, so whatever fails, all that was set up before it
-is undone: no mount, no shared memory, no graft stays behind.
+is undone: no mount, no directory, no graft stays behind.  What regions hold is another
+matter: it stays for the next daemon, however this one ends.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,16 @@ import pyfuse3
 import trio
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from msharefsd.barriers import barrier
 from msharefsd.config import Config
 from msharefsd.errors import StartError
-from msharefsd.front.pagers import Pager, Pagers
+from msharefsd.front.ending import Ending, rest, sentence, what_is_kept
+from msharefsd.front.pagers import Pager, Pagers, adopt, homes
 from msharefsd.front.router import Router
 from msharefsd.front.setting_up import (
     End,
     huge_pages,
+    identified,
     locked,
     mounted,
     open_root,
@@ -36,6 +39,7 @@ from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
 from msharefsd.life.selfcheck import SelfCheck
+from msharefsd.life.signals import Signals
 from msharefsd.linux import cgroups, features, priority
 from msharefsd.linux.mounts import Mount, top_mount
 from msharefsd.mount import mounting
@@ -56,36 +60,33 @@ SELF_CHECK_SECONDS: Final = 30
 ADOPT_SECONDS: Final = 1.5
 """How long the start waits for pagers to take over what was left."""
 METRICS_SECONDS: Final = 0.5
-LAST_SECONDS: Final = 45.0
-"""How long the end waits for pagers; their files have 30 seconds to answer."""
 MOST_TASKS: Final = 1000
 """Of file-system requests under way; pyfuse3 has one task for each."""
 
 
-def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT, after which nothing stays, or SIGHUP.
+def run(config: Config, signals: Signals) -> None:
+    """Serve until a signal.  What there is stays for the next daemon.
 
-    Raises StartError, MountError or UnsupportedError when it cannot start.
+    After SIGTERM and SIGINT the mount goes, after SIGHUP it stays.  Raises StartError,
+    MountError or UnsupportedError when it cannot start.
     """
     found = features.probe(config.without)
-    for sentence in found.missing():
-        log.warning("%s", sentence)
+    for missing in found.missing():
+        log.warning("%s", missing)
     raise_descriptor_limit()
     directory = Path(config.run_directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
-        # If it does not come so far that there is something to leave.
-        end = End(for_good=not (directory / NamesJournal.file).exists())
-        stack.enter_context(huge_pages(config, found, directory, end))
-        starter = Starter(
-            partial(pager_main, Setting(config, found, directory)), cgroups.delegated()
-        )
+        end = End()
+        stack.enter_context(huge_pages(config, found, directory))
+        setting = Setting(config, found, directory, identified(directory))
+        starter = Starter(partial(pager_main, setting), cgroups.delegated())
         stack.callback(starter.close)
         journal = NamesJournal(directory)
-        end.for_good = not journal.names()
+        end.empty = not journal.names()
         stack.callback(lambda: _clear(directory, journal, end))
         trio.run(
-            _Front(config, end, journal, starter).serve,
+            _Front(config, end, journal, starter, signals, setting.identity).serve,
             stack,
             strict_exception_groups=True,
             instruments=runs.instruments(),
@@ -93,10 +94,9 @@ def run(config: Config) -> None:
 
 
 def _clear(directory: Path, journal: NamesJournal, end: End) -> None:
-    journal.close(remove=end.for_good)
-    if end.for_good:
-        with contextlib.suppress(OSError):
-            (directory / DIRECTORY).rmdir()
+    with contextlib.suppress(OSError):
+        (directory / DIRECTORY).rmdir()
+    journal.close(remove=end.empty and not (directory / DIRECTORY).exists())
 
 
 @dataclass(slots=True)
@@ -105,9 +105,15 @@ class _Front:
     end: End
     journal: NamesJournal
     starter: Starter
+    signals: Signals
+    identity: str
 
     async def serve(self, stack: contextlib.ExitStack) -> None:
         config, end = self.config, self.end
+        barrier("start")
+        if self.signals.came:
+            log.info("%s: not started", self.signals.words())
+            return
         manager = Manager()
         metrics = Metrics(lambda: ())
         limits = make_limits(config, metrics, None)
@@ -121,6 +127,7 @@ class _Front:
         stack.enter_context(mounted(config, directory / "graft", operations, end))
         mount = top_mount(config.mountpoint)
         assert mount is not None, "pyfuse3.init() returned without a mount"
+        barrier("start.mounted")
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
         pagers = asked.pagers = Pagers(self.starter, names, mount.device)
@@ -129,16 +136,17 @@ class _Front:
             await pagers_nursery.start(pagers.run)
             with contextlib.ExitStack() as serving:
                 async with trio.open_nursery() as nursery:
-                    await nursery.start(_stop_on_signal, nursery.cancel_scope, end)
-                    nursery.start_soon(_serve_fuse, nursery.cancel_scope)
+                    ending = Ending(self.signals, end, nursery.cancel_scope)
+                    await nursery.start(ending.listen)
+                    nursery.start_soon(_serve_fuse, ending)
                     nursery.start_soon(turns.run)
-                    nursery.start_soon(_stop_when_unmounted, mount, nursery.cancel_scope, end)
+                    nursery.start_soon(_stop_when_unmounted, mount, ending)
                     check = await self._check(serving)
-                    await self._adopt(pagers, directory)
+                    await self._adopt(pagers, await homes(directory, self.identity, names))
                     await nursery.start(router.run)
                     with trio.fail_after(SELF_CHECK_SECONDS):
                         await controls.bind(config.mountpoint, router.serve)
-                    end.for_good = False
+                    end.unmount = False  # as when we are killed, if something fails
                     priority.give_back()
                     log.info(
                         "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
@@ -146,26 +154,16 @@ class _Front:
                     status = partial(_status, config.mountpoint, names, pagers)
                     nursery.start_soon(manager.run, status, check.answers)
             manager.stopping()
-            if end.for_good:
-                with trio.CancelScope(shield=True):
-                    await self._remove_all(pagers)
+            if not ending.hands_over():
+                await rest(pagers, self.signals)
+            kept = what_is_kept(names)
+            end.empty = not kept
             pagers_nursery.cancel_scope.cancel()
-        log.info("stopped%s", "" if end.for_good else ", and left everything to the next daemon")
+        log.info("stopped%s", sentence(kept, config, handed_over=not end.unmount))
 
-    async def _adopt(self, pagers: Pagers, directory: Path) -> None:
+    async def _adopt(self, pagers: Pagers, whose: list[int]) -> None:
         """Have pagers take over what was left.  One that cannot keeps nobody else waiting."""
-        homes = {
-            int(name)
-            for name in (os.listdir(directory / DIRECTORY) if self._left(directory) else ())
-            if name.isdecimal()
-        }
-        started = [pagers.start(home) for home in sorted(homes)]
-        with trio.move_on_after(ADOPT_SECONDS):
-            for pager in started:
-                await pager.ready.wait()
-        for pager in started:
-            if pager.failed is not None and pager.failed.for_good:
-                raise StartError(pager.failed.reason)
+        for pager in await adopt(pagers, whose, ADOPT_SECONDS):
             if not pager.ready.is_set():
                 log.warning(
                     "pager of user %d, process %d, is not ready yet (%s): its regions wait",
@@ -173,22 +171,6 @@ class _Front:
                     pager.pid,
                     pager.where(),
                 )
-
-    @staticmethod
-    def _left(directory: Path) -> bool:
-        return (directory / DIRECTORY).is_dir()
-
-    async def _remove_all(self, pagers: Pagers) -> None:
-        left = await pagers.stop(LAST_SECONDS)
-        for pager in left:
-            log.error(
-                "pager of user %d, process %d, does not end (%s): its memory stays",
-                pager.uid,
-                pager.pid,
-                pager.where(),
-            )
-        if left:
-            self.end.for_good = False
 
     async def _check(self, stack: contextlib.ExitStack) -> SelfCheck:
         """Use the mount as a client would, once.
@@ -239,31 +221,11 @@ def _status(mountpoint: str, names: Names, pagers: Pagers) -> str:
     return f"serving {mountpoint}: regions {regions}, sharers {pagers.sharers()}"
 
 
-async def _serve_fuse(scope: trio.CancelScope) -> None:
-    try:
-        await pyfuse3.main(max_tasks=MOST_TASKS)
-    finally:
-        runs.over()
-        scope.cancel()  # the connection was aborted: nothing is left to serve
+async def _serve_fuse(ending: Ending) -> None:
+    await pyfuse3.main(max_tasks=MOST_TASKS)
+    ending.begin("the mount's connection was cut (umount -f, or fusectl's abort)")
 
 
-async def _stop_when_unmounted(mount: Mount, scope: trio.CancelScope, end: End) -> None:
+async def _stop_when_unmounted(mount: Mount, ending: Ending) -> None:
     await mounting.until_unmounted(mount)
-    log.info("unmounted by somebody else: stopping")
-    end.for_good = True
-    runs.over()
-    scope.cancel()
-
-
-async def _stop_on_signal(
-    scope: trio.CancelScope,
-    end: End,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            end.for_good = number != signal.SIGHUP
-            runs.over()
-            scope.cancel()
+    ending.begin("unmounted by somebody else")

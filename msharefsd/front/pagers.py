@@ -21,11 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import trio
 
-from msharefsd.errors import Refused, StartError, leaves
+from msharefsd.errors import Refused, StartError, StateError, leaves
 from msharefsd.front.starter import Starter
 from msharefsd.link import board
 from msharefsd.link.board import Board
@@ -52,8 +53,11 @@ from msharefsd.link.messages import (
     Unlink,
 )
 from msharefsd.linux.processes import read_proc
+from msharefsd.memory.names import users
 from msharefsd.mount.asking import Text
 from msharefsd.mount.names import Name, Names
+from msharefsd.pager.pager import DIRECTORY as USERS
+from msharefsd.pager.pager import HUGE
 from msharefsd.telemetry.metrics import Sample
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.breath import Breath
@@ -181,8 +185,7 @@ class Pager:
             asked.answered.set()
         self._asked.clear()
         for name in self._names.of_home(self.uid):
-            name.allocated()
-            name.look = None
+            name.let_go()
             if not name.linked and not name.size:
                 self._names.gone(name.id)
         if self._board is not None:
@@ -291,6 +294,7 @@ class Pager:
         name = self._names.with_id(extent.id)
         if name is not None and self._board is not None:
             name.look = partial(self._board.get, extent.slot)
+            name.count = partial(self._board.sharers, extent.slot)
         self._names.established(extent)
 
     def _established(self, message: Established) -> None:
@@ -429,12 +433,38 @@ class Pager:
             asked.answer = Answer(message.number, error=errno.EMFILE)
         asked.answered.set()
 
-    async def stop(self) -> None:
-        """Have it remove everything and end."""
+    async def stop(self, *, purge: bool = False) -> None:
+        """Have it write back and end; with `purge` it removes all that is written back."""
         self.state = State.ENDING
         if self._channel is not None:
             with contextlib.suppress(OSError):
-                await self._channel.send(Stop())
+                await self._channel.send(Stop(purge))
+
+
+async def homes(directory: Path, identity: str, names: Names) -> list[int]:
+    """The users of whom something was left: a journal, memory, or regions in the front's."""
+    found = names.homes()
+    found |= await trio.to_thread.run_sync(users, directory, identity, directory / HUGE)
+    with contextlib.suppress(FileNotFoundError):
+        found |= {int(name) for name in os.listdir(directory / USERS) if name.isdecimal()}
+    return sorted(found)
+
+
+async def adopt(pagers: Pagers, whose: list[int], seconds: float) -> list[Pager]:
+    """Have users' pagers take over what was left; waits so long.
+
+    Raises StateError if one cannot and never will.
+    """
+    pagers.adopting = True  # what fails now is told by who starts
+    started = [pagers.start(home) for home in whose]
+    with trio.move_on_after(seconds):
+        for pager in started:
+            await pager.ready.wait()
+    for pager in started:
+        if pager.failed is not None and pager.failed.for_good:
+            raise StateError(pager.failed.reason)
+    pagers.adopting = False
+    return started
 
 
 class Pagers:
@@ -449,6 +479,8 @@ class Pagers:
         self._nursery: trio.Nursery | None = None
         self._seldom = Seldom()
         self._stopping = False
+        self.adopting = False
+        """Whether somebody takes over what was left, and says what comes of it."""
         self.departed: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         """What pagers had counted that have ended."""
         names.changed = self._changed
@@ -511,7 +543,8 @@ class Pagers:
                 if name.endswith("_total"):
                     key = name, tuple(sorted(labels.items()))
                     self.departed[key] = self.departed.get(key, 0.0) + value
-        if pager.failed is not None and self._seldom.now((pager.uid, "failed")):
+        quiet = self.adopting and pager.failed is not None and pager.failed.for_good
+        if pager.failed is not None and not quiet and self._seldom.now((pager.uid, "failed")):
             log.error("user %d's regions cannot be served: %s", pager.uid, pager.failed.reason)
         # Who left memory behind is not left alone with it.
         if self._names_have_memory(pager.uid) and not self._stopping:
@@ -589,12 +622,15 @@ class Pagers:
         """How many there were when pagers were asked last."""
         return int(sum(value for name, _, value in self.samples() if name == "msharefs_sharers"))
 
-    async def stop(self, seconds: float) -> list[Pager]:
-        """Have all remove everything and end; those that have not after so many seconds."""
+    async def stop(self, seconds: float, *, purge: bool = False) -> list[Pager]:
+        """Have all write back and end; those that have not after so many seconds.
+
+        With `purge` they remove everything that their files have taken.
+        """
         self._stopping = True
         async with trio.open_nursery() as nursery:
             for pager in self.all():
-                nursery.start_soon(pager.stop)
+                nursery.start_soon(partial(pager.stop, purge=purge))
         with trio.move_on_after(seconds):
             for pager in self.all():
                 await pager.gone.wait()

@@ -17,7 +17,9 @@ from msharefsd.config import Config
 from msharefsd.errors import StartError
 from msharefsd.life import lock
 from msharefsd.linux.features import LACKING, Capabilities
+from msharefsd.memory import names
 from msharefsd.memory.hugetlb import HugetlbBacking, Pool
+from msharefsd.memory.names import IDENTITY_FILE
 from msharefsd.mount import mounting
 from msharefsd.mount.filesystem import FileSystem
 from msharefsd.security import trust
@@ -31,14 +33,37 @@ _MOST_DESCRIPTORS: Final = 1 << 20
 class End:
     """How the daemon ends."""
 
-    for_good: bool
-    """Nothing stays.  Otherwise everything does, for the next daemon: as when we are
-    killed, so it is what happens unless somebody says otherwise."""
+    unmount: bool = True
+    """The mount goes.  Otherwise it stays and tells its users to wait, as when we are
+    killed."""
+    empty: bool = False
+    """There is nothing that a next daemon would need to know."""
+
+
+def _missing(path: Path) -> list[Path]:
+    """What of a path does not exist: the deepest first."""
+    return [each for each in (path, *path.parents) if not os.path.lexists(each)]
+
+
+def _take_away(made: list[Path]) -> None:
+    for each in made:
+        with contextlib.suppress(OSError):
+            each.rmdir()
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """The run directory, ours alone while we live.  Raises StartError."""
+    made = _missing(directory)
+    try:
+        with _locked(directory):
+            yield
+    finally:
+        _take_away(made)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     try:
         trust.make_directory(directory)
     except trust.UntrustedError as error:
@@ -48,14 +73,23 @@ def locked(directory: Path) -> Iterator[None]:
     fd = lock.take_run_directory(directory)
     try:
         yield
+    finally:
         # What the next daemon needs is in there, or nothing of ours any more; anything
         # else is not ours to remove.
         with contextlib.suppress(OSError):
-            if set(os.listdir(directory)) <= {lock.FILE}:
+            if set(os.listdir(directory)) <= {lock.FILE, IDENTITY_FILE}:
+                (directory / IDENTITY_FILE).unlink(missing_ok=True)
                 os.unlink(directory / lock.FILE)
                 directory.rmdir()
-    finally:
         os.close(fd)
+
+
+def identified(directory: Path) -> str:
+    """The number of the run directory.  Raises StartError."""
+    try:
+        return names.identity(directory)
+    except OSError as error:
+        raise StartError(f"cannot write into {directory}: {error.strerror}") from error
 
 
 def raise_descriptor_limit() -> None:
@@ -72,7 +106,7 @@ def raise_descriptor_limit() -> None:
 
 
 @contextlib.contextmanager
-def huge_pages(config: Config, found: Capabilities, directory: Path, end: End) -> Iterator[None]:
+def huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator[None]:
     """Where the hugetlb backing has its names, if there can be one.  Raises StartError."""
     if not found.hugetlb:
         if config.backing == HugetlbBacking.kind:
@@ -89,13 +123,16 @@ def huge_pages(config: Config, found: Capabilities, directory: Path, end: End) -
             log.warning("no huge pages are reserved: %s", pool.command())
         yield
     finally:
-        if end.for_good:
+        # What lies in it stays, and the next daemon finds it.
+        if pool.empty():
             pool.unmount()
 
 
 @contextlib.contextmanager
 def mounted(config: Config, workspace: Path, operations: FileSystem, end: End) -> Iterator[None]:
     """The file system, at its mountpoint.  Raises StartError, MountError."""
+    made = _missing(Path(config.mountpoint))
+    served = False
     workspace.mkdir(exist_ok=True)
     try:
         grafted = mounting.prepare(config.mountpoint, workspace)
@@ -111,14 +148,17 @@ def mounted(config: Config, workspace: Path, operations: FileSystem, end: End) -
             ) from error
         try:
             yield
+            served = True
         finally:
             # A mount whose daemon is gone tells its users to wait for the next one.
-            if end.for_good and mounting.is_mounted(config.mountpoint):
+            if end.unmount and mounting.is_mounted(config.mountpoint):
                 mounting.unmount(config.mountpoint)
             pyfuse3.close(unmount=False)
     finally:
-        if grafted and end.for_good:
+        if grafted and end.unmount:
             mounting.ungraft()
+        if not served:
+            _take_away(made)
 
 
 def open_root(mountpoint: str) -> int:

@@ -23,11 +23,11 @@ import sqlite3
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Final
 
-from msharefsd.errors import Refused, StartError
+from msharefsd.errors import Refused, StartError, StateError
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,11 @@ class Database:
     def __init__(self, directory: Path | None = None) -> None:
         """Open the database in `directory`, or make it; without one keep it in memory.
 
-        Raises StartError when what is there cannot be used.
+        Raises StateError when what is there cannot be used, StartError when there is no room.
         """
         self._path = None if directory is None else directory / self.file
         self._depth = 0
+        self._written: list[Callable[[], object]] = []
         self._complained = -math.inf
         if self._path is not None:
             _check_file(self._path)
@@ -77,10 +78,15 @@ class Database:
             self._open()
         except sqlite3.Error as error:
             self.close()
-            raise StartError(
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                raise StartError(
+                    f"{self._path} cannot be written ({error}): make room in its file system.  "
+                    "What is in it was not changed"
+                ) from error
+            raise StateError(
                 f"{self._path} cannot be used ({error}): it is damaged, or no database of "
-                "msharefsd.  Nothing was changed.  Put a good one in its place, or remove it to "
-                "start without the regions of before"
+                "msharefsd.  Nothing was changed.  Put a good one in its place, or have msharefsd "
+                "--purge --force remove it and the regions that it is about"
             ) from error
         except StartError:
             self.close()
@@ -96,9 +102,10 @@ class Database:
         (version,) = execute("PRAGMA user_version").fetchone()
         (tables,) = execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if tables and version != self.schema:
-            raise StartError(
+            raise StateError(
                 f"{self._path} has schema {version}, and this msharefsd writes {self.schema}: "
-                "start the version that wrote it, or remove the file to start without its regions"
+                "start the version that wrote it, or have msharefsd --purge --force remove it and "
+                "its regions"
             )
         if tables:
             (verdict,) = execute("PRAGMA quick_check(1)").fetchone()
@@ -144,7 +151,11 @@ class Database:
             yield
             if self._depth == 1:
                 self._database.execute("COMMIT")
+                written, self._written = self._written, []
+                for call in written:
+                    call()
         except BaseException as error:
+            self._written = []
             if self._depth == 1 and self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
@@ -153,6 +164,13 @@ class Database:
             raise
         finally:
             self._depth -= 1
+
+    def when_written(self, call: Callable[[], object]) -> None:
+        """Call it when what is being written is there: at once, or after the transaction."""
+        if self._depth:
+            self._written.append(call)
+        else:
+            call()
 
     def _complain(self, error: sqlite3.Error) -> None:
         # A full disk, say: then every fault comes here.
@@ -183,9 +201,22 @@ class Database:
         """Let go of the database; with `remove` nothing of it stays."""
         self._database.close()
         if remove and self._path is not None:
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{self._path}{suffix}")
+            self.discard(self._path.parent)
+
+    @classmethod
+    def exists(cls, directory: Path) -> bool:
+        """Whether there is one with anything in it."""
+        try:
+            return os.stat(directory / cls.file).st_size > 0
+        except FileNotFoundError:
+            return False
+
+    @classmethod
+    def discard(cls, directory: Path) -> None:
+        """Remove what there is of one, whatever is in it."""
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(directory / f"{cls.file}{suffix}")
 
 
 def signed(number: int) -> int:
@@ -219,9 +250,9 @@ def _check_file(path: Path) -> None:
         os.close(fd)
     for what, found in ((path.parent, directory), (path, status)):
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-            raise StartError(
+            raise StateError(
                 f"{what} belongs to another user or may be written by others: what is in there "
                 "cannot be trusted; remove it, or give another --run-directory"
             )
     if not stat.S_ISREG(status.st_mode):
-        raise StartError(f"{path} is no file: remove it")
+        raise StateError(f"{path} is no file: remove it")

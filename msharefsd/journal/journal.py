@@ -43,7 +43,9 @@ CREATE TABLE regions (
     start INTEGER NOT NULL, size INTEGER NOT NULL,
     read_only INTEGER NOT NULL,
     creator INTEGER NOT NULL, made_file INTEGER NOT NULL,
-    kind TEXT NOT NULL, backing_name TEXT, stash_name TEXT
+    kind TEXT NOT NULL, backing_name TEXT, stash_name TEXT,
+    stashed INTEGER NOT NULL,
+    changes INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE files (
     key INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -105,7 +107,7 @@ class Journal(Database):
     """What one pager does."""
 
     file = "journal.sqlite"
-    schema = 3
+    schema = 4
     tables = _TABLES
     volatile = ("regions", "files")
     share = 16
@@ -143,6 +145,7 @@ class Journal(Database):
         region: int,
         changes: Iterable[tuple[int, SavedObject | None]],
         *,
+        number: int,
         files: Iterable[SavedFile] = (),
         call: tuple[int, int] | None = None,
         gone: tuple[int, int] | None = None,
@@ -150,10 +153,10 @@ class Journal(Database):
     ) -> None:
         """Write what has changed in a region's object map since the last time.
 
-        `changes`: offsets, and the object that begins there now; `files`: those of
-        them.  With it that the `call` (sharer's number, call's number) is done; that
-        nothing in the range `gone` is dirty any more; and which ranges are to be
-        cleared now (offset, length).
+        `changes`: offsets, and the object that begins there now; `number`: which change of
+        that region's it is; `files`: those of them.  With it that the `call` (sharer's
+        number, call's number) is done; that nothing in the range `gone` is dirty any more;
+        and which ranges are to be cleared now (offset, length).
         """
         with self.transaction():
             for file in files:
@@ -161,6 +164,7 @@ class Journal(Database):
                     f"INSERT OR IGNORE INTO files VALUES ({marks(file)})",  # noqa: S608 - marks
                     file,
                 )
+            self._database.execute("UPDATE regions SET changes = ? WHERE id = ?", (number, region))
             for offset, row in changes:
                 if row is None:
                     self._database.execute(

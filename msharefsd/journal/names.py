@@ -10,7 +10,7 @@ class NamesJournal(Database):
     """The front's."""
 
     file = "names.sqlite"
-    schema = 1
+    schema = 2
     # AUTOINCREMENT: a number is never given twice, whatever was deleted (inode numbers
     # follow from ids).
     tables = """
@@ -24,7 +24,9 @@ CREATE TABLE names (
     creator INTEGER NOT NULL,
     home INTEGER NOT NULL,
     start INTEGER NOT NULL, size INTEGER NOT NULL,
-    major INTEGER NOT NULL, minor INTEGER NOT NULL, inode INTEGER NOT NULL
+    major INTEGER NOT NULL, minor INTEGER NOT NULL, inode INTEGER NOT NULL,
+    identity BLOB NOT NULL,
+    length INTEGER NOT NULL
 ) STRICT;
 """
     volatile = ("names",)

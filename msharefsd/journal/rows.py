@@ -23,6 +23,8 @@ class SavedRegion(NamedTuple):
     kind: str
     backing_name: str | None
     stash_name: str | None
+    stashed: int
+    changes: int
 
 
 class SavedFile(NamedTuple):
@@ -81,3 +83,5 @@ class SavedName(NamedTuple):
     major: int
     minor: int
     inode: int
+    identity: bytes
+    length: int

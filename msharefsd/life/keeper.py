@@ -22,7 +22,7 @@ import socket
 import struct
 import sys
 import threading
-from typing import Final
+from typing import Final, NoReturn
 
 STORE: Final = b"s"
 REMOVE: Final = b"r"
@@ -95,7 +95,9 @@ def main(listener: socket.socket) -> None:
     # Who started us may be in a hurry (linux/priority.py), and we are not.
     os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
     path = listener.getsockname()
-    born = os.stat(path).st_ino
+    born = 0
+    with contextlib.suppress(OSError):  # gone already: who has connected is served
+        born = os.stat(path).st_ino
     held: dict[int, int] = {}
     while True:
         listener.settimeout(LOOK_SECONDS)
@@ -117,7 +119,22 @@ def main(listener: socket.socket) -> None:
                 return
 
 
+def alone(listener: int) -> NoReturn:
+    """Be a keeper, with nothing but that socket."""
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):
+            os.dup2(null, standard)
+        os.closerange(3, listener)
+        os.closerange(listener + 1, os.sysconf("SC_OPEN_MAX"))
+        os.chdir("/")
+        main(socket.socket(fileno=listener))
+    finally:
+        # Not sys.exit(): a close that hangs would hold it up.
+        os._exit(0)
+
+
 if __name__ == "__main__":
     main(socket.socket(fileno=int(sys.argv[1])))
-    # Not sys.exit(): a close that hangs would hold it up.
-    os._exit(0)
+    os._exit(0)  # as above

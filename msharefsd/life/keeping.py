@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 import trio
+from setproctitle import setproctitle
 
 from msharefsd.errors import StartError
 from msharefsd.life import keeper
@@ -66,16 +67,22 @@ class Keeper:
         with _socket() as listener:
             listener.bind(str(self._path))  # in a directory that is ours alone
             listener.listen(1)
-            # No file of the daemon's, the log neither: who reads it waits for its end.
-            self._process = subprocess.Popen(  # noqa: S603 - our own script
-                [sys.executable, "-I", "-S", keeper.__file__, str(listener.fileno())],
-                pass_fds=[listener.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
+            try:
+                # No file of the daemon's, the log neither: who reads it waits for its end.
+                self._process = subprocess.Popen(  # noqa: S603 - our own script
+                    [sys.executable, "-I", "-S", keeper.__file__, str(listener.fileno())],
+                    pass_fds=[listener.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    cwd="/",
+                )
+            except OSError as error:
+                # Replaced while we run, or out of our user's reach.  What we are will do,
+                # and takes more memory.
+                log.debug("cannot execute %s: %s", sys.executable, error.strerror)
+                _fork(listener)
             sock = _socket()
             try:
                 sock.connect(str(self._path))
@@ -116,7 +123,7 @@ class Keeper:
         """
         async with self._sending:
             if self._sock is None:
-                self._sock = self._start()
+                self._sock = await trio.to_thread.run_sync(self._start)
                 self._sock.setblocking(False)
                 self._started.set()
         self._held[key] = fd
@@ -171,7 +178,7 @@ class Keeper:
                 self._process.poll()
             while True:
                 try:
-                    self._sock = self._start()
+                    self._sock = await trio.to_thread.run_sync(self._start)
                     break
                 except OSError as error:
                     log.error("cannot start it: %s", error.strerror)
@@ -201,6 +208,21 @@ class Keeper:
                     self._process.wait(ANSWER_SECONDS)
             # It is not ours any more: no complaint that it runs.
             self._process.returncode = self._process.returncode or 0
+
+
+def _fork(listener: socket.socket) -> None:
+    """A keeper that is a copy of this process, and nobody's child.  Raises OSError."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork() == 0:
+            setproctitle("msharefsd: keeper")
+            keeper.alone(listener.detach())
+    finally:
+        os._exit(0)
 
 
 def _socket() -> socket.socket:

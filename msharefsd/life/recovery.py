@@ -25,14 +25,17 @@ What is finished here that the dead daemon had begun:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Final
 
 from msharefsd.barriers import barrier
-from msharefsd.control.orphans import Orphans
+from msharefsd.control.guards import Guards
+from msharefsd.control.orphans import Orphans, is_gone, is_registered, still_there
 from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedRegion, SavedSharer
@@ -45,19 +48,21 @@ from msharefsd.memory.kept import Files
 from msharefsd.memory.names import MemoryNames
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.lanes import Lanes
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.window import window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.ranges import Ranges
+from msharefsd.region.record import region_row, save_objects
 from msharefsd.region.region import Region, Sharer, State
 from msharefsd.region.registry import Regions
 from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-OpenBacking = Callable[[MemoryNames, int, int, str], Backing]
-"""(names, start, size in bytes, kind): its backing; raises OSError."""
+OpenBacking = Callable[[int, MemoryNames, int, int, str], Backing]
+"""(region's number, names, start, size in bytes, kind): its backing; raises OSError."""
 
 _GONE: Final = frozenset({errno.ESRCH, errno.EBADF, errno.ENOENT})
 
@@ -92,6 +97,8 @@ def adopt_regions(
                 region.objects.insert(item)
                 unused.pop(item.file.key if item.file else 0, None)
             region.objects.changed.clear()
+            if region.stashed and region.backing.stash is None:
+                _lose_hidden(journal, region, region.backing)
             _finish_memory(journal, region)
         regions.adopt(region)
         if row.id in known:
@@ -120,6 +127,8 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         creator=row.creator,
         made_file=bool(row.made_file),
         kind=row.kind,
+        stashed=bool(row.stashed),
+        changes=row.changes,
     )
     if region.state is not State.BUILDING:
         region.settled.set()
@@ -127,7 +136,7 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         return None
     region.memory = MemoryNames(row.backing_name, row.stash_name)
     try:
-        region.backing = open_backing(region.memory, row.start, row.size, row.kind)
+        region.backing = open_backing(row.id, region.memory, row.start, row.size, row.kind)
     except FileNotFoundError as error:
         # A region that was being freed has none, nor one that was not made yet.
         if region.linked and region.state is State.LIVE:
@@ -165,6 +174,30 @@ def _objects(journal: Journal, region: Region, files: dict[int, MappedFile]) -> 
         )
 
 
+def _lose_hidden(journal: Journal, region: Region, memory: Backing) -> None:
+    """The stash was removed: whatever it may have had is a hole now, and never zeros.
+
+    Which pages were hidden is not known, but only where nobody may touch anything.
+    """
+    lost = 0
+    for item in [each for each in region.objects if not each.accessible]:
+        at = item.offset
+        for start, end in [*memory.data(item.offset, item.length), (item.end, item.end)]:
+            if start > at:
+                region.objects.remove(at, start - at)
+                lost += start - at
+            at = end
+    region.stashed = False
+    save_objects(journal, region)
+    journal.save_region(region_row(region))
+    log.error(
+        "region %s: somebody has removed the memory that its hidden pages were in: %d bytes that "
+        "are PROT_NONE are a hole now",
+        region.label(),
+        lost,
+    )
+
+
 def _finish_memory(journal: Journal, region: Region) -> None:
     """Free what is not to be there, as the dead daemon would have."""
     memory = region.backing
@@ -192,18 +225,45 @@ def _finish_memory(journal: Journal, region: Region) -> None:
 # -- sharers --
 
 
+async def _adopt_guarded(
+    journal: Journal, regions: Regions, guards: Guards, guarded: dict[int, int], lanes: Lanes
+) -> list[tuple[Sharer, int | None]]:
+    """As _reach_all(); all of them are kept, and what is not theirs is not kept any more."""
+    kept = set(guarded)
+    adopted = await _reach_all(journal, regions, guarded, lanes)
+    for number, fd in guarded.items():
+        os.close(fd)
+        guards.drop(number)
+    for sharer, _ in adopted:
+        try:
+            if sharer.number not in kept:
+                await guards.keep(sharer)
+        except Refused as refused:
+            log.error("process %d: %s", sharer.pid, refused.message)
+    return adopted
+
+
 class _LostError(Exception):
     """A sharer cannot be reached; the text says why."""
 
 
 async def adopt_sharers(
-    journal: Journal, regions: Regions, pages: PageServer, spaces: AddressSpaces, orphans: Orphans
+    journal: Journal,
+    regions: Regions,
+    pages: PageServer,
+    spaces: AddressSpaces,
+    orphans: Orphans,
+    guards: Guards,
+    guarded: dict[int, int],
 ) -> None:
-    """Take the sharers that live, and put right in them what was left half done."""
+    """Take the sharers that live, and put right in them what was left half done.
+
+    `guarded`: what was kept of their userfaultfds, by their numbers.
+    """
     for region in regions.alive():
         if region.backing is not None and journal.watched(region.id):
             pages.watching.adopt(region)
-    adopted = _reach_all(journal, regions)
+    adopted = await _adopt_guarded(journal, regions, guards, guarded, pages.lanes)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
         pages.poison.marks.restore(window_of(sharer), journal.poisoned(sharer.number))
@@ -225,25 +285,37 @@ async def adopt_sharers(
         log.info("adopted %d regions and %d sharers", count, len(adopted))
 
 
-def _reach_all(journal: Journal, regions: Regions) -> list[tuple[Sharer, int]]:
-    """The sharers that live, oldest first, and a pidfd of each."""
-    adopted: list[tuple[Sharer, int]] = []
+async def _reach_all(
+    journal: Journal, regions: Regions, guarded: dict[int, int], lanes: Lanes
+) -> list[tuple[Sharer, int | None]]:
+    """The sharers that live, oldest first, and a pidfd of each whose process does.
+
+    Takes out of `guarded` what it has a use for.
+    """
+    adopted: list[tuple[Sharer, int | None]] = []
     seen: set[tuple[int, int]] = set()
     # The newest first: a number in a process is the last one's that had it.
     for row in reversed(journal.sharers()):
         region = regions.with_id(row.region)
         if region is None:
+            guarded.pop(row.number, None)  # nor can it be served, but it stays guarded
             continue  # its memory cannot be had now
         sharer = _sharer(row, region)
         try:
             if region.backing is None:
                 raise _LostError("its region has no memory")
-            if (row.pid, row.userfaultfd) in seen:
-                raise _LostError("it has attached anew")
-            pidfd = _reach(sharer)
+            anew = (row.pid, row.userfaultfd) in seen
+            pidfd: int | None
+            if lanes.needs_one(row.uid):
+                pidfd = await _reach_far(sharer, lanes, anew=anew)
+            else:
+                sharer.uffd = guarded.pop(row.number, -1)
+                pidfd = _reach(sharer, anew=anew)
         except _LostError as lost:
             log.info("process %d is no sharer of %s any more: %s", row.pid, region.label(), lost)
             journal.forget_sharer(sharer.number)
+            if sharer.uffd >= 0:
+                guarded[row.number] = sharer.uffd
             continue
         seen.add((row.pid, row.userfaultfd))
         adopted.append((sharer, pidfd))
@@ -265,43 +337,110 @@ def _sharer(row: SavedSharer, region: Region) -> Sharer:
     )
 
 
-def _reach(sharer: Sharer) -> int:
-    """Fetch a sharer's userfaultfd; returns a pidfd of the process.
+def _reach(sharer: Sharer, *, anew: bool) -> int | None:
+    """A pidfd of a sharer's process, if that lives; sees to it that we have its userfaultfd.
+
+    Its address space is what counts: others may have that when the process has ended.
+    `anew`: the process has attached again since, and its userfaultfd's number is another's.
+    """
+    pidfd = _process(sharer)
+    try:
+        if sharer.uffd < 0 and not anew:
+            if pidfd is None:
+                raise _LostError("it has ended")
+            with _lost(sharer):
+                sharer.uffd = _fetch(pidfd, sharer)
+        if sharer.uffd < 0 or (anew and not is_registered(sharer)):
+            raise _LostError("it has attached anew")
+        if is_gone(sharer):
+            raise _LostError("it has ended" if pidfd is None else "it executes another program")
+        if not still_there(sharer):
+            raise _LostError("it has given the region up")
+        os.set_blocking(sharer.uffd, False)
+    except BaseException:
+        if pidfd is not None:
+            os.close(pidfd)
+        raise
+    return pidfd
+
+
+async def _reach_far(sharer: Sharer, lanes: Lanes, *, anew: bool) -> int:
+    """The same of a process of another user, whose lane fetches its userfaultfd.
+
+    If that is late, it is late.
+    """
+    if anew:
+        raise _LostError("it has attached anew")
+    pidfd = _process(sharer)
+    if pidfd is None:
+        raise _LostError("it has ended")
+    try:
+        with _lost(sharer):
+            far = await lanes.fetch(sharer, partial(_fetch_far, sharer))
+    except BaseException:
+        os.close(pidfd)
+        raise
+    window_of(sharer).far, far.sharer = far, sharer
+    return pidfd
+
+
+@contextlib.contextmanager
+def _lost(sharer: Sharer) -> Iterator[None]:
+    """Its userfaultfd is fetched here."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE:
+            log.warning(
+                "process %d cannot be reached (%s): it waits for ever where it touches what "
+                "is not there; pidfd_getfd(2) needs the right to ptrace(2)",
+                sharer.pid,
+                error.strerror,
+            )
+        raise _LostError(f"its userfaultfd is not to be had: {error.strerror}") from error
+
+
+def _process(sharer: Sharer) -> int | None:
+    """A pidfd of the process that attached; None if it has ended, or is not to be seen."""
+    if sharer.pid == 0 or sharer.started == 0:
+        return None
+    try:
+        pidfd = os.pidfd_open(sharer.pid)
+    except OSError:
+        return None
+    if processes.started(sharer.pid) == sharer.started:
+        return pidfd
+    os.close(pidfd)  # its number is another's
+    return None
+
+
+def _fetch(pidfd: int, sharer: Sharer) -> int:
+    """A sharer's userfaultfd that nobody has kept, from its process.
 
     The number that the process once told may be anything's by now.  That it is a
     userfaultfd is checked; if it is another one than before, of other memory even, the
     process has got at it by itself and could do with it all that we do.
     """
-    if sharer.pid == 0:
-        raise _LostError("it is in another pid namespace")
+    fd = syscalls.pidfd_getfd(pidfd, sharer.uffd_number)
     try:
-        pidfd = os.pidfd_open(sharer.pid)
-    except OSError as error:
-        raise _LostError("it has ended") from error
-    fd = -1
-    try:
-        if sharer.started == 0 or processes.started(sharer.pid) != sharer.started:
-            raise _LostError("it has ended, and its number is another's")
-        fd = syscalls.pidfd_getfd(pidfd, sharer.uffd_number)
         if not uffd.is_one(fd) or uffd.is_gone(fd):
-            raise _LostError("it executes another program")
+            raise ProcessLookupError(errno.ESRCH, "it executes another program")
         os.set_blocking(fd, False)
-    except (OSError, _LostError) as error:
-        os.close(pidfd)
-        if fd >= 0:
-            os.close(fd)
-        if isinstance(error, OSError):
-            if error.errno not in _GONE:
-                log.warning(
-                    "process %d cannot be reached (%s): it waits for ever where it touches what "
-                    "is not there; pidfd_getfd(2) needs the right to ptrace(2)",
-                    sharer.pid,
-                    error.strerror,
-                )
-            raise _LostError(f"its userfaultfd is not to be had: {error.strerror}") from error
+    except OSError:
+        os.close(fd)
         raise
-    sharer.uffd = fd
-    return pidfd
+    return fd
+
+
+def _fetch_far(sharer: Sharer) -> int:
+    """In a lane, which has its own descriptors."""
+    pidfd = os.pidfd_open(sharer.pid)
+    try:
+        if processes.started(sharer.pid) != sharer.started:
+            raise ProcessLookupError(errno.ESRCH, "it has ended")
+        return _fetch(pidfd, sharer)
+    finally:
+        os.close(pidfd)
 
 
 async def _put_right(
@@ -325,7 +464,9 @@ async def _put_right(
                 refused.message,
             )
         await breath.take()
+    await protection.settled(pages)
     await server.watching.put_right(region, failed)
+    await protection.settled(pages)
     for page in journal.dirty(region.id):
         found = region.objects.find(page)
         if found is not None and found.file is not None and found.written_back:

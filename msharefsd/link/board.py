@@ -1,10 +1,10 @@
-"""How much memory each region holds, for the front to see without asking.
+"""How much memory each region holds, and how many have it: for the front to see.
 
 Every open(2) and stat(2) of a region's file shows it, and asking a pager for each would cost
 as much as all the rest.  So a pager writes it down in memory that both have mapped, whenever
-it has populated or freed something: a slot of eight bytes for each region.  What sharers make
-or free by themselves, with the backing's descriptor, is seen when the pager looks the next
-time.
+it has populated or freed something: a slot for each region, of bytes and of sharers.  What
+sharers make or free by themselves, with the backing's descriptor, is seen when the pager
+looks the next time.
 
 The front makes the memory and seals its size: no pager can cut it under the front's eyes.
 """
@@ -17,7 +17,8 @@ import os
 from typing import Final
 
 SLOTS: Final = 1 << 16
-_BYTES: Final = 8
+_NUMBERS: Final = 2
+_BYTES: Final = 8 * _NUMBERS
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 NOWHERE: Final = -1
 
@@ -56,17 +57,27 @@ class Board:
     def give_back(self, slot: int) -> None:
         """It is free for another."""
         if slot != NOWHERE:
-            self._slots[slot] = 0
+            self.set(slot, 0)
+            self.set_sharers(slot, 0)
             self._free.append(slot)
 
     def set(self, slot: int, value: int) -> None:
         """Write bytes down."""
         if slot != NOWHERE:
-            self._slots[slot] = max(value, 0)
+            self._slots[slot * _NUMBERS] = max(value, 0)
+
+    def set_sharers(self, slot: int, count: int) -> None:
+        """Write down how many have it attached."""
+        if slot != NOWHERE:
+            self._slots[slot * _NUMBERS + 1] = count
 
     def get(self, slot: int) -> int:
         """What is written there; 0 for no slot."""
-        return self._slots[slot] if 0 <= slot < SLOTS else 0
+        return self._slots[slot * _NUMBERS] if 0 <= slot < SLOTS else 0
+
+    def sharers(self, slot: int) -> int:
+        """As `get`, of sharers."""
+        return self._slots[slot * _NUMBERS + 1] if 0 <= slot < SLOTS else 0
 
     def close(self) -> None:
         """Let go of it."""

@@ -18,7 +18,7 @@ happened.  Where one has to wait for the other the message has a number, and `Do
     Changed              ------------------------------->        chmod, chown, unlink
     Question             ------------------------------->
                          <-------------------------------   Answer + fd
-    Stop                 ------------------------------->        remove everything, and end
+    Stop                 ------------------------------->        write back, and end
                          <-------------------------------   Established, Unlink
     Done                 ------------------------------->
                          <-------------------------------   Emptied, Gone, Held
@@ -131,7 +131,12 @@ class Question(_Message, frozen=True):
 
 
 class Stop(_Message, frozen=True):
-    """Write back, remove all memory and every name of it, and end."""
+    """Write back and end.  What there is stays for the next pager.
+
+    With `purge` all memory that is written back is removed, and what it is called.
+    """
+
+    purge: bool = False
 
 
 class Done(_Message, frozen=True):

@@ -18,6 +18,7 @@ from msharefsd.linux.uffd import Feature
 
 WANTED: Final = (
     Feature.EVENT_REMAP
+    | Feature.EVENT_FORK
     | Feature.MISSING_SHMEM
     | Feature.THREAD_ID
     | Feature.POISON
@@ -59,6 +60,8 @@ class Capabilities:
     """A userfaultfd can be read without waiting, whatever its flags (Linux 6.10)."""
     map_files: bool
     """A donor's shared anonymous memory can be looked into (/proc/PID/map_files)."""
+    inheritance: bool
+    """A window that a child inherits is registered there, too (UFFD_FEATURE_EVENT_FORK)."""
 
     @property
     def features(self) -> Feature:
@@ -74,6 +77,8 @@ class Capabilities:
             features &= ~(Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS)
         if not self.exact_address:
             features &= ~Feature.EXACT_ADDRESS
+        if not self.inheritance:
+            features &= ~Feature.EVENT_FORK
         return features
 
     def missing(self) -> list[str]:
@@ -98,6 +103,9 @@ LACKING: Final = {
     "contents or hidden memory belong",
     "write_protect": "no UFFD_FEATURE_WP_HUGETLBFS_SHMEM (Linux 5.19): objects that are not "
     "writable, and writable MAP_SHARED files, cannot be mapped",
+    "inheritance": "no right to UFFD_FEATURE_EVENT_FORK (CAP_SYS_PTRACE): who undoes MADV_DONTFORK "
+    "in a region by a call past the library, and makes a process by clone(2) and not by fork(3), "
+    "has zeros there, and so have all",
     "exact_address": "no UFFD_FEATURE_EXACT_ADDRESS (Linux 5.18): si_addr of a SIGSEGV is the "
     "page's address",
     "collapse": "no MADV_COLLAPSE of shared memory (Linux 6.1, CONFIG_TRANSPARENT_HUGEPAGE): each "
@@ -156,6 +164,7 @@ def probe(without: frozenset[str] = frozenset()) -> Capabilities:
         ),
         "nowait": nowait,
         "map_files": _can_read_map_files(),
+        "inheritance": _can_inherit(),
     }
     return Capabilities(**{name: has and name not in without for name, has in found.items()})
 
@@ -170,6 +179,17 @@ def _can_read_map_files() -> bool:
     except OSError:
         pass
     return False
+
+
+def _can_inherit() -> bool:
+    fd, _ = _userfaultfd()
+    try:
+        uffd.handshake(fd, Feature.EVENT_FORK)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _can_collapse() -> bool:

@@ -14,6 +14,8 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from msharetables import calls
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 PROT_NONE: Final = 0
@@ -30,7 +32,7 @@ MAP_FIXED_NOREPLACE: Final = 0x100000
 
 MADV_DONTFORK: Final = 10
 MADV_POPULATE_READ: Final = 22
-MADV_COLLAPSE: Final = 25
+MADV_COLLAPSE: Final = calls.MADV_COLLAPSE
 
 MS_ASYNC: Final = 1
 MS_INVALIDATE: Final = 2
@@ -50,6 +52,7 @@ MS_SLAVE: Final = 1 << 19
 MNT_DETACH: Final = 2
 
 CLONE_FILES: Final = 0x400
+CLOSE_RANGE_UNSHARE: Final = 2
 
 AT_EMPTY_PATH: Final = 0x1000
 AT_STATX_DONT_SYNC: Final = 0x4000
@@ -61,9 +64,8 @@ PR_SET_NO_NEW_PRIVS: Final = 38
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
-PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-HUGE_PAGE: Final = 2 << 20
-"""What one entry of a page of PMD entries maps, with base pages of 4 KiB (bytes)."""
+PAGE: Final = calls.PAGE
+HUGE_PAGE: Final = calls.HUGE_PAGE
 
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
@@ -100,9 +102,9 @@ _libc.statx.argtypes = [
 _libc.syscall.restype = ctypes.c_long
 _SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
 _SYS_RT_TGSIGQUEUEINFO: Final = {"x86_64": 297, "aarch64": 240}
-_SYS_PROCESS_MADVISE: Final = 440
+_SYS_GET_ROBUST_LIST: Final = {"x86_64": 274, "aarch64": 100}
 _SYS_PIDFD_GETFD: Final = 438
-_IOVEC: Final = struct.Struct("=QQ")
+_SYS_CLOSE_RANGE: Final = 436
 # siginfo_t: signo, errno, code, padding, si_addr; 128 bytes in all.
 _SIGINFO: Final = struct.Struct("=iii4xQ104x")
 
@@ -130,6 +132,19 @@ def userfaultfd(flags: int) -> int:
     return fd
 
 
+def robust_list(thread: int) -> int:
+    """Where a thread has its list of robust mutexes (get_robust_list(2)); 0 if it has none.
+
+    Or if it is gone, or not ours to ask.
+    """
+    head, length = ctypes.c_void_p(), ctypes.c_size_t()
+    number = _SYS_GET_ROBUST_LIST.get(platform.machine())
+    if number is None:
+        return 0
+    failed = _libc.syscall(number, thread, ctypes.byref(head), ctypes.byref(length))
+    return 0 if failed else int(head.value or 0)
+
+
 def pidfd_getfd(pidfd: int, number: int) -> int:
     """pidfd_getfd(2): a duplicate of another process's descriptor; takes ptrace's right."""
     fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
@@ -137,15 +152,18 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
     return fd
 
 
+def close_range(first: int, flags: int = 0) -> None:
+    """close_range(2) of `first` and all descriptors above it.
+
+    With CLOSE_RANGE_UNSHARE the calling thread has a table of its own from then on, with
+    what is below `first`, and nothing is closed in the one that it had.
+    """
+    _check(int(_libc.syscall(_SYS_CLOSE_RANGE, first, 0xFFFFFFFF, flags)))
+
+
 def unshare(flags: int) -> None:
     """unshare(2), of the calling thread."""
     _check(_libc.unshare(flags))
-
-
-def process_madvise(pidfd: int, address: int, length: int, advice: int) -> None:
-    """process_madvise(2) on one range of another process."""
-    vector = _IOVEC.pack(address, length)
-    _check(int(_libc.syscall(_SYS_PROCESS_MADVISE, pidfd, vector, 1, advice, 0)))
 
 
 def signal_fault(pid: int, thread: int, number: int, address: int) -> None:

@@ -50,6 +50,7 @@ class Feature(IntFlag):
     """Feature bits of UFFDIO_API."""
 
     WP = 1 << 0
+    EVENT_FORK = 1 << 1
     EVENT_REMAP = 1 << 2
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
@@ -109,6 +110,14 @@ class Fault:
     """The faulting thread's id in its own pid namespace, for SIGBUS by tgkill."""
 
 
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """A child has what its parent has registered, and the parent's fork() waited for us."""
+
+    uffd: int
+    """The child's userfaultfd, a new descriptor of ours."""
+
+
 class Outcome(Enum):
     """What an operation on a sharer's memory came to."""
 
@@ -122,6 +131,8 @@ class Outcome(Enum):
     """The sharer's address space no longer exists."""
     NO_MEMORY = "no memory"
     """tmpfs is full, or a memory limit was hit."""
+    LATE = "late"
+    """The sharer's address space is locked: it may come to an end, or was not begun."""
     STRANGE = "strange"
     """Nothing that a window of ours gives: its process has made something else of it."""
 
@@ -157,7 +168,7 @@ def check_kind(fd: int) -> None:
     whatever device or FUSE server is behind it, which may never answer.  The name of an
     anonymous inode is the kernel's own: no file can have it, theirs begin with a slash.
     """
-    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+    if os.readlink(f"/proc/thread-self/fd/{fd}") != LINK:
         raise OSError(errno.ENOTTY, "not a userfaultfd")
 
 
@@ -222,15 +233,20 @@ class Reader:
     O_NONBLOCK does not see to that: it belongs to the open file, so the process that
     made the userfaultfd can take it away, and can read the event for which we were
     told to come.  RWF_NOWAIT is the single call's (preadv2(2); userfaultfd knows it
-    since Linux 6.10).  Without it a timer's signal gets us out of a read that waits.
+    since Linux 6.10, but not of one that came with a child).  Without it a timer's signal
+    gets us out of a read that waits.
     """
 
     _reading = -1
 
-    def __init__(self, *, nowait: bool) -> None:
-        """`nowait`: whether this kernel has RWF_NOWAIT; else only in the main thread."""
+    def __init__(self, *, nowait: bool, may_wait: bool = False) -> None:
+        """`nowait`: whether this kernel has RWF_NOWAIT.  In the main thread.
+
+        `may_wait`: it is for a thread that may wait.
+        """
         self._nowait = nowait
-        if not nowait:
+        self._may_wait = may_wait
+        if not may_wait:
             signal.signal(signal.SIGALRM, self._too_long)
 
     def _too_long(self, *_: object) -> None:
@@ -241,7 +257,14 @@ class Reader:
     def _read(self, fd: int, size: int) -> bytes:
         if self._nowait:
             data = bytearray(size)
-            return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])
+            try:
+                return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+        if self._may_wait:
+            os.set_blocking(fd, False)
+            return os.read(fd, size)
         self._reading = fd
         os.set_blocking(fd, False)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS, PATIENCE_SECONDS)
@@ -251,8 +274,8 @@ class Reader:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._reading = -1
 
-    def faults(self, fd: int, most: int = 16) -> list[Fault]:
-        """The faults that wait now; none when there is none.
+    def faults(self, fd: int, most: int = 16) -> list[Fault | Inherited]:
+        """The faults that wait now, and children that were made; none when there is none.
 
         Raises OSError if the descriptor cannot be read (no handshake, say).
         """
@@ -271,7 +294,7 @@ def can_read_without_waiting(fd: int) -> bool:
     return True
 
 
-def _faults(data: bytes) -> Iterator[Fault]:
+def _faults(data: bytes) -> Iterator[Fault | Inherited]:
     for event, flags, address, thread in _MESSAGE.iter_unpack(data):
         if event == _EVENT_PAGEFAULT:
             yield Fault(
@@ -282,9 +305,8 @@ def _faults(data: bytes) -> Iterator[Fault]:
                 thread,
             )
         elif event == _EVENT_FORK:
-            # Never asked for; a sharer that was adopted may have done so all the same.
             # The descriptor that comes with it has the place of the flags.
-            os.close(flags & 0xFFFFFFFF)
+            yield Inherited(flags & 0xFFFFFFFF)
 
 
 def wake(fd: int, start: int, length: int) -> None:
@@ -345,7 +367,7 @@ def write_unprotect(fd: int, start: int, length: int, *, wake: bool = True) -> N
 
 def is_one(fd: int) -> bool:
     """Whether a descriptor is a userfaultfd."""
-    return os.readlink(f"/proc/self/fd/{fd}") == LINK
+    return os.readlink(f"/proc/thread-self/fd/{fd}") == LINK
 
 
 def is_gone(fd: int) -> bool:
@@ -355,6 +377,31 @@ def is_gone(fd: int) -> bool:
     """
     nowhere = (1 << 47) - 16 * syscalls.PAGE  # never registered
     return zeropage(fd, nowhere, syscalls.PAGE)[1] is Outcome.GONE
+
+
+class Guard(Enum):
+    """What a userfaultfd's address space has at some address."""
+
+    GONE = "there is no such address space any more"
+    NOTHING = "no window that is registered"
+    WINDOW = "a window that is registered"
+
+
+def guard_at(fd: int, address: int, page: int) -> Guard:
+    """Whether there is a registered window at `address`, of pages of that size (bytes).
+
+    Nothing comes of the question: a page is to be copied from where nothing can be
+    (vm.mmap_min_addr), and mfill_atomic() looks at the window first.
+    """
+    try:
+        fcntl.ioctl(fd, UFFDIO_COPY, _COPY.pack(address, page, page, 0, 0))
+    except ProcessLookupError:
+        return Guard.GONE
+    except FileNotFoundError:
+        return Guard.NOTHING
+    except OSError:
+        pass
+    return Guard.WINDOW
 
 
 def _fill(

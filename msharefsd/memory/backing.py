@@ -26,6 +26,9 @@ from msharefsd.memory.shm import ShmObject
 from msharefsd.memory.sparse import AT_ONCE, SparseFile, data_of, punch_fd
 from msharefsd.threads.disposal import Disposal
 
+Left = tuple[int, int]
+"""Descriptors of memory and stash that have lost their names; -1 for those that have not."""
+NOT_LEFT: Final[Left] = (-1, -1)
 LOOKED_AT: Final = 8 << 20
 """In how much memory every second page may be there, and it is looked at at once (bytes)."""
 
@@ -43,17 +46,27 @@ class Backing(SparseFile):
     """And for a fault at a random place."""
 
     def __init__(
-        self, names: MemoryNames, size: int, fd: int, disposal: Disposal, *, adopt: bool = False
+        self,
+        names: MemoryNames,
+        size: int,
+        fd: int,
+        disposal: Disposal,
+        *,
+        adopt: bool = False,
+        left: int = -1,
     ) -> None:
         """`fd` is taken over; `disposal` is who closes what takes its time to close.
 
-        With `adopt` the backing is another daemon's, and may have a stash.
+        With `adopt` the backing is another daemon's, and may have a stash; `left` is that
+        one's descriptor, if it has lost its name.
         """
         super().__init__(names.backing, size, fd)
         self._stash_name = names.stash
         self._disposal = disposal
         self.growth: Callable[[int], None] = lambda _: None
         """Told how many bytes have been populated."""
+        self.stashing: Callable[[], None] = lambda: None
+        """Called before there is a stash, so that it is known to be missed."""
         self._host: HostMapping | None = None
         self._stash: ShmObject | None = None
         self.identity = syscalls.identify(fd)
@@ -62,7 +75,7 @@ class Backing(SparseFile):
         self._readable = self._open(os.O_RDONLY)
         if adopt:
             with contextlib.suppress(FileNotFoundError):
-                self._stash = ShmObject(self._stash_name, size, adopt=True)
+                self._stash = ShmObject(self._stash_name, size, adopt=True, left=left)
 
     @abc.abstractmethod
     def _open(self, access: int) -> int:
@@ -156,6 +169,7 @@ class Backing(SparseFile):
     def copy_to_stash(self, runs: Iterable[tuple[int, int]]) -> None:
         """Have pages in the stash as well.  Raises as stash_pages()."""
         if self._stash is None:
+            self.stashing()
             self._stash = ShmObject(self._stash_name, self.size)
         for start, end in runs:
             at = start

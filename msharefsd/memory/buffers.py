@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
+from collections.abc import Callable
 from typing import Final
 
 from msharefsd.linux import syscalls
 
 BUFFER: Final = 2 << 20
 MOST_BUFFERS: Final = 16
+
+
+def withdraw(start: int, length: int) -> None:
+    """Nobody can copy from there any more, and nothing else comes there before munmap(2)."""
+    flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_NORESERVE
+    syscalls.mmap(start, length, syscalls.PROT_NONE, flags | syscalls.MAP_FIXED, -1, 0)
 
 
 class Zeros:
@@ -34,15 +40,26 @@ class Zeros:
             self._start, self._length = start, length
         return self._start
 
+    def withdraw(self) -> tuple[int, int]:
+        """Whoever copies from there copies nothing any more: see `withdraw`."""
+        start, length = self._start, self._length
+        self._start = self._length = 0
+        if length:
+            withdraw(start, length)
+        return start, length
+
 
 class Buffer:
     """Memory of the daemon that file contents pass through on their way to UFFDIO_COPY."""
 
     def __init__(self, size: int) -> None:
-        """`size` in bytes."""
-        self._memory = mmap.mmap(-1, size)
-        self.view = memoryview(self._memory)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        """`size` in bytes.  Raises OSError (ENOMEM)."""
+        flags = syscalls.MAP_SHARED | syscalls.MAP_ANONYMOUS
+        prot = syscalls.PROT_READ | syscalls.PROT_WRITE
+        self.address = syscalls.mmap(None, size, prot, flags, -1, 0)
+        self.view = memoryview((ctypes.c_char * size).from_address(self.address)).cast("B")
+        self.keep: Callable[[int, int], object] | None = None
+        """Somebody may copy from here when it has been given back: who is told of that."""
 
 
 class Buffers:
@@ -50,14 +67,34 @@ class Buffers:
 
     def __init__(self) -> None:
         self._idle: list[Buffer] = []
+        self._lent: dict[int, Buffer] = {}
 
     def take(self, size: int) -> Buffer:
-        """A buffer of at least `size` bytes, with anything in it."""
+        """A buffer of at least `size` bytes, with anything in it.  Raises OSError."""
         if size > BUFFER:
-            return Buffer(size)
-        return self._idle.pop() if self._idle else Buffer(BUFFER)
+            buffer = Buffer(size)
+        else:
+            buffer = self._idle.pop() if self._idle else Buffer(BUFFER)
+        self._lent[buffer.address] = buffer
+        return buffer
+
+    def copied_late(self, address: int, keep: Callable[[int, int], object]) -> None:
+        """A call that does not come back copies from there: nothing any more after `give_back`.
+
+        `keep` is told then what is to be unmapped when that call has come back.
+        """
+        for buffer in self._lent.values():
+            if 0 <= address - buffer.address < len(buffer.view):
+                buffer.keep = keep
 
     def give_back(self, buffer: Buffer) -> None:
-        """Nobody reads it any more."""
-        if len(buffer.view) == BUFFER and len(self._idle) < MOST_BUFFERS:
+        """Nobody reads it any more, nor its view."""
+        del self._lent[buffer.address]
+        size = len(buffer.view)
+        if buffer.keep is not None:
+            withdraw(buffer.address, size)
+            buffer.keep(buffer.address, size)
+        elif size == BUFFER and len(self._idle) < MOST_BUFFERS:
             self._idle.append(buffer)
+        else:
+            syscalls.munmap(buffer.address, size)

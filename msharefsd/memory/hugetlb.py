@@ -48,10 +48,10 @@ import trio
 from msharefsd.errors import Refused
 from msharefsd.linux import hugepages, mounts, syscalls
 from msharefsd.linux.uffd import Feature
-from msharefsd.memory.backing import Backing
+from msharefsd.memory.backing import NOT_LEFT, Backing, Left
 from msharefsd.memory.host import HostMapping
 from msharefsd.memory.names import MemoryNames
-from msharefsd.memory.sparse import open_left
+from msharefsd.memory.sparse import check_left, open_left
 from msharefsd.threads.disposal import Disposal
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,12 @@ class Pool:
             flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
             options = f"pagesize={self.page >> 10}K,mode=0700"
             syscalls.mount("msharefs", target, "hugetlbfs", flags, options)
+
+    def empty(self) -> bool:
+        """Whether no region has its memory there."""
+        with contextlib.suppress(OSError):
+            return not os.listdir(self.directory)
+        return True
 
     def unmount(self) -> None:
         """Take it down; who has memory of it mapped keeps that.  Never raises."""
@@ -216,6 +222,7 @@ class HugetlbBacking(Backing):
         disposal: Disposal,
         *,
         adopt: bool = False,
+        left: Left = NOT_LEFT,
     ) -> None:
         """Create it, without a page, for a region at `start`; or adopt it.
 
@@ -236,7 +243,8 @@ class HugetlbBacking(Backing):
         self._vector = (ctypes.c_ubyte * (_SCANNED // syscalls.PAGE))()
         path = names.backing
         if adopt:
-            super().__init__(names, size, open_left(path, size), disposal, adopt=True)
+            fd = open_left(path, size) if left[0] < 0 else check_left(left[0], path, size)
+            super().__init__(names, size, fd, disposal, adopt=True, left=left[1])
             self._map_all()
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -256,7 +264,7 @@ class HugetlbBacking(Backing):
             ) from error
 
     def _open(self, access: int) -> int:
-        return os.open(self.name, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return self.reopen(self.name, access)
 
     def _unlink(self) -> None:
         os.unlink(self.name)

@@ -11,7 +11,7 @@ from typing import Final
 import posix_ipc
 
 from msharefsd.errors import Refused
-from msharefsd.memory.sparse import SparseFile, open_left
+from msharefsd.memory.sparse import SparseFile, check_left, open_left
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,14 @@ def _create_shm(name: str, size: int) -> int:
     return int(memory.fd)
 
 
-def open_or_create(name: str, size: int, *, adopt: bool) -> int:
+def open_or_create(name: str, size: int, *, adopt: bool, left: int = -1) -> int:
     """A descriptor of the object `name`: a new one, or with `adopt` what is there.
 
-    Raises OSError, and for a new one Refused.
+    `left`: its descriptor, if it has lost its name.  Raises OSError, and for a new one
+    Refused.
     """
+    if left >= 0:
+        return check_left(left, name, size)
     return open_left(SHM_DIRECTORY + name, size) if adopt else _create_shm(name, size)
 
 
@@ -59,13 +62,13 @@ def unlink_shm(name: str) -> None:
 class ShmObject(SparseFile):
     """A sparse POSIX shared memory object."""
 
-    def __init__(self, name: str, size: int, *, adopt: bool = False) -> None:
+    def __init__(self, name: str, size: int, *, adopt: bool = False, left: int = -1) -> None:
         """Create the object `name` of `size` bytes, all of them absent.
 
         Raises Refused (EMFILE, ENFILE, ENOSPC, ENOMEM as the kernel says).  With
-        `adopt` it is there already: see open_left().
+        `adopt` it is there already: see open_left(), and `left` in open_or_create().
         """
-        super().__init__(name, size, open_or_create(name, size, adopt=adopt))
+        super().__init__(name, size, open_or_create(name, size, adopt=adopt, left=left))
 
     def _unlink(self) -> None:
         unlink_shm(self.name)

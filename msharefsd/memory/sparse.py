@@ -37,6 +37,17 @@ class SparseFile(abc.ABC):
         self.size = size
         self.fd = fd
 
+    @property
+    def nameless(self) -> bool:
+        """Whether somebody has removed its name."""
+        return os.fstat(self.fd).st_nlink == 0
+
+    def reopen(self, path: str, access: int) -> int:
+        """Another open file description; by its name, if it has one.  Raises OSError."""
+        if self.nameless:
+            return os.open(f"/proc/self/fd/{self.fd}", access | os.O_CLOEXEC)
+        return os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+
     def allocated(self) -> int:
         """Bytes of memory that it holds."""
         return os.fstat(self.fd).st_blocks * 512
@@ -110,6 +121,11 @@ def open_left(path: str, size: int) -> int:
     EPERM if it is not ours alone.  What a sharer has truncated has its size again.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    return check_left(fd, path, size)
+
+
+def check_left(fd: int, path: str, size: int) -> int:
+    """The same of what is open already; `fd` is closed if it is not as it should be."""
     status = os.fstat(fd)
     if (
         not stat.S_ISREG(status.st_mode)

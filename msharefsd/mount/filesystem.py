@@ -21,6 +21,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import stat
 import struct
 import time
@@ -58,7 +59,7 @@ from msharefsd.mount.controls import (
     Controls,
 )
 from msharefsd.mount.names import INFO_FILE, NAME_MAX, Name, Names
-from msharefsd.region.region import INODES
+from msharefsd.region.region import BY_IDENTITY, INODES
 from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,13 @@ R = TypeVar("R")
 
 INFO_STRUCT: Final = struct.Struct("=QQ")
 """struct mshare_info of the letter: start and size."""
+DETAILS: Final = 4096
+"""Where in a region's file, beyond its end, libmshare reads and writes what the letter does
+not know (internal.h).  A descriptor of the file is what it takes, as for everything else."""
+DETAILS_STRUCT: Final = struct.Struct("=16sQQQ")
+"""Identity; length; start and size, or those kept for it as long as it has no range."""
+PLACE_STRUCT: Final = struct.Struct("=QQ")
+"""Written there: find a range for so many bytes, at or above an address."""
 
 FOREVER: Final = 3600.0
 A_MOMENT: Final = 0.01
@@ -84,8 +92,15 @@ FIXED: Final = {
     b".regions": REGIONS_INODE,
 }
 
+REMOVED: Final = b".removed-%d"
+"""What the directory of a region is called that has lost its name; no name begins so."""
+_REMOVED_NAME: Final = re.compile(rb"\.removed-([0-9]{1,18})")
+
 # A region's inodes follow from its id: its file, its directory, the files there.
 _FILE, _DIRECTORY = 0, 1
+_FILES: Final = (_FILE, BY_IDENTITY)
+_IDENTITY: Final = re.compile(rb"\.identity-([0-9a-f]{32})")
+"""A region's file once more, whatever its name, and if it has none any more."""
 _TEXTS: Final[dict[bytes, tuple[int, Text]]] = {
     b"info": (2, "info"),
     b"maps": (3, "maps"),
@@ -172,6 +187,8 @@ class FileSystem(_GuardedOperations):
         """Regions whose file the kernel knows, alive or not."""
         self._contents: dict[int, bytes] = {}
         """What an open handle of a text file reads: one moment, however it is cut."""
+        self._open_files: dict[int, Name] = {}
+        """Of each open handle of a region's file."""
         self._costs: dict[int, tuple[int, int]] = {}
         """Of each open handle: the user, and the bytes."""
         self._held: Counter[int] = Counter()
@@ -202,13 +219,23 @@ class FileSystem(_GuardedOperations):
             region = self._names.find(name)
             if region is not None:
                 return region_inode(region)
+            identity = _IDENTITY.fullmatch(name)
+            region = identity and self._names.of_identity(bytes.fromhex(identity[1].decode()))
+            if region:
+                return region_inode(region, BY_IDENTITY)
         elif parent == REGIONS_INODE:
-            region = self._names.find(name)
+            region = self._names.find(name) or self._removed(name)
             if region is not None:
                 return region_inode(region, _DIRECTORY)
         elif _split_inode(parent)[1] == _DIRECTORY and name in _TEXTS:
             return region_inode(self._region(parent), _TEXTS[name][0])
         raise FUSEError(errno.ENOENT)
+
+    def _removed(self, name: bytes) -> Name | None:
+        """The region in .regions that has no name any more, and memory still."""
+        match = _REMOVED_NAME.fullmatch(name)
+        region = None if match is None else self._names.with_id(int(match[1]))
+        return region if region is not None and region.lingers else None
 
     # -- attributes --
 
@@ -256,7 +283,7 @@ class FileSystem(_GuardedOperations):
         entry.st_ctime_ns = region.ctime_ns
         # Who may read the region's file may read about the region.
         readable = region.mode & 0o444
-        if kind == _FILE:
+        if kind in _FILES:
             # For the calls that the kernel makes of one: a lookup, and what it is for.
             entry.attr_timeout = A_MOMENT
             entry.st_mode = ModeT(stat.S_IFREG | region.mode)
@@ -266,6 +293,8 @@ class FileSystem(_GuardedOperations):
         elif kind == _DIRECTORY:
             entry.st_mode = ModeT(stat.S_IFDIR | readable | readable >> 2)
             entry.st_nlink = 2
+            if region.lingers:  # no file shows what it holds: du(1)
+                entry.st_blocks = region.allocated() // 512
         else:
             entry.st_mode = ModeT(stat.S_IFREG | readable)
 
@@ -325,7 +354,7 @@ class FileSystem(_GuardedOperations):
         inode = self._resolve(parent_inode, name)
         number, kind = _split_inode(inode)
         region = self._names.with_id(number)
-        if parent_inode != ROOT or region is None or kind != _FILE:
+        if parent_inode != ROOT or region is None or kind not in _FILES:
             raise FUSEError(errno.EPERM)
         self._names.unlink(region)
         barrier("unlink")
@@ -391,7 +420,7 @@ class FileSystem(_GuardedOperations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        if self._is_ours(inode) or _split_inode(inode)[1] != _FILE:
+        if self._is_ours(inode) or _split_inode(inode)[1] not in _FILES:
             if not _asks(fields):  # chown(path, -1, -1)
                 return self._attributes(inode)
             raise FUSEError(errno.EPERM)
@@ -467,7 +496,9 @@ class FileSystem(_GuardedOperations):
         return FileInfo(fh=FileHandleT(number), direct_io=True, keep_cache=False)
 
     def _open_region(self, region: Name, uid: int) -> FileInfo:
-        return self._handle(INFO_STRUCT.pack(region.start, region.size), uid)
+        info = self._handle(INFO_STRUCT.pack(region.start, region.size), uid)
+        self._open_files[info.fh] = region
+        return info
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         if inode == INFO_INODE:
@@ -477,8 +508,8 @@ class FileSystem(_GuardedOperations):
         else:
             region = self._region(inode)
             kind = _split_inode(inode)[1]
-            if kind == _FILE:
-                if not region.linked:
+            if kind in _FILES:
+                if not region.linked and not (kind == BY_IDENTITY and region.size):
                     raise FUSEError(errno.ESTALE)
                 if flags & os.O_TRUNC:
                     raise FUSEError(errno.EPERM)
@@ -491,10 +522,19 @@ class FileSystem(_GuardedOperations):
         return self._handle(content, ctx.uid)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        region = self._open_files.get(fh)
+        if region is not None and off == DETAILS:
+            place = (region.start, region.size) if region.size else region.place
+            return DETAILS_STRUCT.pack(region.identity, region.length, *place)[:size]
         return self._contents[fh][off : off + size]
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        raise FUSEError(errno.EINVAL)
+        region = self._open_files.get(fh)
+        if region is None or off != DETAILS or len(buf) != PLACE_STRUCT.size:
+            raise FUSEError(errno.EINVAL)
+        async with self._turns.turn(self._costs[fh][0]):
+            self._names.find_place(region, *PLACE_STRUCT.unpack(buf))
+        return len(buf)
 
     async def flush(self, fh: FileHandleT) -> None:
         # ENOSYS once and the kernel never asks again: see control.py on closing.
@@ -505,6 +545,7 @@ class FileSystem(_GuardedOperations):
 
     async def release(self, fh: FileHandleT) -> None:
         self._contents.pop(fh, None)
+        self._open_files.pop(fh, None)
         self._release(fh)
 
     # -- handlers: directories --
@@ -530,6 +571,11 @@ class FileSystem(_GuardedOperations):
             names = []
         elif inode == REGIONS_INODE:
             names = [(region.name, region_inode(region, _DIRECTORY)) for region in self._names]
+            names += [
+                (REMOVED % region.id, region_inode(region, _DIRECTORY))
+                for region in self._names.all()
+                if region.lingers
+            ]
         else:
             region = self._region(inode)
             names = [(name, region_inode(region, kind)) for name, (kind, _) in _TEXTS.items()]

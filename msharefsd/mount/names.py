@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
@@ -19,12 +20,14 @@ from msharefsd.errors import Refused
 from msharefsd.journal.names import NamesJournal
 from msharefsd.journal.rows import SavedName
 from msharefsd.link.messages import Extent, NameRecord
+from msharefsd.mount.places import lowest_free
 from msharefsd.region.limits import Account, Limits
-from msharefsd.region.region import INODES
+from msharefsd.region.region import region_of_file
 from msharefsd.telemetry.labels import label
 
 NAME_MAX: Final = 255
 INFO_FILE: Final = b"mshare_info"
+IDENTITY_BYTES: Final = 16
 
 
 def check_name(name: bytes) -> None:
@@ -55,12 +58,22 @@ class Name:
     start: int = 0
     size: int = 0
     """0 as long as it has no range."""
+    identity: bytes = field(default_factory=lambda: os.urandom(IDENTITY_BYTES))
+    """What no other region has, ever and anywhere; who knows it finds the region by it."""
+    length: int = 0
+    """How much of it its creator wanted, in bytes, if they left its place to us; else 0."""
+    place: tuple[int, int] = (0, 0)
+    """Start and size of what is kept for it, as long as it has no range."""
     backing: tuple[int, int, int] | None = None
     """Which file its memory is: device and inode."""
     memory: int = 0
     """Bytes that it held when its pager was there last."""
     look: Callable[[], int] | None = None
     """Tells what it holds now, if its pager is there."""
+    sharers: int = 0
+    """How many had it when its pager was there last."""
+    count: Callable[[], int] | None = None
+    """Tells how many have it now, if its pager is there."""
     account: Account = field(default_factory=Account)
     """Its owner's."""
     objects: Sized = ()
@@ -71,6 +84,23 @@ class Name:
         if self.look is not None:
             self.memory = self.look()
         return self.memory
+
+    @property
+    def lingers(self) -> bool:
+        """Whether it was removed, and has memory until nobody has it attached any more."""
+        return not self.linked and self.size > 0
+
+    def shared(self) -> int:
+        """How many processes have it attached, as far as its pager has said."""
+        if self.count is not None:
+            self.sharers = self.count()
+        return self.sharers
+
+    def let_go(self) -> None:
+        """Its pager ends: what it has said last is what is known."""
+        self.allocated()
+        self.shared()
+        self.look = self.count = None
 
     def label(self) -> str:
         """The name for logs and texts: see telemetry/labels.py."""
@@ -99,6 +129,8 @@ def _row(name: Name) -> SavedName:
         name.start,
         name.size,
         *(name.backing or (0, 0, 0)),
+        name.identity,
+        name.length,
     )
 
 
@@ -117,7 +149,9 @@ def _from_row(row: SavedName) -> Name:
         bool(row.linked),
         row.start,
         row.size,
-        (row.major, row.minor, row.inode) if row.inode else None,
+        backing=(row.major, row.minor, row.inode) if row.inode else None,
+        identity=row.identity,
+        length=row.length,
     )
 
 
@@ -134,6 +168,7 @@ class Names:
         self._ids = itertools.count(self._journal.next_id())
         self._by_name: dict[bytes, Name] = {}
         self._by_id: dict[int, Name] = {}
+        self._by_identity: dict[bytes, Name] = {}
         self._by_backing: dict[tuple[int, int, int], Name] = {}
         self.changed: Callable[[Name], None] = lambda _: None
         """Told when a name has changed in a way that concerns its pager."""
@@ -161,8 +196,12 @@ class Names:
 
     def of_inode(self, inode: int) -> Name | None:
         """The region whose file has that inode number in the mount."""
-        number, kind = divmod(inode, INODES)
-        return self._by_id.get(number) if kind == 0 else None
+        number = region_of_file(inode)
+        return None if number is None else self._by_id.get(number)
+
+    def of_identity(self, identity: bytes) -> Name | None:
+        """The region with that identity, for as long as it has a name or memory."""
+        return self._by_identity.get(identity)
 
     def of_backing(self, major: int, minor: int, inode: int) -> Name | None:
         """The region whose memory is that file."""
@@ -180,6 +219,7 @@ class Names:
         name.account = self.limits.account(name.uid)
         name.account.regions.add(name)
         self._by_id[name.id] = name
+        self._by_identity[name.identity] = name
         if name.linked:
             self._by_name[name.name] = name
         if name.backing is not None:
@@ -211,7 +251,7 @@ class Names:
         except Refused:
             self._set(name, before)
             raise
-        if not fields.keys() <= {"atime_ns", "mtime_ns", "ctime_ns"}:
+        if not fields.keys() <= {"atime_ns", "mtime_ns", "ctime_ns", "length"}:
             self.changed(name)
 
     def _set(self, name: Name, fields: dict[str, int]) -> None:
@@ -232,6 +272,28 @@ class Names:
         self.change(name, linked=False, ctime_ns=time.time_ns())
         del self._by_name[name.name]
 
+    def find_place(self, name: Name, length: int, above: int) -> None:
+        """Keep a range of at least `length` bytes at or above `above` for a name without one.
+
+        It meets no other region's range.  If the address space has no room for that any more,
+        it meets none of the same owner's: what one user has takes nothing from another.
+        Raises Refused: EINVAL, or ENOMEM when no range is left.
+        """
+        if name.size:
+            raise Refused(errno.EINVAL, "the region has its range already")
+        if length <= 0:
+            raise Refused(errno.EINVAL, "a region's size is at least a byte")
+        size = -(-length // self.alignment) * self.alignment
+        others = [each for each in self._by_id.values() if each is not name]
+        for those in (others, [each for each in others if each.uid == name.uid]):
+            taken = [(each.start, each.size) if each.size else each.place for each in those]
+            start = lowest_free(taken, size, above, self.alignment)
+            if start is not None:
+                self.change(name, length=length)
+                name.place = start, size
+                return
+        raise Refused(errno.ENOMEM, f"no range of {size} bytes of addresses is left for a region")
+
     # -- what pagers say --
 
     def established(self, extent: Extent) -> None:
@@ -244,6 +306,9 @@ class Names:
         if not name.size:
             name.mtime_ns = name.ctime_ns = time.time_ns()
         before = _row(name)
+        if name.place not in ((0, 0), (extent.start, extent.size)):
+            name.length = 0  # its creator has chosen another one
+        name.place = (0, 0)
         name.start, name.size = extent.start, extent.size
         name.backing = extent.major, extent.minor, extent.inode
         self._by_backing[name.backing] = name
@@ -257,8 +322,8 @@ class Names:
             return
         if name.backing is not None:
             self._by_backing.pop(name.backing, None)
-        name.look = None
-        name.start = name.size = name.memory = 0
+        name.look = name.count = None
+        name.start = name.size = name.memory = name.sharers = 0
         name.backing = None
         name.home = name.uid
         self._journal.save(_row(name))
@@ -271,9 +336,9 @@ class Names:
         if name.linked:
             self.emptied(number)
             return
-        name.allocated()
-        name.look = None
+        name.let_go()
         del self._by_id[number]
+        del self._by_identity[name.identity]
         if name.backing is not None:
             self._by_backing.pop(name.backing, None)
         name.account.regions.discard(name)

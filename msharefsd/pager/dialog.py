@@ -11,7 +11,7 @@ import math
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn
 
 import trio
@@ -73,7 +73,7 @@ class Dialog:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, trio.Event] = {}
         self._page_tables = PageTables()
-        self._stopping = False
+        self._purge = False
         self._ended: list[int] = []
         self._end = trio.Event()
 
@@ -167,9 +167,18 @@ class Dialog:
     # -- what we are told --
 
     async def run(  # noqa: C901 - a case each
-        self, control: Control, regions: Regions, metrics: Metrics, leave: Callable[[], NoReturn]
-    ) -> None:
-        """Serve the front until it wants us to end; `leave` when it has ended itself."""
+        self,
+        control: Control,
+        regions: Regions,
+        metrics: Metrics,
+        finish: Callable[[], Awaitable[None]],
+        leave: Callable[[], NoReturn],
+    ) -> bool:
+        """Serve the front until it wants us to end; returns whether to remove everything.
+
+        `finish` is done before that, while everybody is still served; `leave` when the
+        front has ended itself.
+        """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.send_news)
             nursery.start_soon(self._tell_ended)
@@ -195,9 +204,8 @@ class Dialog:
                         case Done():
                             self._waiting.get(message.number, trio.Event()).set()
                         case Stop():
-                            self._stopping = True
-                            nursery.cancel_scope.cancel()
-                            return
+                            self._purge = message.purge
+                            nursery.start_soon(self._finish, finish, nursery.cancel_scope)
                         case Go() | Begin():
                             pass
                     await breath.take()
@@ -205,6 +213,12 @@ class Dialog:
                 while shared:  # who ends waits for these, whatever has ended us
                     shared.pop().set()
             leave()
+        return self._purge
+
+    @staticmethod
+    async def _finish(finish: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        await finish()
+        scope.cancel()
 
     def _no_room(self, number: int) -> None:
         """A connection came without its descriptor, and so is hung up on."""
@@ -231,10 +245,8 @@ class Dialog:
                 else:
                     await connection.run()
             finally:
-                # If it is we who end, what it would undo is the next pager's; unless there
-                # is none.
-                ending = trio.current_effective_deadline() == -math.inf
-                if self._stopping or not ending:
+                # If it is we who end, what it would undo is the next pager's.
+                if trio.current_effective_deadline() != -math.inf:
                     connection.leave()
                     with trio.CancelScope(shield=True):
                         await ours.wait()

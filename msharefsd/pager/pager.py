@@ -4,7 +4,8 @@ It has one user's memory and everything that belongs to it, and makes system cal
 that user's processes hold.  So it may be stopped by them, and nobody else is.
 
 It ends when the front does, at once and without a word: as if it had been killed, because
-that must be right at any time.  Only when it is told to does it remove what it has.
+that must be right at any time.  If it is told to end, it writes back before that; and only
+when it is told to does it remove what it has (purge.py).
 """
 
 from __future__ import annotations
@@ -26,30 +27,32 @@ from setproctitle import setproctitle
 
 from msharefsd.config import Config
 from msharefsd.control.control import Control
+from msharefsd.control.guards import Guards, split
 from msharefsd.control.orphans import Orphans
 from msharefsd.control.peer import Peer
-from msharefsd.errors import Refused, StartError
+from msharefsd.errors import Refused, StartError, StateError
 from msharefsd.journal.journal import Journal
-from msharefsd.life import lock, recovery
+from msharefsd.life import lock, recovery, unknown
 from msharefsd.life.keeping import Keeper
 from msharefsd.life.limiting import make_limits
+from msharefsd.life.saving import Saver, held_by
 from msharefsd.link.channel import Channel
 from msharefsd.link.messages import FromFront, Held
 from msharefsd.linux import priority
 from msharefsd.linux.features import LACKING, Capabilities
 from msharefsd.linux.processes import Deaths
 from msharefsd.memory import names
-from msharefsd.memory.backing import Backing
+from msharefsd.memory.backing import NOT_LEFT, Backing, Left
 from msharefsd.memory.hugetlb import HugetlbBacking, Pool
 from msharefsd.memory.kept import Files
-from msharefsd.memory.names import MemoryNames
+from msharefsd.memory.names import Mark, MemoryNames
 from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.pager import purging
 from msharefsd.pager.dialog import Dialog, FrontEndedError
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.collapse import Collapser
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.writeback import Writeback
-from msharefsd.region.region import Region
 from msharefsd.region.registry import Regions
 from msharefsd.security import privileges
 from msharefsd.telemetry.metrics import Metrics
@@ -61,6 +64,8 @@ log = logging.getLogger(__name__)
 
 DIRECTORY: Final = "users"
 """In the run directory: a directory for each user, with the journal of its pager."""
+HUGE: Final = "huge"
+"""There: the hugetlbfs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,10 @@ class Setting:
     config: Config
     features: Capabilities
     run_directory: Path
+    identity: str
+    """The run directory's."""
+    purge: bool = False
+    """Memory and journals that nobody understands are removed, and keep nobody waiting."""
 
 
 def main(setting: Setting, uid: int, channel: socket.socket) -> NoReturn:
@@ -120,14 +129,38 @@ async def _run(setting: Setting, uid: int, sock: socket.socket) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.take_over(directory)
-        journal = Journal(directory)
+        journal = _open_journal(setting, Mark(setting.run_directory, setting.identity, uid))
     except (lock.HeldError, OSError) as error:
         await channel.send(Held(f"{directory}: {error}"))
         return
     except StartError as error:
-        await channel.send(Held(str(error), for_good=True))
+        await channel.send(Held(str(error), for_good=isinstance(error, StateError)))
         return
     await _Pager(setting, uid, directory, channel, journal).run()
+
+
+def _open_journal(setting: Setting, mark: Mark) -> Journal:
+    """The user's, which knows all memory that there is.  Raises StateError, StartError."""
+    huge = setting.run_directory / HUGE
+    directory = setting.run_directory / DIRECTORY / str(mark.uid)
+    fresh = not Journal.exists(directory)
+    try:
+        journal = Journal(directory)
+    except StateError as error:
+        if not setting.purge:
+            raise
+        log.warning("%s", error)
+        Journal.discard(directory)
+        journal = Journal(directory)
+    if setting.purge:
+        unknown.free(journal, mark, huge)
+    try:
+        unknown.check(journal, mark, huge, directory / Journal.file)
+    except StateError:
+        # Whoever puts another in its place finds nothing of this one's beside it.
+        journal.close(remove=fresh)
+        raise
+    return journal
 
 
 class _Pager:
@@ -166,38 +199,62 @@ class _Pager:
             if self._pool is None:
                 raise Refused(errno.EOPNOTSUPP, LACKING["hugetlb"])
             huge = self._pool.directory
-        return names.new(self._setting.run_directory, huge)
+        return Mark(self._setting.run_directory, self._setting.identity, self._uid).new(huge)
 
     def _make_backing(
-        self, memory: MemoryNames, start: int, size: int, kind: str, *, adopt: bool = False
+        self,
+        memory: MemoryNames,
+        start: int,
+        size: int,
+        kind: str,
+        *,
+        adopt: bool = False,
+        left: Left = NOT_LEFT,
     ) -> Backing:
         if kind == ShmBacking.kind:
-            return ShmBacking(memory, size, self._disposal, adopt=adopt)
+            return ShmBacking(memory, size, self._disposal, adopt=adopt, left=left)
         if self._pool is None:
             raise Refused(errno.EOPNOTSUPP, LACKING["hugetlb"])
-        return HugetlbBacking(self._pool, memory, start, size, self._disposal, adopt=adopt)
+        return HugetlbBacking(
+            self._pool, memory, start, size, self._disposal, adopt=adopt, left=left
+        )
+
+    def _open_backing(
+        self, saver: Saver, number: int, memory: MemoryNames, start: int, size: int, kind: str
+    ) -> Backing:
+        """What another pager has left, with its name or without."""
+        backing, stash = saver.left(number)
+        if backing < 0 and not os.path.exists(names.path(memory.backing)):
+            sharers = [row.pid for row in self._journal.sharers() if row.region == number]
+            backing = held_by(sharers, memory.backing)
+        left = backing, stash
+        return self._make_backing(memory, start, size, kind, adopt=True, left=left)
 
     async def run(self) -> None:
         """Adopt what is there, serve, and end."""
         known, device, board = await self._dialog.names()
         self._regions.board = board
-        kept = self._keeper.take()
+        kept, guarded = split(self._keeper.take())
+        guards = Guards(self._keeper)
+        saver = Saver(self._keeper, kept)
         recovery.adopt_regions(
             self._journal,
             self._regions,
             self._files,
             kept,
             known,
-            partial(self._make_backing, adopt=True),
+            partial(self._open_backing, saver),
         )
         config, found, regions = self._config, self._setting.features, self._regions
         threads = Threads(self._limits.threads)
-        pages = PageServer(found, self._metrics, config.region_memory_bytes, threads, self._journal)
+        pages = PageServer(
+            found, self._metrics, config.region_memory_bytes, threads, self._journal, self._uid
+        )
         writeback = Writeback(threads, self._metrics, self._journal)
         regions.release = writeback.release
         spaces = AddressSpaces(found, pages, writeback, self._journal)
         with contextlib.closing(Deaths()) as deaths:
-            orphans = Orphans(regions, pages, deaths)
+            orphans = Orphans(regions, pages, deaths, guards)
             control = Control(
                 self._dialog,
                 regions,
@@ -212,6 +269,7 @@ class _Pager:
                 Threads(self._limits.threads),
                 self._files,
                 orphans,
+                guards,
                 config.backing,
                 partial(_may_have_device, config),
             )
@@ -221,24 +279,30 @@ class _Pager:
                 nursery.start_soon(control.turns.run)
                 await nursery.start(pages.run)
                 await nursery.start(orphans.run)
-                await recovery.adopt_sharers(self._journal, regions, pages, spaces, orphans)
+                await recovery.adopt_sharers(
+                    self._journal, regions, pages, spaces, orphans, guards, guarded
+                )
                 await self._dialog.ready(list(regions.alive()))
                 priority.give_back()
                 nursery.start_soon(writeback.run, regions.alive)
+                nursery.start_soon(saver.run, regions.alive)
                 if config.collapse and found.collapse:
                     collapser = Collapser(self._metrics, config.collapse_seconds)
                     nursery.start_soon(collapser.run, regions.alive)
-                await self._dialog.run(control, regions, self._metrics, _leave)
+                finish = partial(writeback.finish, regions.alive)
+                purge = await self._dialog.run(control, regions, self._metrics, finish, _leave)
                 nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
-                await self._remove_all(writeback)
+                if purge:
+                    await purging.remove_all(regions, writeback.finish)
+                    await self._dialog.flush()
+                if any(True for _ in regions.alive()):
+                    self._journal.close()  # all of it is in one file then
+                else:
+                    self._remove_state()
 
-    async def _remove_all(self, writeback: Writeback) -> None:
-        """We were told to: nothing stays."""
-        await writeback.finish(self._regions.alive())
-        self._regions.release = Region.close_memory
-        self._regions.close()
-        await self._dialog.flush()
+    def _remove_state(self) -> None:
+        """There is nothing that another pager would need it for."""
         self._keeper.close(for_good=True)
         self._disposal.close()
         self._journal.close(remove=True)
@@ -250,7 +314,7 @@ class _Pager:
 def _pool(setting: Setting) -> Pool | None:
     if not setting.features.hugetlb:
         return None
-    return Pool(setting.run_directory / "huge", setting.config.huge_page_bytes)
+    return Pool(setting.run_directory / HUGE, setting.config.huge_page_bytes)
 
 
 def _may_have_device(config: Config, peer: Peer) -> bool:

@@ -87,6 +87,8 @@ class AddressSpaces:
                 raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
             _check_objects(region, 1 + _splits(region, new.offset, new.end))
             protection.arm_for(pages, new)
+            await protection.settled(pages)
+            removal.alive(region)
             with removal.leaving(region, new.offset, new.end):
                 if occupied:
                     await self._write_back(region, new.offset, new.end)
@@ -174,6 +176,7 @@ class AddressSpaces:
                 raise Refused(errno.EINVAL, "the donor's mappings overlap")
             _check_objects(region, 1)
             protection.arm_for(pages_of(region), new)
+            await protection.settled(pages_of(region))
             region.objects.insert(new)
 
     async def hide_donated(self, region: Region) -> None:
@@ -193,6 +196,8 @@ class AddressSpaces:
             _check_objects(region, _splits(region, offset, offset + length))
             if pages_of(region).looked_at:
                 protection.arm(pages_of(region), offset, offset + length)
+                await protection.settled(pages_of(region))
+                removal.alive(region)
             with removal.leaving(region, offset, offset + length):
                 await self._write_back(region, offset, offset + length)
                 removal.alive(region)
@@ -246,6 +251,8 @@ class AddressSpaces:
         watch = pages_of(region).watch
         if new.guarded:
             self._prepare_to_protect(region, new)
+            await protection.settled(pages_of(region))
+            removal.alive(region)
         if watch is not None and not new.accessible:
             watch.hiding.add(new.offset, new.end)
         try:

@@ -198,7 +198,14 @@ class Fills:
                 read = Read.BEYOND
             elif outcome is Outcome.NO_MEMORY and backing.next_data(each.offset) != each.offset:
                 read = Read.NO_MEMORY
-            elif each.window is not target or each.offset in present:
+            elif (
+                each.window is not target
+                or each.offset in present
+                or (
+                    # Late, it has come through the host mapping.
+                    target.far is not None and outcome is not Outcome.DONE
+                )
+            ):
                 read = Read.IN_OTHERS
             else:
                 read = Read.HERE

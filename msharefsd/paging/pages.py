@@ -64,6 +64,10 @@ class Pages:
     """Ranges that are being replaced: who faults there waits until that is done."""
     held: bool = False
     """Whether somebody waits in what is leaving."""
+    behind: set[Window] = field(default_factory=set)
+    """Writers' windows that are not protected, or registered, as they are to be: lanes.py."""
+    held_behind: bool = False
+    """Whether somebody waits for what would have to be protected in these."""
     payers: dict[int, int] = field(default_factory=dict)
     """Offset of a 2 MiB chunk: number of the sharer that populated of it last."""
     collapsed: set[int] = field(default_factory=set)

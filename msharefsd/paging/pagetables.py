@@ -26,12 +26,12 @@ import trio
 
 from msharefsd.errors import Refused
 from msharefsd.linux import processes
-from msharefsd.linux.pagemap import Category, Pagemap, TableCounts
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.hugetlb import SLOT, HugetlbBacking
 from msharefsd.paging.pages import Pages, pages_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
+from msharetables.pagemap import Category, Pagemap, TableCounts
 
 TABLE: Final = 4096
 """The size of a page table; with 4 KiB pages one of PMD entries maps a SLOT."""

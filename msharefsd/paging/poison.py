@@ -84,7 +84,7 @@ class Poison:
                     window.sharer.pid,
                     window.region.label(),
                 )
-        elif remembered and not before:
+        elif remembered and not before and outcome is not Outcome.LATE:
             self.marks.strike(window, offset, end)
         return outcome
 
@@ -128,6 +128,8 @@ class Poison:
         breath = Breath()
         for window in list(pages.refused):
             at = offset
+            if window.writable and any(window.poisoned.within(offset, end)):
+                await window.level()
             while window.attached and (part := next(window.poisoned.within(at, end), None)):
                 if not window.writable:
                     left -= 1
@@ -176,10 +178,13 @@ class Poison:
             # Something may be mapped there in a moment: then the page is the region's.
             self._hunger.notice(window, start, end)
             return end
-        self._map(window, start, end, by_others=outcome is Outcome.PRESENT)
+        mapped = self._map(window, start, end, by_others=outcome is Outcome.PRESENT)
         barrier("poison.cleared")
         backing.punch(start, end - start)  # at once: everybody sees what is there
-        self.marks.strike(window, start, end)
+        if mapped:
+            self.marks.strike(window, start, end)
+        else:
+            self._hunger.notice(window, start, end)
         return end
 
     def _clear_hidden(self, window: Window, found: Object, start: int, end: int) -> int:
@@ -264,36 +269,38 @@ class Poison:
         What came into this very sharer has replaced the marker.  If it did not, only
         UFFDIO_CONTINUE replaces it, which takes MINOR mode.
         """
-        self._map(window, start, end, by_others=by_others)
-        # Not before: nobody would know of the markers if we died in between.
-        self.marks.strike(window, start, end)
+        if self._map(window, start, end, by_others=by_others):
+            # Not before: nobody would know of the markers if we died in between.
+            self.marks.strike(window, start, end)
+        else:
+            self._hunger.notice(window, start, end)
 
-    def _map(self, window: Window, start: int, end: int, *, by_others: bool) -> None:
-        """A piece, which has one object or is about to."""
+    def _map(self, window: Window, start: int, end: int, *, by_others: bool) -> bool:
+        """A piece, which has one object or is about to; False if it is late."""
         region = window.region
         backing, pages = region.backing, pages_of(region)
         assert backing is not None
         if window.writable:
             slot = backing.shared_slot(start)
             if slot is not None and not any(True for _ in pages.armed.within(*slot)):
-                return  # what came into one page table came into all of them
+                return True  # what came into one page table came into all of them
             if not by_others and backing.charges_sharer:
-                return
+                return True
         if not self._capabilities.map_present:
-            return
+            return True
         found = region.objects.find(start)
         guarded = found is not None and found.guarded
         # What nobody may touch is armed and protected when it is hidden.
         armed = list(pages.armed.within(start, end)) if window.writable else []
         plain = list(pages.armed.gaps(start, end)) if window.writable else [(start, end)]
         for low, high in armed:
-            _continue(window, low, high, Mode.WP, protect=guarded)
-        for low, high in plain:
-            _continue(window, low, high, Mode(0), protect=False)
+            if not _continue(window, low, high, Mode.WP, protect=guarded):
+                return False
+        return all(_continue(window, low, high, Mode(0), protect=False) for low, high in plain)
 
 
-def _continue(window: Window, start: int, end: int, mode: Mode, *, protect: bool) -> None:
-    """Map what is in the backing, in place of markers."""
+def _continue(window: Window, start: int, end: int, mode: Mode, *, protect: bool) -> bool:
+    """Map what is in the backing, in place of markers; False if that is late."""
     page = window.region.page
     try:
         # Registering anew for MINOR takes away every mode that is not asked for again
@@ -303,14 +310,15 @@ def _continue(window: Window, start: int, end: int, mode: Mode, *, protect: bool
         # The window is gone, or the process; or a part of the window.
         half = _half(start, end, page)
         if half < end and not window.is_gone():
-            _continue(window, start, half, mode, protect=protect)
-            _continue(window, half, end, mode, protect=protect)
-        return
+            first = _continue(window, start, half, mode, protect=protect)
+            return first and _continue(window, half, end, mode, protect=protect)
+        return True
     while start < end:
         done, outcome = window.map_present(start, end, protect=protect)
-        if outcome is Outcome.GONE:
-            return
+        if outcome in (Outcome.GONE, Outcome.LATE):
+            return outcome is Outcome.GONE
         start += done or page  # one that is mapped already, or not there at all
+    return True
 
 
 def _half(start: int, end: int, page: int) -> int:

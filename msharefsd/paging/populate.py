@@ -166,7 +166,8 @@ class Populate:
         """Populate what is absent in [start, end) from `address`, or with zeros.
 
         Into the sharer if it pays; for a reader, and where nobody pays, into the host
-        mapping.  DONE when nothing is absent and whoever waited there has been woken.
+        mapping.  DONE when nothing is absent and whoever waited there has been woken;
+        PRESENT when not all of it has come into this very window, which is a writer's.
 
         In a region that is watched nobody can write to what comes from a file before that
         is written down, nor to what comes from the stash before _let_write().
@@ -180,9 +181,12 @@ class Populate:
         try:
             if guarded:  # before anybody can see the pages
                 protection.protect(pages, start, end)
+                if pages.behind:
+                    return Outcome.RETRY  # and is held then (PageServer)
             target = window if pays else Mapping(backing.host, backing.host.start)
             # UFFDIO_ZEROPAGE protects nothing, and hugetlb does not have it.
-            if address is None and (guarded or not backing.charges_sharer):
+            copied = (guarded and not target.copies_zeros) or not backing.charges_sharer
+            if address is None and copied:
                 address = self._zeros.address(end - start)
         except OSError as error:
             return uffd.outcome_of(error)
@@ -192,12 +196,33 @@ class Populate:
             watch.clean(start, end)
         protect = pays and (guarded or watch is not None)
         outcome = self._absent(backing, target, start, end, address, protect=protect, watch=watch)
+        late = outcome is Outcome.LATE
+        if late:
+            outcome = self._in_its_place(window, backing, start, end, address, watch)
         if watch is not None:
             outcome = _written_down(watch, window, start, end, outcome, source, guarded=guarded)
-        if not pays and outcome in (Outcome.DONE, Outcome.PRESENT):
+        if (late or not pays) and outcome in (Outcome.DONE, Outcome.PRESENT):
             window.wake(start, end)
-            return Outcome.DONE
+            return Outcome.PRESENT if late else Outcome.DONE
         return outcome
+
+    def _in_its_place(
+        self,
+        window: Window,
+        backing: Backing,
+        start: int,
+        end: int,
+        address: int | None,
+        watch: Watch | None,
+    ) -> Outcome:
+        """Populate as for a reader: nobody waits for the lock of that address space.
+
+        What may be under way there copies nothing that is not put here, now.
+        """
+        if address is not None and window.far is not None and window.far.under_way:
+            self.buffers.copied_late(address, window.far.keep)
+        host = Mapping(backing.host, backing.host.start)
+        return self._absent(backing, host, start, end, address, protect=False, watch=watch)
 
     def _absent(
         self,
@@ -219,7 +244,7 @@ class Populate:
         at, tries = start, TRIES
         while at < end:
             if address is None:
-                done, outcome = target.zeropage(at, end)
+                done, outcome = target.zeropage(at, end, protect=protect)
             else:
                 done, outcome = target.copy(at, end, address + at - start, protect=protect)
             self._metrics.populated.inc(done)

@@ -14,6 +14,9 @@ page yet, which the kernel honours when it does.
 
 Readers need none of this: their windows are read-only mappings.
 
+A writer of another user whose address space is locked is *behind* (lanes.py): what would
+have to be protected there does not become visible meanwhile, and `settled` waits for it.
+
 A sharer that is attaching has been told what the region is, but has no window yet:
 an ioctl may come too early for it.  So it is sent a note first.  It looks for notes
 after its window is registered and before it opens it, and if there is one, or the
@@ -26,10 +29,10 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable, Iterable
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from msharefsd.errors import Refused
-from msharefsd.linux.uffd import Mode
 from msharefsd.memory.sparse import AT_ONCE
 from msharefsd.paging.pages import Pages
 from msharefsd.paging.watch import is_plain
@@ -37,6 +40,8 @@ from msharefsd.paging.window import Window, window_of
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
+
+T = TypeVar("T")
 
 # ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL, EBUSY, EPERM: it
 # has mapped something else there, or registered it elsewhere.  EAGAIN: it moves its
@@ -46,13 +51,37 @@ _HARMLESS: Final = frozenset(
 )
 
 
-def attempt(call: Callable[[int, int], None], start: int, end: int) -> None:
+def attempt(call: Callable[[int, int], T], start: int, end: int) -> T | None:
     """Make an ioctl on a sharer's range; what is wrong with it there is its own affair."""
     try:
-        call(start, end)
+        return call(start, end)
     except OSError as error:
         if error.errno not in _HARMLESS:
             raise
+    return None
+
+
+def _is_behind(pages: Pages, window: Window) -> None:
+    """What others rely on is on its way to that window."""
+    if window not in pages.behind and window.far is not None:
+        pages.behind.add(window)
+        window.far.then(partial(_is_level, pages, window))
+
+
+def _is_level(pages: Pages, window: Window) -> None:
+    pages.behind.discard(window)
+    if pages.held_behind and not pages.behind:
+        pages.held_behind = False
+        wake(pages.region, 0, pages.region.size)
+
+
+async def settled(pages: Pages) -> None:
+    """Wait until every window is protected and registered as it is to be.
+
+    Not for ever: a process that holds that up is given up.
+    """
+    while pages.behind:
+        await next(iter(pages.behind)).level()
 
 
 def tell(window: Window) -> None:
@@ -73,7 +102,7 @@ def arm(pages: Pages, start: int, end: int, *, anew: bool = False) -> None:
         return
     for window in pages.writers():
         tell(window)
-        _arm(window, start, end, pages.modes)
+        _arm(pages, window, start, end)
     pages.armed.add(start, end)
 
 
@@ -83,12 +112,13 @@ def arm_for(pages: Pages, new: Object) -> None:
         arm(pages, new.offset, new.end)
 
 
-def _arm(window: Window, start: int, end: int, modes: Mode) -> None:
-    def register(first: int, last: int) -> None:
-        window.register(first, last, modes)
+def _arm(pages: Pages, window: Window, start: int, end: int) -> None:
+    def register(first: int, last: int) -> bool:
+        return window.register(first, last, pages.modes)
 
     try:
-        attempt(register, start, end)
+        if attempt(register, start, end) is False:
+            _is_behind(pages, window)
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
@@ -104,7 +134,8 @@ async def disarm(pages: Pages, start: int, end: int) -> None:
 
     Otherwise each sharer would go on to ask for every chunk of it that others have, and
     have no huge pages there.  The kernel takes no mode away but by taking all, so for an
-    instant nothing is registered; zeros are right there, whoever makes them.
+    instant nothing is registered; zeros are right there, whoever makes them.  Who does not
+    have it done in time goes on to ask.
     """
     breath = Breath()
     for low, high in list(pages.armed.within(start, end)):
@@ -113,8 +144,7 @@ async def disarm(pages: Pages, start: int, end: int) -> None:
                 # ENOMEM, too, which says here that the process has ended or that it has no
                 # room for another VMA: nothing depends on it.
                 with contextlib.suppress(OSError):
-                    window.unregister(low, high)
-                    window.register(low, high, Mode.MISSING)
+                    window.register_plain(low, high)
             await breath.take()
         pages.armed.remove(low, high)
 
@@ -128,7 +158,8 @@ def protect(pages: Pages, start: int, end: int, windows: Iterable[Window] | None
         # One that has been detached has no userfaultfd any more.
         if window.sharer.number in pages.region.sharers:
             tell(window)
-            attempt(window.protect, start, end)
+            if attempt(window.protect, start, end) is False:
+                _is_behind(pages, window)
 
 
 async def present(region: Region, start: int, end: int) -> list[tuple[int, int]]:
@@ -147,6 +178,7 @@ async def protect_present(pages: Pages, start: int, end: int) -> None:
         for window in list(pages.writers()):
             protect(pages, first, last, [window])
             await breath.take()
+        await settled(pages)
 
 
 async def unprotect(pages: Pages, start: int, end: int) -> None:
@@ -190,8 +222,9 @@ async def admit(pages: Pages, sharer: Sharer) -> None:
     for start, end in list(pages.armed):
         if not window.attached:
             return
-        _arm(window, start, end, pages.modes)
+        _arm(pages, window, start, end)
         await breath.take()
+        await window.level()
     at = 0
     while window.attached and (item := region.objects.first(at, region.size)) is not None:
         at = item.end
@@ -201,6 +234,7 @@ async def admit(pages: Pages, sharer: Sharer) -> None:
         for first, last in await present(region, item.offset, item.end):
             protect(pages, first, last, [window])
             await breath.take()
+            await window.level()
 
 
 def wake(region: Region, start: int, end: int) -> None:

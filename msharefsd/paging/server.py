@@ -23,6 +23,8 @@ import contextlib
 import errno
 import logging
 import os
+import signal
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
@@ -32,10 +34,12 @@ from msharefsd.journal.journal import Journal
 from msharefsd.linux import uffd
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
-from msharefsd.linux.uffd import Fault, Outcome
+from msharefsd.linux.uffd import Fault, Feature, Inherited, Outcome
+from msharefsd.paging import thread
 from msharefsd.paging.background import Background
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
 from msharefsd.paging.hunger import Hunger
+from msharefsd.paging.lanes import Far, Lanes
 from msharefsd.paging.pages import Pages, Waiting, pages_of
 from msharefsd.paging.poison import Poison
 from msharefsd.paging.populate import Populate
@@ -60,6 +64,13 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.5
 
 
+Heir = Callable[[Sharer, int], Awaitable[None]]
+
+
+async def _nobody(_sharer: Sharer, fd: int) -> None:
+    os.close(fd)
+
+
 class PageServer:
     """Serves the faults of all sharers of one daemon."""
 
@@ -70,14 +81,22 @@ class PageServer:
         region_memory: int | None,
         threads: Threads,
         journal: Journal,
+        owner: int | None = None,
     ) -> None:
-        """`region_memory`: the most bytes a region may hold, or None."""
+        """`region_memory`: the most bytes a region may hold, or None.
+
+        `owner`: whose regions they are; None if there is nobody else.
+        """
         self._capabilities = capabilities
         self._metrics = metrics
         self._journal = journal
+        self.inherited: Heir = _nobody
+        """Told of a child that has a sharer's window, and its userfaultfd, which it takes."""
         self._reader = uffd.Reader(nowait=capabilities.nowait)
         self._seldom = Seldom()
         self._background = Background()
+        far_reader = uffd.Reader(nowait=capabilities.nowait, may_wait=True)
+        self.lanes = Lanes(owner, far_reader, self._background, self.give_up)
         self._populate = Populate(metrics, region_memory)
         self._hunger = Hunger()
         self.fills = Fills(
@@ -109,6 +128,31 @@ class PageServer:
         # A blocking one cannot be polled; see uffd.Reader for reading.
         os.set_blocking(fd, False)
 
+    def adopt_far(self, fd: int, uid: int) -> Far | None:
+        """The same of a process of another user than the owner; None of others.
+
+        It is closed, and shake_hands() is to come.  Raises OSError if it is none, and then
+        it is not closed; EBUSY if the user's processes hold up calls on them.
+        """
+        if not self.lanes.needs_one(uid):
+            return None
+        uffd.check_kind(fd)
+        return self.lanes.take(uid, fd)
+
+    async def shake_hands(self, far: Far) -> None:
+        """The handshake with one that a lane has.  Raises OSError, and it is to be closed.
+
+        Without a child's: its userfaultfd would be in the lane's table.
+        """
+        await far.shake_hands(self._capabilities.features & ~Feature.EVENT_FORK)
+
+    def give_up(self, sharer: Sharer) -> None:
+        """A sharer's window cannot be brought to what its region is: it has to end."""
+        if sharer.pidfd is not None and thread.may_signal(sharer):
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(sharer.pidfd, signal.SIGKILL)
+        sharer.dismiss()
+
     async def serve(self, sharer: Sharer) -> None:
         """Answer a sharer's faults until its address space is gone or we are cancelled."""
         if sharer.region.backing is None:
@@ -127,31 +171,34 @@ class PageServer:
     async def _serve(self, window: Window) -> None:
         """Until it is gone, or detached, which may be at every await."""
         breath, empty, pause = Breath(), 0, FIRST_PAUSE
-        while window.uffd >= 0:
+        while not window.detached:
             since = trio.current_time()
-            await trio.lowlevel.wait_readable(window.uffd)
-            faults = self._reader.faults(window.uffd) if window.uffd >= 0 else []
+            faults = await window.faults(self._reader)
             if faults or trio.current_time() - since > LONG_WAIT:
                 empty, pause = 0, FIRST_PAUSE
-            elif window.uffd >= 0:
+            elif not window.detached:
                 # Its process has read them; or has made it one that blocks, and such a
                 # one says always that there is something.
-                os.set_blocking(window.uffd, False)
+                window.unblock()
                 empty += 1
                 if empty > PATIENCE:
                     await trio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
             for fault in faults:
-                barrier("fault.read")
-                try:
-                    outcome = self._answer(window, fault)
-                except OSError as error:
-                    outcome = self._failed(window, window.page_of(fault.address), error)
-                if outcome is Outcome.GONE:
+                if isinstance(fault, Inherited):
+                    await self.inherited(window.sharer, fault.uffd)
+                elif self._answered(window, fault) is Outcome.GONE:
                     return
                 await breath.take()
-                if window.uffd < 0:
+                if window.detached:
                     return
+
+    def _answered(self, window: Window, fault: Fault) -> Outcome:
+        barrier("fault.read")
+        try:
+            return self._answer(window, fault)
+        except OSError as error:
+            return self._failed(window, window.page_of(fault.address), error)
 
     def _failed(self, window: Window, offset: int, error: OSError) -> Outcome:
         """A fault that cannot be answered ends in SIGBUS, and not in waiting forever."""
@@ -170,7 +217,7 @@ class PageServer:
     def _forget(self, window: Window) -> None:
         """A sharer is going: whoever waits there looks again (and finds no server)."""
         self._hunger.forget(window)
-        if window.uffd < 0:
+        if window.detached:
             return
         with contextlib.suppress(OSError):
             window.wake(0, window.size)
@@ -180,13 +227,16 @@ class PageServer:
         window = window_of(sharer)
         self._forget(window)
         self.poison.marks.forget(window)
+        sharer.pidfd = None
+        sharer.paging = None  # nothing that refers to itself stays: see starter.py
+        if window.far is not None:
+            window.far.close()
+            return
         trio.lowlevel.notify_closing(sharer.uffd)
         os.close(sharer.uffd)
         # The number may be another file's in a moment, one of our own mount even, and
         # an ioctl on that would wait for ourselves.
         sharer.uffd = -1
-        sharer.pidfd = None
-        sharer.paging = None  # nothing that refers to itself stays: see starter.py
 
     def check_memory(self, region: Region) -> None:
         """Raise Refused(EDQUOT) if a region has more than its limits, by a donor's writing."""
@@ -253,6 +303,10 @@ class PageServer:
             return self._violations.sigbus(window, offset, fault.thread)
         if not found.accessible or (fault.write and not found.writable):
             return self._forbidden(window, offset, fault)
+        pages = pages_of(window.region)
+        if pages.behind and found.guarded:
+            pages.held_behind = True  # to be woken when it can be protected everywhere
+            return Outcome.DONE
         self._metrics.faults.labels("file" if found.file else "anonymous").inc()
         if found.file is None:
             chunk = window.chunks.chunk(offset)
@@ -304,7 +358,7 @@ class PageServer:
             end = min(offset - offset % chunk + chunk, found.end)
         outcome = Outcome.DONE
         try:
-            window.unprotect(start, end)
+            window.unprotect(start, end)  # late, it is woken later as well
         except OSError as error:
             outcome = uffd.outcome_of(error)
         # Not every part of the range need be registered: at least it looks again.

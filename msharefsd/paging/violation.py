@@ -22,7 +22,7 @@ from msharefsd.barriers import barrier
 from msharefsd.linux import syscalls
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.uffd import Fault, Outcome
-from msharefsd.paging import thread
+from msharefsd.paging import protection, thread
 from msharefsd.paging.background import Background
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.poison import Poison
@@ -69,17 +69,15 @@ class Violations:
 
     async def _locate(self, window: Window, fault: Fault, answer: Answer) -> None:
         found = await self._threads.find(window, fault.thread)
-        if window.attached and window.uffd >= 0:
+        if window.attached and not window.detached:
             with contextlib.suppress(OSError):
                 answer(found)
 
     def _forbidden(self, window: Window, offset: int, fault: Fault, found: int | None) -> None:
         sharer = window.sharer
-        if not thread.may_signal(sharer):
-            self._poison.fleeting(window, offset)
-            return
-        where = thread.where(sharer.pid, found)
-        if where is Where.SYSTEM_CALL:
+        reachable = thread.may_signal(sharer)
+        where = _where(window, found) if reachable else Where.SYSTEM_CALL
+        if where is Where.SYSTEM_CALL:  # who cannot be sent a signal has SIGBUS of that
             self._background.start(self._fail_system_call, window, offset)
         elif where is Where.USER and found is not None:
             thread.signal(sharer.pid, found, signal.SIGSEGV, fault.address)
@@ -89,7 +87,7 @@ class Violations:
     def _beyond(self, window: Window, offset: int, fault: Fault, found: int | None) -> None:
         # Code has a signal and no poison: the file may grow.
         sharer = window.sharer
-        where = thread.where(sharer.pid, found)
+        where = _where(window, found)
         if where is Where.SYSTEM_CALL:
             self.sigbus(window, offset, fault.thread)
         elif not thread.may_signal(sharer):
@@ -123,6 +121,8 @@ class Violations:
 
     async def _refuse(self, window: Window, offset: int) -> None:
         region = window.region
+        if window.writable:
+            await protection.settled(pages_of(region))
         end = offset + region.page
         if not window.attached or region.backing is None:
             return
@@ -147,6 +147,14 @@ class Violations:
                 self._poison.clear_page(window, offset)
         except OSError as error:
             log.warning("process %d: cannot fail a system call: %s", window.sharer.pid, error)
+
+
+def _where(window: Window, found: int | None) -> Where:
+    """As thread.where; that takes a lock which a process can hold while it executes another."""
+    look = partial(thread.where, window.sharer.pid, found)
+    if window.far is None:
+        return look()
+    return window.far.ask_now(look) or Where.ELSEWHERE
 
 
 def _signal(window: Window, offset: int, number: int | None) -> Outcome:

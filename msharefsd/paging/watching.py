@@ -50,6 +50,7 @@ SHORTEST: Final = 0.05
 SHARE_OF_LOOKING: Final = 0.05
 PAUSE: Final = 0.2
 """How long nothing is looked for after nothing was found."""
+LATE_PAUSE: Final = 0.01
 PATIENCE: Final = 5.0
 """How long a reader's window may take to be registered, until it is left as it is."""
 
@@ -109,6 +110,9 @@ class Watching:
                 return
             pages.modes = Mode.MISSING | Mode.MINOR | Mode.WP
             await _arm_all(pages)
+            await protection.settled(pages)
+            if region.backing is None:
+                return
             watch = pages.watch = self._new(region)
             try:
                 await _take_down(pages, watch)
@@ -149,14 +153,19 @@ class Watching:
             window.ready = True
             if pages_of(sharer.region).looked_at:
                 await self._register(window)
+                with trio.move_on_after(PATIENCE):
+                    while window.is_late:  # nobody else has to wait for that
+                        await trio.sleep(LATE_PAUSE)
 
     async def _register(self, window: Window) -> None:
         """Have everything looked at that comes into a reader's window.
 
-        The whole, so it is done once.  It takes the lock of an address space, which its
-        process may hold as long as it likes: so it is done in a thread of its user's.
+        The whole, so it is done once.  That takes its time, so it is done in a thread.
         """
-        if window.attached:
+        if window.attached and window.far is not None:
+            with suppress(OSError):
+                window.register(0, window.size, Mode.MISSING | Mode.MINOR)
+        elif window.attached:
             start = partial(window.register, 0, window.size, Mode.MISSING | Mode.MINOR)
             with trio.move_on_after(PATIENCE), suppress(OSError):
                 await self._threads.run(window.sharer.uid, start)

@@ -1,16 +1,23 @@
 """Where an address space has the region: its window, or the pager's host mapping.
 
 Inside of the page server a region is offsets, from 0 to its size.  Here they become
-addresses, and nowhere else.
+addresses, and nowhere else.  And nowhere else is a call made on the address space of a
+sharer by its userfaultfd: of a process of another user that goes through a lane, and may be
+late (lanes.py).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Final, Protocol
 
+import trio
+
 from msharefsd.linux import uffd
-from msharefsd.linux.uffd import Mode, Outcome
+from msharefsd.linux.uffd import Fault, Inherited, Mode, Outcome
 from msharefsd.paging.chunks import Chunks
+from msharefsd.paging.lanes import Far
 from msharefsd.region.ranges import Ranges
 from msharefsd.region.region import Region, Sharer
 
@@ -29,60 +36,105 @@ class Holder(Protocol):
 class Mapping:
     """The region in one address space, with the ioctls of its userfaultfd.
 
-    Offsets are bytes from the region's start.  The operations are uffd.py's.
+    Offsets are bytes from the region's start.  The operations are uffd.py's.  What can be
+    late is so in a Window only.
     """
 
     def __init__(self, holder: Holder, start: int) -> None:
         """`start`: the address of the region's first byte there."""
         self._holder = holder
         self.start = start
+        self.far: Far | None = None
+        """Its userfaultfd, if it is of a process of another user."""
 
-    @property
-    def uffd(self) -> int:
-        """Its userfaultfd; -1 once it has been detached."""
-        return self._holder.uffd
+    # -- what need not happen: late, it is done another time or in another way --
 
     def wake(self, start: int, end: int) -> None:
-        """Let every thread that waits for a page in the range look again."""
-        uffd.wake(self._holder.uffd, self.start + start, end - start)
+        """Let every thread that waits for a page in the range look again, soon."""
+        if self.far is None:
+            uffd.wake(self._holder.uffd, self.start + start, end - start)
+        else:
+            self.far.wake(self.start + start, end - start)
 
-    def zeropage(self, start: int, end: int) -> tuple[int, Outcome]:
-        """Populate absent pages with zeros."""
-        return uffd.zeropage(self._holder.uffd, self.start + start, end - start)
+    def zeropage(self, start: int, end: int, *, protect: bool) -> tuple[int, Outcome]:
+        """Populate absent pages with zeros.  LATE: that will not happen any more.
+
+        `protect`: only with `copies_zeros`.
+        """
+        if self.far is None:
+            return uffd.zeropage(self._holder.uffd, self.start + start, end - start)
+        return self.far.zeropage(self.start + start, end - start, protect=protect)
+
+    @property
+    def copies_zeros(self) -> bool:
+        """Whether its zeros are copied, and so can be protected."""
+        return self.far is not None
 
     def copy(self, start: int, end: int, source: int, *, protect: bool) -> tuple[int, Outcome]:
-        """Populate absent pages from the address `source` of our own."""
-        return uffd.copy(
-            self._holder.uffd, self.start + start, source, end - start, protect=protect
-        )
+        """Populate absent pages from the address `source` of our own.
+
+        LATE: that may happen as long as there is memory at `source`.
+        """
+        if self.far is None:
+            fd, address = self._holder.uffd, self.start + start
+            return uffd.copy(fd, address, source, end - start, protect=protect)
+        return self.far.fill(uffd.copy, self.start + start, source, end - start, protect=protect)
 
     def poison(self, start: int, end: int) -> Outcome:
         """Have absent pages raise SIGBUS."""
-        return uffd.poison(self._holder.uffd, self.start + start, end - start)[1]
+        if self.far is None:
+            return uffd.poison(self._holder.uffd, self.start + start, end - start)[1]
+        return self.far.fill(uffd.poison, self.start + start, end - start)[1]
 
     def map_present(self, start: int, end: int, *, protect: bool) -> tuple[int, Outcome]:
         """Map what the backing has already."""
-        return uffd.map_present(self._holder.uffd, self.start + start, end - start, protect=protect)
+        address, length = self.start + start, end - start
+        if self.far is None:
+            return uffd.map_present(self._holder.uffd, address, length, protect=protect)
+        return self.far.fill(uffd.map_present, address, length, protect=protect)
 
-    def register(self, start: int, end: int, mode: Mode) -> None:
-        """Register for these modes and no others."""
-        uffd.register(self._holder.uffd, self.start + start, end - start, mode)
-
-    def unregister(self, start: int, end: int) -> None:
-        """Have nothing reported."""
-        uffd.unregister(self._holder.uffd, self.start + start, end - start)
-
-    def protect(self, start: int, end: int) -> None:
-        """Have writes reported."""
-        uffd.write_protect(self._holder.uffd, self.start + start, end - start)
+    def register_plain(self, start: int, end: int) -> None:
+        """Take every mode but MISSING away: the kernel can only take all, and add again."""
+        address, length = self.start + start, end - start
+        if self.far is None:
+            _register_plain(self._holder.uffd, address, length)
+        else:
+            self.far.attempt(_register_plain, address, length)
 
     def unprotect(self, start: int, end: int, *, wake: bool = True) -> None:
         """Let writes through."""
-        uffd.write_unprotect(self._holder.uffd, self.start + start, end - start, wake=wake)
+        address, length = self.start + start, end - start
+        if self.far is None:
+            uffd.write_unprotect(self._holder.uffd, address, length, wake=wake)
+        else:
+            self.far.attempt(uffd.write_unprotect, address, length, wake=wake)
 
     def is_gone(self) -> bool:
-        """Whether the address space no longer exists."""
-        return uffd.is_gone(self._holder.uffd)
+        """Whether the address space is known to exist no longer."""
+        return uffd.is_gone(self._holder.uffd) if self.far is None else self.far.is_gone()
+
+    # -- what others rely on: late, it is under way --
+
+    def register(self, start: int, end: int, mode: Mode) -> bool:
+        """Register for these modes and no others; whether that has been done."""
+        address, length = self.start + start, end - start
+        if self.far is not None:
+            return self.far.state(uffd.register, address, length, mode)
+        uffd.register(self._holder.uffd, address, length, mode)
+        return True
+
+    def protect(self, start: int, end: int) -> bool:
+        """Have writes reported; whether that is so."""
+        address, length = self.start + start, end - start
+        if self.far is not None:
+            return self.far.state(uffd.write_protect, address, length)
+        uffd.write_protect(self._holder.uffd, address, length)
+        return True
+
+
+def _register_plain(fd: int, address: int, length: int) -> None:
+    uffd.unregister(fd, address, length)
+    uffd.register(fd, address, length, Mode.MISSING)
 
 
 class Window(Mapping):
@@ -104,8 +156,37 @@ class Window(Mapping):
         """What of that is to be populated as soon as it can be: see hunger.py."""
         self.threads: dict[int, int] = {}
         """Threads as we number them, by their own numbers: see thread.py."""
+        self.huge = True
+        """Whether its process may have huge pages, as far as is known: see collapse.py."""
         self.ready = False
         """It has asked for what is protected since it mapped its window."""
+
+    @property
+    def detached(self) -> bool:
+        """Whether nothing can be asked of it any more."""
+        return self.sharer.uffd < 0 if self.far is None else self.far.is_over
+
+    @property
+    def is_late(self) -> bool:
+        """Whether what is asked of it now would be late."""
+        return self.far is not None and self.far.is_late
+
+    async def level(self) -> None:
+        """Wait until nothing that was asked of it is late, which is not for ever."""
+        if self.far is not None:
+            await self.far.level()
+
+    async def faults(self, reader: uffd.Reader) -> Sequence[Fault | Inherited]:
+        """The faults that wait, as soon as there are any; none if there are none after all."""
+        if self.far is not None:
+            return await self.far.faults()
+        await trio.lowlevel.wait_readable(self.sharer.uffd)
+        return reader.faults(self.sharer.uffd) if self.sharer.uffd >= 0 else []
+
+    def unblock(self) -> None:
+        """Somebody may have made it block."""
+        if self.far is None:  # the lane does that itself
+            os.set_blocking(self.sharer.uffd, False)
 
     @property
     def writable(self) -> bool:

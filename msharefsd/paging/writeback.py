@@ -7,6 +7,9 @@ What holds of them:
   write is let through, and struck out after the file has it.
 - To write it, the page is protected again in those who could write, then read, then
   written, in this order: what is written to it in between makes it dirty anew.
+- A page with a robust mutex that somebody holds is not left protected: a thread that ends
+  cannot wait for us (PF_EXITING, handle_userfault()), and whoever waits for the mutex would
+  never be told that its owner has died.  So it stays dirty, and is written every time.
 - A page is of the file (`Dirty`) that the map had there when it became dirty.  Who
   replaces an object takes its dirty pages out before anybody can write there again; if
   the map says another file now, or none, the page is nobody's to write.
@@ -34,6 +37,7 @@ import trio
 
 from msharefsd.barriers import barrier
 from msharefsd.journal.journal import Journal
+from msharefsd.linux import robust
 from msharefsd.memory.buffers import BUFFER
 from msharefsd.memory.files import MappedFile
 from msharefsd.paging import protection
@@ -55,6 +59,8 @@ AT_ONE_TIME: Final = 256
 """How many objects of a region that is gone go at one time."""
 MOST_CLEAN: Final = 512
 """How many pages that turn out to be no file's are left out at one time."""
+LOOKING_SECONDS: Final = 1.0
+"""How long a process may take to be looked into."""
 LAST_SECONDS: Final = 30.0
 """How long the daemon's end waits for files that do not answer."""
 
@@ -168,8 +174,8 @@ class Writeback:
                 try:
                     if run is None:
                         await trio.lowlevel.checkpoint()
-                    else:
-                        await self._write(region, run)
+                    elif not await self._write(region, run):
+                        start = run.offset
                 except OSError as error:
                     failure = failure or error
         if failure is not None:
@@ -208,14 +214,18 @@ class Writeback:
             self._journal.clean(region.id, clean)
         return run, after if run is None else run.offset + run.length
 
-    async def _write(self, region: Region, run: _Run) -> None:
+    async def _write(self, region: Region, run: _Run) -> bool:
+        """Write it; False if it is to be looked at anew: protecting it took its time."""
         backing = region.backing
         if backing is None:
-            return
+            return True
         dirty = pages_of(region).dirty
         end = run.offset + run.length
         pages = range(run.offset, end, region.page)
         protection.protect(pages_of(region), run.offset, end, run.writers)
+        if pages_of(region).behind:
+            await protection.settled(pages_of(region))
+            return False
         for page in pages:
             dirty.discard(page)
         content = backing.read(run.offset, run.length)
@@ -223,6 +233,7 @@ class Writeback:
         run.file.hold()
         dirty.writing[run.file] = (run.offset, end)
         try:
+            await self._keep_mutexes(region, run)
             await self._threads.run(run.file.uid, partial(run.file.write, content, run.file_offset))
         except BaseException as error:
             for page in pages:
@@ -244,6 +255,33 @@ class Writeback:
         # What was written to meanwhile is dirty again.
         self._journal.clean(region.id, [page for page in pages if page not in dirty])
         self._metrics.written_back.inc(run.length)
+        return True
+
+    async def _keep_mutexes(self, region: Region, run: _Run) -> None:
+        """Let who holds robust mutexes in what has just been protected write there again.
+
+        Looking begins after protecting: who takes one later has a fault, and is noticed.
+        """
+        start, end = region.start + run.offset, region.start + run.offset + run.length
+        for window in list(run.writers):
+            sharer = window.sharer
+            found: set[int] = set()
+            # Of another user's process it could wait for ever, whose own mutex it is.
+            if sharer.pid and window.attached and window.far is None:
+                with trio.move_on_after(LOOKING_SECONDS):
+                    look = partial(_mutexes, sharer.pid, start, end, region.page)
+                    found = await self._threads.run(sharer.uid, look)
+            for page in found:
+                self._leave_open(region, run.file, page - region.start, window)
+
+    @staticmethod
+    def _leave_open(region: Region, file: MappedFile, page: int, window: Window) -> None:
+        pages, item = pages_of(region), region.objects.find(page)
+        if item is None or item.file is not file or not item.written_back or not item.writable:
+            return
+        if window.attached and not pages.leaving.contains(page):
+            pages.dirty.add(page, file, [window])
+            protection.attempt(window.unprotect, page, page + region.page)
 
     async def sync(self, region: Region, start: int, end: int) -> None:
         """msync(MS_SYNC): flush, and have the files' data on their disks.  Raises OSError."""
@@ -333,30 +371,48 @@ class Writeback:
                     nursery.start_soon(self._work, uid, rounds)
 
     async def _last(self, region: Region) -> None:
-        try:
-            await self._everything(region)
-            if pages_of(region).dirty:
-                log.error(
-                    "region %s is gone with %d bytes that its files did not take",
-                    region.label(),
-                    len(pages_of(region).dirty) * region.page,
-                )
-            await _let_files_go(region)
-        finally:
-            if region.backing is not None:
-                region.close_memory()
+        """A region that is gone has its memory until its files have what was written to it.
 
-    async def finish(self, regions: Iterable[Region]) -> None:
-        """The daemon ends: write everything, as long as the files answer."""
-        with trio.move_on_after(LAST_SECONDS, shield=True):
+        But for a file that nobody has any more: nothing will ever be written to that.
+        """
+        while True:
+            await self._everything(region)
+            dirty = pages_of(region).dirty
+            if not dirty:
+                break
+            lost = all(file.fd < 0 for file in dirty.files())
+            if lost or self._seldom.now((region.id, "last")):
+                log.error(
+                    "region %s is gone with %d bytes that its files did not take%s",
+                    region.label(),
+                    len(dirty) * region.page,
+                    ": nobody has these files any more" if lost else " yet: it is tried again",
+                )
+            if lost:
+                break
+            await trio.sleep(INTERVAL)
+        await _let_files_go(region)
+        if region.backing is not None:
+            region.close_memory()
+
+    async def finish(self, regions: Callable[[], Iterable[Region]]) -> None:
+        """The daemon ends: write everything, as long as the files answer.
+
+        What they do not take stays dirty, here and in the journal.
+        """
+        before = self._nursery
+        with trio.move_on_after(LAST_SECONDS):
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for region in [*regions, *self._released]:
-                    if pages_of(region).dirty:
+                for region in regions():
+                    if pages_of(region).dirty or pages_of(region).dirty.writing:
                         nursery.start_soon(self._everything, region)
-        for region in self._released:
-            region.close_memory()
-        self._released = []
+        self._nursery = before
+
+
+def _mutexes(pid: int, start: int, end: int, page: int) -> set[int]:
+    """The pages of [start, end) that have robust mutexes which a process holds; addresses."""
+    return {at - at % page for at in robust.held(pid) if start <= at < end}
 
 
 async def _let_files_go(region: Region) -> None:

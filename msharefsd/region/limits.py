@@ -80,6 +80,11 @@ class Account:
         """Raise Refused(EMFILE) if the user may have no more sharers."""
         self._check("sharers", len(self.sharers) + 1, self.allowance.sharers, errno.EMFILE)
 
+    def has_too_many_sharers(self) -> bool:
+        """Whether some came without being asked for."""
+        most = self.allowance.sharers
+        return most != config.NO_LIMIT and len(self.sharers) > int(most)
+
     def check_objects(self, more: int) -> None:
         """Raise Refused(ENOMEM) if the user's regions may not have that many more objects.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from msharefsd.journal.database import signed
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedFile, SavedObject, SavedRegion, SavedSharer
 from msharefsd.memory.files import MappedFile
+from msharefsd.memory.names import stamp
 from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer
 
@@ -30,6 +32,8 @@ def region_row(region: Region) -> SavedRegion:
         region.kind,
         region.memory.backing if region.memory else None,
         region.memory.stash if region.memory else None,
+        region.stashed,
+        region.changes,
     )
 
 
@@ -91,11 +95,20 @@ def save_objects(
     journal.save_objects(
         region.id,
         [(offset, None if item is None else _object_row(item)) for offset, item in now],
+        number=region.changes + 1,
         files=[_file_row(item.file) for _, item in now if item is not None and item.file],
         call=call,
         gone=gone,
         clearing=clearing,
     )
     changed.clear()
+    region.changes += 1
+    journal.when_written(partial(_stamp_memory, region))
     if by is not None and by.call:
         by.done = by.call
+
+
+def _stamp_memory(region: Region) -> None:
+    """The memory is about to see what the journal has: never before that."""
+    if region.backing is not None:
+        stamp(region.backing.fd, region.changes)

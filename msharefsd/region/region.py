@@ -38,8 +38,16 @@ from msharefsd.telemetry.labels import label
 
 INODES: Final = 8
 """Inode numbers in the mount that each region has, from `id * INODES` on: its file's first."""
+BY_IDENTITY: Final = 6
+"""Which of them is the region's file once more, found by the region's identity."""
 TASK_SIZE: Final = 1 << 47
 """The first address that user space cannot have with 4-level page tables."""
+
+
+def region_of_file(inode: int) -> int | None:
+    """The id of the region whose file has that inode number, by its name or its identity."""
+    number, kind = divmod(inode, INODES)
+    return number if kind in (0, BY_IDENTITY) else None
 
 
 class State(Enum):
@@ -61,7 +69,7 @@ class Sharer:
     uid: int
     writable: bool
     uffd: int
-    """-1 once it has been detached."""
+    """-1 once it has been detached, and if a lane has it: see paging/lanes.py."""
     ended: Callable[[], bool] = lambda: False
     """Whether the process is gone, although nobody has detached it yet."""
     pidfd: int | None = None
@@ -81,6 +89,8 @@ class Sharer:
     """The number of its last call that is done and must not be done again."""
     note: Callable[[], None] = lambda: None
     """Tell it to ask, once: protection has changed while it was attaching."""
+    dismiss: Callable[[], None] = lambda: None
+    """Have it detached: nothing more can be asked of its process."""
 
 
 @dataclass(eq=False, slots=True)
@@ -106,6 +116,10 @@ class Region:
     """Of its backing."""
     memory: MemoryNames | None = None
     """What its memory is called, from before it is made until it is gone."""
+    stashed: bool = False
+    """Whether there is a stash, or was about to be one."""
+    changes: int = 0
+    """How often its objects have been written down."""
     board: Board | None = None
     slot: int = NOWHERE
     """Where it shows how much memory it holds."""
@@ -167,9 +181,15 @@ class Region:
         return Extent(self.id, self.start, self.size, *numbers, self.slot, self.record())
 
     def show(self) -> None:
-        """Have everybody see how much memory it holds now."""
+        """Have everybody see how much memory it holds now, and how many have it."""
         if self.board is not None:
             self.board.set(self.slot, self.allocated())
+            self.board.set_sharers(self.slot, len(self.sharers))
+
+    def show_sharers(self) -> None:
+        """Have everybody see how many have it."""
+        if self.board is not None:
+            self.board.set_sharers(self.slot, len(self.sharers))
 
     def grown(self, size: int) -> None:
         """As `show`, when so many bytes have come: without looking."""

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import trio
 
@@ -20,6 +21,7 @@ from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
 from msharefsd.link.board import Board
 from msharefsd.link.messages import Emptied, Gone, NameRecord, Unlink
+from msharefsd.memory import names as memory_names
 from msharefsd.memory.backing import Backing
 from msharefsd.memory.names import MemoryNames
 from msharefsd.region.limits import Limits
@@ -166,7 +168,13 @@ class Regions:
         if self.board is not None:
             region.board, region.slot = self.board, self.board.take()
         region.backing.growth = region.grown
+        region.backing.stashing = partial(self._stashes, region)
         region.show()
+
+    def _stashes(self, region: Region) -> None:
+        """Pages are about to be hidden: a stash that is missing later is a loss."""
+        if not region.stashed:
+            self.change(region, stashed=True)
 
     def change(self, region: Region, **fields: object) -> None:
         """Set fields of a region, and write it down.  Raises Refused, and nothing is set."""
@@ -219,6 +227,7 @@ class Regions:
         try:
             backing = self._make_backing(memory, start, size, kind)
         except BaseException:
+            memory_names.remove(memory)  # what was made of it has no place in the journal now
             self._empty(region)
             raise
         region.backing = backing
@@ -230,6 +239,7 @@ class Regions:
         self.journal.forget_region(region.id)
         region.start = region.size = 0
         region.memory = None
+        region.stashed = False
         region.state = State.FILE
 
     def commit(self, region: Region, by: Sharer | None = None) -> None:
@@ -297,11 +307,13 @@ class Regions:
         sharer.account = self.limits.account(sharer.uid)
         sharer.account.sharers.add(sharer)
         sharer.region.sharers[sharer.number] = sharer
+        sharer.region.show_sharers()
 
     def detach(self, sharer: Sharer) -> None:
         """A sharer is gone; a region without name and sharers goes with it."""
         region = sharer.region
         del region.sharers[sharer.number]
+        region.show_sharers()
         sharer.account.sharers.discard(sharer)
         self.journal.forget_sharer(sharer.number)
         self.reap(region)
@@ -316,14 +328,13 @@ class Regions:
             self._forget(region)
         self._free(region)
 
-    def close(self) -> None:
-        """Free everything: it was asked for."""
-        for region in list(self._by_id.values()):
-            region.linked = False
-            region.state = State.GONE
-            if region.backing is None:
-                self._forget(region)
-            self._free(region)
+    def remove(self, region: Region) -> None:
+        """Free a region whoever has it: it was asked for."""
+        region.linked = False
+        region.state = State.GONE
+        if region.backing is None:
+            self._forget(region)
+        self._free(region)
 
     def _closed(self, region: Region) -> None:
         # Not before: until its memory is gone a region has pages to write back.

@@ -13,7 +13,7 @@ from typing import Final
 
 from msharefsd.link.messages import NameRecord
 from msharefsd.linux import processes, syscalls
-from msharefsd.region.region import Region
+from msharefsd.region.region import Region, State
 
 _SHARERS_HEAD: Final = "PID      UID      ACCESS     SINCE                COMMAND\n"
 
@@ -31,7 +31,7 @@ def info(region: Region) -> str:
     """`info`: one `key: value` a line; sizes and addresses in bytes."""
     rows: list[tuple[str, object]] = [
         ("name", region.label()),
-        ("state", region.state.value),
+        ("state", _state(region)),
         ("start", f"{region.start:#x}"),
         ("size", region.size),
         ("access", "read-only" if region.read_only else "read-write"),
@@ -45,6 +45,12 @@ def info(region: Region) -> str:
         rows.insert(7, ("backing", f"{region.backing.kind} {region.backing.name}"))
         rows.insert(8, ("page", region.page))
     return "".join(f"{key + ':':<9} {value}\n" for key, value in rows)
+
+
+def _state(region: Region) -> str:
+    if not region.linked and region.state is not State.BUILDING:
+        return "removed"
+    return region.state.value
 
 
 def maps(region: Region) -> Iterator[str]:

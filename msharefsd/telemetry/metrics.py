@@ -22,6 +22,10 @@ class Counted(Protocol):
     def sharers(self) -> Sized:
         """Its sharers."""
 
+    @property
+    def linked(self) -> bool:
+        """Whether it has its name."""
+
     def allocated(self) -> int:
         """Bytes of memory that it holds."""
 
@@ -38,6 +42,7 @@ class Metrics:
         self.written_back = self._counter("written_back_bytes", "written to mapped files, bytes")
         self.writeback_errors = self._counter("writeback_errors", "rounds that a file failed")
         self.collapsed = self._counter("collapsed_chunks", "2 MiB chunks made huge pages")
+        self.not_collapsed = self._counter("not_collapsed", "chunks that were not", "why")
         self.intruded = self._counter("intruded_pages", "pages that a reader made, taken out")
         self.attaches = self._counter("attaches", "sharers attached")
         self.refused = self._counter("refused", "calls turned down", "errno")
@@ -91,16 +96,23 @@ class _Sum(Collector):
         yield from self._more
 
 
+def _allocated(region: Counted) -> int:
+    return region.allocated()
+
+
 class _Current(Collector):
     def __init__(self, regions: Callable[[], Iterable[Counted]]) -> None:
         self._regions = regions
 
     def collect(self) -> Iterator[Metric]:
         living = list(self._regions())
+        removed = [region for region in living if not region.linked]
         for name, text, value in (
             ("msharefs_regions", "regions that have memory", len(living)),
             ("msharefs_sharers", "sharers", sum(len(region.sharers) for region in living)),
-            ("msharefs_memory_bytes", "memory held", sum(r.allocated() for r in living)),
+            ("msharefs_memory_bytes", "memory held", sum(map(_allocated, living))),
+            ("msharefs_removed_regions", "of these, removed and in use still", len(removed)),
+            ("msharefs_removed_memory_bytes", "held by those", sum(map(_allocated, removed))),
             ("msharefs_tasks", "tasks of the daemon", current_statistics().tasks_living),
         ):
             yield GaugeMetricFamily(name, text, value=value)

@@ -46,6 +46,26 @@ def test_the_source_says_what_to_do_instead(words: tuple[str, ...]) -> None:
     assert "OSError" not in done.stderr  # nor what Python would add about it
 
 
+@pytest.mark.parametrize("program", ["libmshare.cli", "msharefsd"])
+def test_a_client_needs_nothing_and_the_daemon_says_what(program: str, tmp_path: Path) -> None:
+    bare = f"""
+import runpy, sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {{"typer", "rich", "trio", "pyfuse3", "posix_ipc", "msgspec"}}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Nothing())
+import libmshare
+libmshare.Region
+sys.argv = ["x", "ls"]
+runpy.run_module({program!r}, run_name="__main__")
+"""
+    done = run("-P", "-c", bare)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("install msharefs[daemon]")
+    assert done.stderr.count("\n") == 1
+
+
 def test_what_it_says_works() -> None:
     done = run("-P", "-c", "import libmshare; print(libmshare.__file__)")
     assert done.returncode == 0, done.stderr

@@ -203,6 +203,7 @@ class Accounts(RuleBasedStateMachine):
         return SimpleNamespace(
             kind="shm",
             name=f"/{number}",
+            fd=-1,
             identity=SimpleNamespace(major=1, minor=2, inode=number),
             release=lambda: None,
             allocated=lambda: 8 * PAGE,

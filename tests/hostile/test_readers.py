@@ -353,6 +353,25 @@ def test_memory_that_is_hidden_and_shown_again_all_the_time(
         stage.check(written=True)
 
 
+def test_a_page_that_was_hidden_by_itself_comes_where_others_were_not(
+    make_walls: Make, client_program: Path, directory: Path
+) -> None:
+    """It is a VMA by itself, and what would come with it lies in others."""
+    with a_stage(make_walls, client_program, directory, mapped=False) as (stage, start):
+        alice, page = stage.alice, stage.at(MEMORY + 1)
+        other = start(user=ALICE, group=ALICE, extra_groups=[])
+        other.ok("mshare", "good", BASE, SIZE, os.O_RDWR, 0)
+        assert stage.mallory(lambda one: one.backing).wait() == 0
+        alice.ok("mmap", stage.at(MEMORY), PAGES * PAGE, 3, SHARED | 0x10)
+        alice.ok("store", page, 1)
+        alice.ok("mprotect", page, PAGE, 0)
+        alice.ok("mprotect", page, PAGE, 3)
+        assert other.do("load", page) == "1"
+        assert "ui" in flags_at(alice, page)
+        assert "ui" not in flags_at(alice, page + PAGE)
+        assert alice.do("load", page) == "1"
+
+
 def test_what_is_written_to_a_private_file_stays(
     make_walls: Make, client_program: Path, directory: Path
 ) -> None:

@@ -13,7 +13,6 @@ import os
 import time
 
 import pytest
-from _pytest.mark import ParameterSet
 from become import found_by
 from conftest import eventually
 from hostile import ATTACKS, MALLORY, MANY_USERS, QUIET_READER, Attack
@@ -27,20 +26,6 @@ pytestmark = pytest.mark.shm_only
 
 OWN = [name for name, attack in ATTACKS.items() if not attack.on_alice]
 ON_ALICE = [name for name, attack in ATTACKS.items() if attack.on_alice]
-OPEN = {
-    "a reader whose address space is locked": "her pager calls on it, and waits with it",
-}
-"""What is known not to be withstood yet: docs/security.md, “What is open”."""
-
-
-def cases(names: list[str]) -> list[ParameterSet]:
-    """One for each attack; what is open is not run, as its daemon may not be stopped either."""
-    return [
-        pytest.param(
-            name, marks=[pytest.mark.xfail(reason=OPEN[name], run=False)] if name in OPEN else []
-        )
-        for name in names
-    ]
 
 
 def withstand(walls: Walls, attack: Attack) -> None:
@@ -73,7 +58,7 @@ def withstand(walls: Walls, attack: Attack) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", cases(OWN))
+@pytest.mark.parametrize("name", OWN)
 def test_alice_goes_on_beside(name: str, make_walls: Make) -> None:
     attack = ATTACKS[name]
     walls = make_walls(config=attack.config)
@@ -82,12 +67,12 @@ def test_alice_goes_on_beside(name: str, make_walls: Make) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", cases(ON_ALICE))
+@pytest.mark.parametrize("name", ON_ALICE)
 def test_alice_goes_on_in_the_very_region_of(name: str, make_walls: Make) -> None:
     """Whom she lets read it can neither hold her up nor change what she has."""
     attack = ATTACKS[name]
     walls = make_walls(config=attack.config)
-    walls.victim(mode=0o644)
+    walls.victim(mode=0o666 if attack.writes else 0o644)
     withstand(walls, attack)
 
 

@@ -226,10 +226,10 @@ def test_what_others_make_beside_our_memory_is_theirs_and_in_nobodys_way(
 
 
 def test_names_of_memory_cannot_be_guessed() -> None:
-    run = Path("/run/msharefs/x")
-    made = {names.new(run) for _ in range(100)}
+    mark = names.Mark(Path("/run/msharefs/x"), "0123456789abcdef", 1000)
+    made = {mark.new() for _ in range(100)}
     assert len({each for pair in made for each in (pair.backing, pair.stash)}) == 200
     for each in made:
-        assert len(each.backing.removeprefix(names.prefix(run))) == 32, "128 bits"
-        assert each.stash.startswith(names.prefix(run))
-        assert each.backing[:40] != each.stash[:40]
+        assert len(each.backing.removeprefix(mark.start)) == 32, "128 bits"
+        assert each.stash.startswith(mark.start)
+        assert each.backing[:-20] != each.stash[:-20]

@@ -55,9 +55,9 @@ def declared() -> list[tuple[str, str]]:
     """The project's dependencies, each with the lock that it has to be in."""
     document = pyproject()
     pairs = [("build", text) for text in document["build-system"]["requires"]]
-    pairs += [("runtime", text) for text in document["project"]["dependencies"]]
-    for extra in document["project"]["optional-dependencies"].values():
-        pairs += [("dev", text) for text in extra]
+    assert document["project"]["dependencies"] == []  # a client needs nothing
+    for extra, texts in document["project"]["optional-dependencies"].items():
+        pairs += [("runtime" if extra == "daemon" else "dev", text) for text in texts]
     for group, texts in document["dependency-groups"].items():
         pairs += [(group, text) for text in texts]
     return pairs

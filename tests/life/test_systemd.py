@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -13,9 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, SUSPICIOUS, WATCHDOG_SECONDS, Client, eventually, huge_pages
+from conftest import (
+    ALIGNMENT,
+    BASE,
+    BIN,
+    SUSPICIOUS,
+    WATCHDOG_SECONDS,
+    Client,
+    eventually,
+    huge_pages,
+)
 from machine import PROGRAMS, LackingError, Machine, Service, running
+from test_document import commands
 
+from libmshare import core
 from msharefsd.mount import mounting
 from msharefsd.security import privileges
 
@@ -89,6 +101,8 @@ def service(machine: Machine) -> Iterator[Watched]:
         made.systemctl("start")
         yield made
         made.systemctl("stop")
+        # Regions stay; whoever had one has ended.
+        machine.run(str(BIN / "msharefsd"), "--purge", "--force", f"--run-directory={RUN}")
         check_journal(made, start)
         eventually(lambda: not made.processes(), "the end of all that the service started")
         assert machine.mounts() == before
@@ -265,7 +279,7 @@ def test_huge_pages_are_had_under_the_hardening(machine: Machine, service: Watch
 
 
 # What a killed daemon leaves, the next one clears away, and says so.
-LEFT_BEHIND = ("the mount that a dead daemon left", "removed shared memory")
+LEFT_BEHIND = ("the mount that a dead daemon left",)
 
 
 def test_a_killed_daemon_comes_back(machine: Machine, service: Watched) -> None:
@@ -457,7 +471,69 @@ def test_an_ordinary_users_own_service(machine: Machine, service: Watched) -> No
         assert machine.run("cat", info, user=NOBODY).stdout == f"{ALIGNMENT}\n"
         systemctl("stop", "msharefsd")
         assert f"{runtime}/mshare" not in {mount.target for mount in machine.mounts()}
-        assert machine.run("ls", f"{runtime}/msharefs/mshare", check=False).returncode != 0
+        run = f"{runtime}/msharefs/mshare"
+        purge = [str(BIN / "msharefsd"), "--purge", f"--run-directory={run}"]
+        refused = machine.run(*purge, user=NOBODY, env=environment, check=False)
+        assert (refused.returncode, "in use: 1 region" in refused.stderr) == (1, True), refused
+        machine.run(*purge, "--force", user=NOBODY, env=environment)
+        assert machine.run("ls", run, check=False).returncode != 0
     finally:
         machine.run("systemctl", "stop", "manager.service", check=False)
         machine.run("rm", "--recursive", "--force", runtime)
+
+
+PROGRAM = """
+import mmap, os, signal, time
+size = 64 << 20
+m = mmap.mmap(-1, size)
+for at in range(0, len(m), 4096): m[at] = 1
+if os.fork() == 0:
+    for at in range(0, len(m), 4096): m[at]
+signal.pause()
+"""
+
+
+def test_the_collapse_service_has_page_tables_back_with_two_capabilities(
+    machine: Machine,
+) -> None:
+    """Of a program that knows nothing of it, started with the library that aligns."""
+    library = core.library_directory()
+    assert library is not None
+    metrics = "/run/mshare-collapse/metrics.prom"
+    machine.write("/etc/mshare-collapse.toml", f'interval = 0.2\nmetrics = "{metrics}"\n')
+    machine.write(
+        "/etc/default/mshare-collapse",
+        "MSHARE_COLLAPSE_OPTIONS=--config=/etc/mshare-collapse.toml\n",
+    )
+    service = Service(machine, "mshare-collapse.service")
+    service.drop_in(PrivateTmp="no")  # the project itself may lie there
+    began = f"{time.time():.0f}"
+    service.systemctl("start", check=False)
+    try:
+        assert service.show("ActiveState") == "active", service.journal(began)
+        machine.run(
+            *("systemd-run", "--unit=program", f"--setenv=LD_PRELOAD={library}/libmshare-align.so"),
+            *(sys.executable, "-c", PROGRAM),
+        )
+        eventually(lambda: " chunks in " in service.journal(began), "its chunks", 40)
+        eventually(lambda: _has(machine, metrics, 'outcome="done"'), "its metrics", 20)
+        assert "page tables back" in service.show("StatusText")
+        capabilities = machine.run("grep", "CapEff", f"/proc/{service.pid}/status").stdout.split()
+        nice, ptrace = 23, 19
+        assert int(capabilities[1], 16) == 1 << nice | 1 << ptrace
+    finally:
+        machine.run("systemctl", "stop", "program.service", check=False)
+        service.systemctl("stop")
+    assert service.show("Result") == "success"
+    # What the document tells of the service, as it stands there.
+    for command in commands("sh service"):
+        machine.run("sh", "-c", command)
+    machine.write("/etc/mshare-collapse.toml", 'budget = "none"\n')
+    service.systemctl("start", check=False)
+    assert service.show("NRestarts") == "0"
+    assert "write 0% to 100%" in service.journal(began)
+    machine.run("systemctl", "reset-failed", check=False)
+
+
+def _has(machine: Machine, path: str, text: str) -> bool:
+    return text in machine.run("cat", path, check=False).stdout

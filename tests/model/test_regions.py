@@ -31,6 +31,7 @@ class Backings:
         return SimpleNamespace(
             kind="shm",
             name=f"/{number}",
+            fd=-1,
             identity=SimpleNamespace(major=1, minor=2, inode=number),
             release=lambda: self.open.remove(number),
             allocated=lambda: size,

@@ -176,7 +176,7 @@ def test_the_texts_of_a_region() -> None:
 def _backing() -> Any:
     identity = SimpleNamespace(major=1, minor=1, inode=1)
     return SimpleNamespace(
-        kind="shm", name="/x", page=PAGE, identity=identity, allocated=lambda: PAGE
+        fd=-1, kind="shm", name="/x", page=PAGE, identity=identity, allocated=lambda: PAGE
     )
 
 

@@ -221,12 +221,12 @@ def test_an_ordinary_user_runs_a_daemon_of_their_own(
         assert consumer.do("from_memory", BASE + SIZE - 4096, 1) == "-14"
         donor.ok("unlink", "r0")
         consumer.ok("unlink", "r0")
-    assert daemon.process is not None
-    daemon.process.terminate()
-    assert daemon.process.wait(20) == 0
-    assert mounts.top_mount(str(daemon.mount)) is None
+    daemon.halt()
+    assert daemon.shm_objects() != [], "what there is stays"
+    done = daemon.purge()
+    assert done.returncode == 0, done.stderr
+    assert "removing 1 region" in done.stderr
     assert daemon.shm_objects() == []
-    daemon.process = None
 
 
 def test_with_the_preload_library_nothing_needs_to_be_linked(

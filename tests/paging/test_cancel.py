@@ -71,7 +71,7 @@ async def cut_off(call: Awaitable[None], step: int) -> bool:
 def some_region() -> Iterator[tuple[AddressSpaces, Region, Writeback]]:
     """A region with pages here and there, all of it one object."""
     disposal = Disposal()
-    memory = names.new(Path(f"/test-{os.getpid()}"))
+    memory = names.Mark(Path(f"/test-{os.getpid()}"), "0", 0).new()
 
     def make(number: int, start: int, size: int, kind: str) -> ShmBacking:
         return ShmBacking(memory, size, disposal)

@@ -144,6 +144,29 @@ def test_chunks_with_absent_or_protected_pages_and_lonely_sharers_are_left_alone
         assert first.do("store", BASE, 2) == "SIGSEGV"
 
 
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["one", "all"])
+def test_who_has_no_huge_pages_is_passed_over(
+    eager: Daemon, client_program: Path, *, all_of_them: bool
+) -> None:
+    with clients(client_program, eager) as spawn:
+        first, second = spawn(), spawn()
+        first.ok("no_huge_pages")
+        if all_of_them:
+            second.ok("no_huge_pages")
+        first.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        first.ok("mmap", BASE, SIZE, BOTH, SHARED | FIXED)
+        first.ok("fill", BASE, SIZE, 7)
+        second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        second.ok("fill", BASE, SIZE, 8)
+        if not all_of_them:
+            collapsed(eager, CHUNKS)
+            return
+        count = 'not_collapsed_total{why="refused"}'
+        eventually(lambda: eager.metric(count) >= 2 * CHUNKS, "it is counted")
+        assert eager.metric("collapsed_chunks_total") == 0
+        assert eager.log().count("PR_SET_THP_DISABLE") == 1, "and said once"
+
+
 def test_it_can_be_switched_off(
     make_daemon: Callable[..., Daemon], directory: Path, client_program: Path
 ) -> None:

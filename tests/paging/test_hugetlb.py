@@ -262,14 +262,12 @@ def test_python_chooses_the_backing(
     daemon.start()
     monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
     for kind in ("shm", "hugetlb"):
-        with Region(
-            kind, create=True, start=BASE, size=SIZE, backing=kind, exclusive=True
-        ) as region:
+        with Region.create(kind, SIZE, start=BASE, backing=kind) as region:
             region.buf[HUGE] = 3
             assert daemon.field(kind, "backing").split()[0] == kind
             region.unlink()
-    with pytest.raises(OSError, match="Invalid argument"):
-        Region("r", create=True, start=BASE, size=SIZE, backing="paper", exclusive=True)
+    with pytest.raises(OSError, match="backing is"):
+        Region.create("r", SIZE, start=BASE, backing="paper")
 
 
 def test_what_a_daemon_that_died_has_left_is_no_hindrance(

@@ -762,3 +762,23 @@ def test_a_hole_that_one_was_refused_who_is_gone_can_be_mapped(pair: Pair, daemo
     second.ok("mmap", BASE, 4 * PAGE, BOTH, SHARED | FIXED)
     assert second.do("load", BASE + PAGE) == "0"
     second.ok("store", BASE + PAGE, 5)
+
+
+def test_a_robust_mutex_tells_of_its_owners_death_after_write_back(
+    spawn: Spawn, file: Path
+) -> None:
+    """The kernel writes for a thread that ends, and cannot wait for us then."""
+    first, second = spawn(), spawn()
+    first.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    first.ok("mmap", BASE, 2 * PAGE, BOTH, SHARED | FIXED, file, os.O_RDWR, 0)
+    second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+    first.ok("make_mutex", BASE)
+    first.ok("make_mutex", BASE + PAGE)
+    first.ok("lock", BASE)
+    second.ok("msync", BASE, 2 * PAGE, 4)
+    first.ok("lock", BASE + PAGE)  # clean, and protected, until then
+    second.ok("msync", BASE, 2 * PAGE, 4)
+    second.ok("msync", BASE, 2 * PAGE, 4)
+    first.kill()
+    for page in (0, 1):
+        assert second.do("lock", BASE + page * PAGE) == str(errno.EOWNERDEAD)

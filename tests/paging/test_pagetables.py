@@ -29,12 +29,12 @@ sys.path.append(str(TESTS.parent))
 
 from benchmarks.crowd import Crowd, Touch, compile_crowd, crowd, kib
 from msharefsd.errors import Refused
-from msharefsd.linux.pagemap import Category, Pagemap, TableCounts
 from msharefsd.memory import names
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging import pagetables
 from msharefsd.region.region import Region
 from msharefsd.threads.disposal import Disposal
+from msharetables.pagemap import Category, Pagemap, TableCounts
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -479,7 +479,7 @@ def test_collapse_leaves_16_kib_of_tables_a_gib(
 def region() -> Iterator[Region]:
     """A region of 2 MiB with one sharer: this process."""
     disposal = Disposal()
-    memory = names.new(Path(f"/test-{os.getpid()}-own"))
+    memory = names.Mark(Path(f"/test-{os.getpid()}-own"), "0", 0).new()
     regions = Both(2 * MiB, lambda _, __, size, ___: ShmBacking(memory, size, disposal))
     region = regions.create(b"r", 0o600, 0, 0)
     regions.make(region, 2 * MiB, 2 * MiB, read_only=False)

@@ -80,7 +80,7 @@ class Stage:
 @pytest.fixture
 def stage(directory: Path) -> Iterator[Stage]:
     disposal = Disposal()
-    memory = names.new(Path(f"/test-{os.getpid()}"))
+    memory = names.Mark(Path(f"/test-{os.getpid()}"), "0", 0).new()
     regions = Both(ALIGNMENT, lambda *_: ShmBacking(memory, SIZE, disposal))
     path = directory / "file"
     path.write_bytes(b"F" * 16 * PAGE)

@@ -57,7 +57,7 @@ def test_the_story_runs_and_leaves_nothing(tmp_path: Path) -> None:
     results, drawn = sorted(tmp_path.iterdir())
     story = json.loads(results.read_text())
     kinds = {point["kind"] for point in story["points"]}
-    assert len(kinds) + len(story["crashes"]) + told.count("left out") == 6 + 3
+    assert len(kinds) + len(story["crashes"]) + told.count("left out") == 7 + 3
     for each in (*story["points"], *story["crashes"]):
         assert each["kind"] in printed
     svg = drawn.read_text()

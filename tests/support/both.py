@@ -48,6 +48,11 @@ class Both(Regions):
                 if name is not None:
                     self.names.unlink(name)
 
+    def close(self) -> None:
+        """Remove everything, as a purge does."""
+        for region in list(self.all()):
+            self.remove(region)
+
     def __iter__(self) -> Iterator[Name]:
         return iter(self.names)
 

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -24,6 +25,8 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include "losing.h"
 
 static __thread sigjmp_buf landing;
 static __thread volatile sig_atomic_t caught;
@@ -414,6 +417,9 @@ static int connect_often(const char *path, unsigned long count)
 	return served;
 }
 
+static int listen_to_twin(void *self);
+static pid_t twins_parent;
+
 static void run(char *line, const char *self)
 {
 	char *words[8] = { 0 }, *rest = NULL, *position;
@@ -575,6 +581,20 @@ static void run(char *line, const char *self)
 		snprintf(job.line, sizeof job.line, "%s", copy);
 		pthread_create(&thread, NULL, in_thread, &job);
 		pthread_join(thread, NULL);
+	} else if (IS("background")) { /* a thread does the rest, and says what came of it */
+		struct job *job = malloc(sizeof *job);
+		pthread_t thread;
+
+		job->self = self;
+		snprintf(job->line, sizeof job->line, "%s", copy);
+		pthread_create(&thread, NULL, in_thread, job);
+		pthread_detach(thread);
+	} else if (IS("bare_fork")) { /* what the child does is no matter */
+		pid_t child = fork();
+
+		if (child == 0)
+			_exit(0);
+		say_errno(child < 0 ? -1 : 0);
 	} else if (IS("writers")) { /* name address length threads */
 		donate_under_writers(words[1], (char *)n[2], n[3], (int)n[4]);
 	} else if (IS("on_stack")) { /* address length, then the command of a thread that has its stack there */
@@ -608,6 +628,38 @@ static void run(char *line, const char *self)
 		close(fd);
 	} else if (IS("connect")) { /* path count: how many are served; they stay open */
 		printf("%d\n", connect_often(words[1], n[2]));
+	} else if (IS("lose")) { /* way address length: see losing.h */
+		say_errno(lose(words[1], (void *)n[2], n[3]));
+	} else if (IS("twin")) { /* from now on another process that has our memory takes commands */
+		static char stack[1 << 20] __attribute__((aligned(16)));
+
+		fflush(stdout);
+		twins_parent = getpid();
+		if (clone(listen_to_twin, stack + sizeof stack, CLONE_VM | SIGCHLD, (void *)self) < 0)
+			say_errno(-1);
+		else
+			_exit(0);
+	} else if (IS("make_mutex")) { /* address: robust, and shared */
+		pthread_mutexattr_t attributes;
+
+		pthread_mutexattr_init(&attributes);
+		pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+		pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+		printf("%d\n", pthread_mutex_init((pthread_mutex_t *)n[1], &attributes));
+	} else if (IS("lock")) { /* address: waits for a second, says what came of it */
+		struct timespec until;
+
+		clock_gettime(CLOCK_REALTIME, &until);
+		until.tv_sec += 1;
+		printf("%d\n", pthread_mutex_timedlock((pthread_mutex_t *)n[1], &until));
+	} else if (IS("bind_to_node_0")) { /* MPOL_BIND, as numactl(8) does */
+		unsigned long node = 1;
+
+		say_errno(syscall(SYS_set_mempolicy, 2, &node, 64));
+	} else if (IS("chdir")) {
+		say_errno(chdir(words[1]));
+	} else if (IS("no_huge_pages")) {
+		say_errno(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
 	} else if (IS("exec")) {
 		fflush(stdout);
 		execl(self, self, (char *)NULL);
@@ -635,15 +687,10 @@ static void run(char *line, const char *self)
 	}
 }
 
-int main(int argc, char **argv)
+static void serve(const char *self)
 {
-	struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_NODEFER | SA_SIGINFO };
 	char line[512];
 
-	(void)argc;
-	sigaction(SIGBUS, &action, NULL);
-	sigaction(SIGSEGV, &action, NULL);
-	setvbuf(stdout, NULL, _IOLBF, 0);
 	/* read(2), not stdio: after exec or fork nobody else may have read ahead. */
 	for (;;) {
 		size_t length = 0;
@@ -653,8 +700,30 @@ int main(int argc, char **argv)
 		       (got == 1 && line[length] != '\n' && length < sizeof line - 1))
 			length += got == 1;
 		if (got <= 0)
-			return 0;
+			return;
 		line[length] = '\0';
-		run(line, argv[0]);
+		run(line, self);
 	}
+}
+
+/* Not before its parent has ended. */
+static int listen_to_twin(void *self)
+{
+	while ((pid_t)syscall(SYS_getppid) == twins_parent)
+		usleep(1000);
+	printf("0\n");
+	serve(self);
+	_exit(0);
+}
+
+int main(int argc, char **argv)
+{
+	struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_NODEFER | SA_SIGINFO };
+
+	(void)argc;
+	sigaction(SIGBUS, &action, NULL);
+	sigaction(SIGSEGV, &action, NULL);
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	serve(argv[0]);
+	return 0;
 }

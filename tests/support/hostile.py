@@ -318,6 +318,8 @@ class Attack:
     """It becomes mallory itself."""
     on_alice: bool = False
     """It needs a region of alice's that mallory may read."""
+    writes: bool = False
+    """And that mallory may write."""
     config: str = ""
     """What an administrator might have set."""
     expected: tuple[str, ...] = ()
@@ -334,13 +336,15 @@ def attack(
     needs_hung: bool = False,
     as_root: bool = False,
     on_alice: bool = False,
+    writes: bool = False,
     config: str = "",
 ) -> Callable[[Callable[[Evil], object]], Callable[[Evil], object]]:
     """Enter a function among the attacks."""
 
     def enter(act: Callable[[Evil], object]) -> Callable[[Evil], object]:
         assert name not in ATTACKS
-        ATTACKS[name] = Attack(name, act, runnable, needs_hung, as_root, on_alice, config, expected)
+        who = needs_hung, as_root, on_alice, writes
+        ATTACKS[name] = Attack(name, act, runnable, *who, config, expected)
         return act
 
     return enter
@@ -1196,6 +1200,64 @@ def reader_lock(evil: Evil) -> None:
     one.byte(0)
     hold_address_space(evil, lambda: one.byte(4 * PAGE), lambda: one.byte(one.size - PAGE))
     evil.held()
+
+
+GIVEN_UP: Final = r"holds up calls on its address space"
+"""What is said of a process that is killed because it does not let itself be protected."""
+
+
+@attack(
+    "a writer whose address space is locked", GIVEN_UP, needs_hung=True, on_alice=True, writes=True
+)
+def writer_lock(evil: Evil) -> None:
+    one = evil.join(evil.alice)
+    said = evil.ready
+    reader, evil.ready = os.pipe()
+
+    def lock() -> None:
+        mine = evil.join(evil.alice)
+        mine.byte(0)
+        mine.call(Op.READY)
+        evil.held()  # she may not live long enough to say so later
+        hold_address_space(evil, lambda: mine.byte(4 * PAGE), lambda: mine.byte(mine.size - PAGE))
+
+    # One that may be given up is followed by another.
+    def again_and_again() -> None:
+        while True:
+            pid = also(lock)
+            os.waitpid(pid, 0)
+
+    also(again_and_again)
+    os.read(reader, 1)
+    one.byte(0)
+    os.write(said, b"x")
+
+
+@attack(
+    "writers who let go of what is locked", GIVEN_UP, needs_hung=True, on_alice=True, writes=True
+)
+def writers_let_go(evil: Evil) -> None:
+    """The last descriptor of each userfaultfd is the daemon's: its close takes the lock."""
+    said = evil.ready
+    reader, evil.ready = os.pipe()
+    may_begin, begin = os.pipe()
+
+    def lock() -> None:
+        mine = evil.join(evil.alice)
+        mine.byte(0)
+        os.close(mine.uffd)
+        evil.held()
+        os.read(may_begin, 1)  # who comes after the first lock is not let in
+        hold_address_space(
+            evil, lambda: syscalls.mmap(None, PAGE, 1, PRIVATE | ANONYMOUS, -1, 0), mine.sock.close
+        )
+
+    for _ in range(6):
+        also(lock)
+    for _ in range(6):
+        os.read(reader, 1)
+    os.write(begin, bytes(6))
+    os.write(said, b"x")
 
 
 @attack("readers that are stopped, with userfaultfds that block", on_alice=True)

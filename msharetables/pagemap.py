@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from enum import IntFlag
 from typing import Final, Self
 
-from msharefsd.linux import syscalls
+from msharetables.calls import HUGE_PAGE, PAGE
 
 _ENTRY: Final = struct.Struct("=Q")
 _PRESENT: Final = 1 << 63
@@ -33,16 +33,27 @@ _ARGUMENT: Final = struct.Struct("=12Q")
 _WALK_END: Final = 4 * 8
 _FOUND: Final = 256
 """How many ranges one ioctl returns; with the argument they are too few to matter."""
+_RANGE: Final = struct.Struct("=3Q")
+_LONGEST: Final = (1 << 30) // PAGE
+"""For how many pages of it a process's mmap_lock is held at most, for reading."""
 
 
 class Category(IntFlag):
     """What PAGEMAP_SCAN knows of a page."""
 
+    FILE = 1 << 2
+    """Of a file, or shared: not of anonymous private memory."""
     PRESENT = 1 << 3
     SWAPPED = 1 << 4
     """Something else than a page: swapped out, or a marker of userfaultfd."""
     HUGE = 1 << 6
     """Mapped by one entry of a table that has no table of small pages under it."""
+
+
+# What is asked for thousands of times: operations on an IntFlag take a microsecond each.
+HUGE: Final = int(Category.HUGE)
+FILE: Final = int(Category.FILE)
+_THERE: Final = int(Category.PRESENT | Category.SWAPPED)
 
 
 class _Range(ctypes.Structure):
@@ -67,7 +78,7 @@ class Pagemap:
         os.close(self._fd)
 
     def _entry(self, address: int) -> int:
-        data = os.pread(self._fd, _ENTRY.size, address // syscalls.PAGE * _ENTRY.size)
+        data = os.pread(self._fd, _ENTRY.size, address // PAGE * _ENTRY.size)
         # Nothing: past the end of user space, or the process has ended.
         return int(_ENTRY.unpack(data)[0]) if data else 0
 
@@ -93,7 +104,7 @@ class Pagemap:
             argument = bytearray(
                 _ARGUMENT.pack(
                     _ARGUMENT.size, 0, start, end, 0, ctypes.addressof(found), _FOUND,
-                    most // syscalls.PAGE, 0, 0, wanted, returned,
+                    most // PAGE, 0, 0, wanted, returned,
                 )
             )  # fmt: skip
             count = fcntl.ioctl(self._fd, _SCAN, argument)
@@ -102,6 +113,45 @@ class Pagemap:
             if most and count:
                 return
             (start,) = _ENTRY.unpack_from(argument, _WALK_END)
+
+    def slots(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Where in [start, end) there are tables of small pages, or huge pages.
+
+        Each is (start, end, the bits of `Category`).  Of small pages only the first run of
+        each 2 MiB has to be told, and it is all that is looked at: that a table is there is
+        known by then.  Huge pages are told in runs, whole ones.  Raises OSError: ENOTTY before
+        Linux 6.7.
+        """
+        found = (_Range * _FOUND)()
+        memory = memoryview(found).cast("B")
+        vector = ctypes.addressof(found)
+        argument = bytearray(_ARGUMENT.size)
+        most, bits = 1, 0
+        while start < end:
+            _ARGUMENT.pack_into(
+                argument, 0, _ARGUMENT.size, 0, start, end, 0, vector, _FOUND, most, 0, 0,
+                _THERE, _THERE | HUGE | FILE,
+            )  # fmt: skip
+            count = fcntl.ioctl(self._fd, _SCAN, argument)
+            if not count:
+                (walked,) = _ENTRY.unpack_from(argument, _WALK_END)
+                start = max(walked, start + PAGE)
+                continue
+            for low, high, bits in _RANGE.iter_unpack(memory[: count * _RANGE.size]):
+                start = high + -high % HUGE_PAGE
+                yield (low - low % HUGE_PAGE, start, bits) if bits & HUGE else (low, high, bits)
+            # Where huge pages are there are more of them.
+            most = min(most * 512, _LONGEST) if bits & HUGE else 1
+
+    def pages(self, start: int, end: int) -> int:
+        """Which pages of [start, end) the page table has an entry for: bit N for page N.
+
+        For short ranges.  Raises OSError.
+        """
+        bits = 0
+        for low, high, _ in self.scan(start, end):
+            bits |= ((1 << (high - low) // PAGE) - 1) << (low - start) // PAGE
+        return bits
 
 
 class TableCounts:

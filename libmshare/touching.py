@@ -1,0 +1,112 @@
+"""Having memory there before it is touched, without holding up the interpreter."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from typing import Final
+
+from libmshare import errors
+
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
+_EHWPOISON: Final = 133
+_STEP: Final = 16 << 20
+"""So much at one time: a timeout takes effect after it at the latest (bytes)."""
+
+# The C library's own: no lock of ours is held while it waits.
+_libc: Final = ctypes.CDLL("libc.so.6", use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class _Populating:
+    """One call, which a thread makes: a page that does not come cannot be interrupted."""
+
+    def __init__(self, memory: object, address: int, length: int, advice: int) -> None:
+        self._memory: object = memory  # stays mapped
+        self._at = address
+        self._end = address + length
+        self._advice = advice
+        self.error = 0
+        self.done = threading.Event()
+        self.stop = False
+
+    def run(self) -> None:
+        page = os.sysconf("SC_PAGESIZE")
+        self._at -= self._at % page
+        while self._at < self._end and not self.stop and not self.error:
+            step = min(_STEP, self._end - self._at)
+            if _libc.madvise(self._at, step, self._advice) == 0:
+                self._at += step
+            elif (code := ctypes.get_errno()) not in (errno.EAGAIN, errno.EINTR):
+                self.error = code
+        self._memory = None
+        self.done.set()
+
+
+def populate(
+    memory: object,
+    address: int,
+    length: int,
+    timeout: float | None,
+    root: str,
+    name: str,
+    *,
+    write: bool,
+) -> None:
+    """Populate [address, address + length) of a region, in at most `timeout` seconds.
+
+    Raises MemoryError, TimeoutError, OSError; see Region.populate().
+    """
+    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    work = _Populating(memory, address, length, advice)
+    threading.Thread(target=work.run, name="mshare populate", daemon=True).start()
+    try:
+        in_time = work.done.wait(timeout)
+    finally:
+        work.stop = True
+    if not in_time:
+        raise TimeoutError(
+            errno.ETIMEDOUT, f"the memory was not there after {timeout} seconds", name
+        )
+    if work.error:
+        raise _why(work.error, address, length, root, name)
+
+
+def _why(code: int, address: int, length: int, root: str, name: str) -> OSError:
+    """A page cannot be had: because of what is mapped there, or because there is no memory."""
+    if code not in (errno.EFAULT, _EHWPOISON, errno.ENOMEM):
+        return errors.of(code, "", name)
+    whose = _mapped(address, length, root, name)
+    if whose == "nothing":
+        return errors.MshareError(errno.EFAULT, "nothing is mapped in a part of it", name)
+    if whose == "file":
+        return errors.MshareError(errno.EIO, "a file that is mapped there cannot be read", name)
+    return errors.NoMemory(
+        errno.ENOMEM, "there is no memory for it, or more than this user may have", name
+    )
+
+
+def _mapped(address: int, length: int, root: str, name: str) -> str:
+    """What is mapped in the range, as far as that can be told: memory, a file, or nothing."""
+    try:
+        with open(f"{root}/.regions/{name}/maps", "rb") as maps:
+            lines = maps.read().split(b"\n")
+    except OSError:
+        return "memory"
+    at, end, kind = address, address + length, "memory"
+    for line in lines:
+        if not line:
+            continue
+        words = line.split(None, 5)
+        low, high = (int(word, 16) for word in words[0].split(b"-"))
+        if high <= at or low >= end:
+            continue
+        if low > at:
+            return "nothing"
+        if words[4] != b"0":
+            kind = "file"
+        at = high
+    return kind if at >= end else "nothing"

@@ -1,0 +1,62 @@
+"""docs/python.md: what it shows is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import TESTS, Daemon
+
+PROJECT = TESTS.parent
+
+
+def snippets(text: str) -> str:
+    """The page's Python, from top to bottom, each line where it stands in the page."""
+    lines, inside = [], False
+    for line in text.split("\n"):
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = (line == "```python") if fence else inside
+    return "\n".join(lines)
+
+
+def run(code: str, directory: Path, daemon: Daemon) -> None:
+    program = directory / "page.py"
+    # A pool's workers import the program.
+    body = code.replace("\n", "\n    ")
+    program.write_text(f"if __name__ == '__main__':{body}\n")
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", str(program)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={"MSHARE_ROOT": str(daemon.mount), "PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_every_snippet_of_the_page_runs(daemon: Daemon, tmp_path: Path) -> None:
+    text = (PROJECT / "docs/python.md").read_text()
+    assert len(re.findall(r"^```python$", text, re.MULTILINE)) >= 10
+    run(snippets(text), tmp_path, daemon)
+
+
+def test_the_readmes_python_runs(daemon: Daemon, tmp_path: Path) -> None:
+    text = (PROJECT / "README.md").read_text()
+    run(snippets(text), tmp_path, daemon)
+
+
+def test_the_example_runs(daemon: Daemon) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", str(PROJECT / "examples/shared_array.py")],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={"MSHARE_ROOT": str(daemon.mount), "PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"},
+    )
+    assert done.stdout.count("reads: a pointer means the same everywhere") == 4
+    assert "the parent finds [0, 1, 4, 9, 16, 25]" in done.stdout

@@ -1,0 +1,108 @@
+"""Where regions lie that leave it to the daemon, and the details that their files tell."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_filesystem import CONTEXT, ROOT, fails, files, regions  # noqa: F401 - fixtures
+
+from msharefsd.errors import Refused
+from msharefsd.link.messages import Extent
+from msharefsd.mount.filesystem import DETAILS, DETAILS_STRUCT, PLACE_STRUCT
+from msharefsd.mount.names import Name, Names
+from msharefsd.mount.places import AREAS, TIB, lowest_free
+
+UNIT = 1 << 39
+
+
+def established(names: Names, name: Name, start: int, size: int) -> None:
+    names.established(Extent(name.id, start, size, 0, 1, name.id, 0, name.record()))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 128 * TIB), st.integers(1, 4 * TIB)), max_size=60),
+    st.integers(1, 60),
+    st.integers(0, 120 * TIB),
+)
+def test_what_is_found_is_free_and_the_lowest(
+    taken: list[tuple[int, int]], units: int, above: int
+) -> None:
+    size = units * UNIT
+    found = lowest_free(taken, size, above, UNIT)
+
+    def free(start: int) -> bool:
+        inside = any(low <= start and start + size <= high for low, high in AREAS)
+        return inside and all(at + length <= start or start + size <= at for at, length in taken)
+
+    first = -(-above // UNIT) * UNIT
+    free_ones = [start for start in range(first, 128 * TIB, UNIT) if free(start)]
+    assert found == (free_ones[0] if free_ones else None)
+
+
+def test_no_room_for_one_user_is_room_for_another() -> None:
+    names = Names(UNIT)
+    greedy = [names.create(b"%d" % n, 0o600, 1, 1) for n in range(3)]
+    for name, (low, high) in zip(greedy, AREAS, strict=True):
+        established(names, name, low, high - low)
+    with pytest.raises(Refused) as caught:
+        names.find_place(names.create(b"more", 0o600, 1, 1), 1, 0)
+    assert caught.value.code == errno.ENOMEM
+    other = [names.create(name, 0o600, 2, 2) for name in (b"a", b"b")]
+    for name in other:
+        names.find_place(name, 1, 0)
+    assert [name.place[0] for name in other] == [AREAS[0][0], AREAS[0][0] + UNIT]
+
+
+def test_a_place_is_kept_until_it_is_used_or_the_name_goes() -> None:
+    names = Names(UNIT)
+    first, second = (names.create(name, 0o600, 1, 1) for name in (b"a", b"b"))
+    names.find_place(first, 5, 0)
+    names.find_place(second, UNIT + 1, 0)
+    assert (first.place, second.place) == (
+        (AREAS[0][0], UNIT),
+        (AREAS[0][0] + UNIT, 2 * UNIT),
+    )
+    established(names, second, *second.place)
+    assert (second.length, second.start) == (UNIT + 1, AREAS[0][0] + UNIT)
+    with pytest.raises(Refused):
+        names.find_place(second, 1, 0)
+    names.unlink(first)
+    names.gone(first.id)
+    third = names.create(b"c", 0o600, 1, 1)
+    names.find_place(third, 1, 0)
+    assert third.place[0] == AREAS[0][0]
+    established(names, third, 5 * UNIT, UNIT)  # it went elsewhere by itself
+    assert third.length == 0
+
+
+async def test_a_region_is_found_by_its_identity(files: Any, regions: Names) -> None:  # noqa: F811
+    handle, entry = await files.create(ROOT, b"r", 0o600, 2, CONTEXT)
+    identity, length, start, size = DETAILS_STRUCT.unpack(await files.read(handle.fh, DETAILS, 100))
+    assert (length, start, size) == (0, 0, 0)
+    assert await files.write(handle.fh, DETAILS, PLACE_STRUCT.pack(100, 0)) == PLACE_STRUCT.size
+    details = DETAILS_STRUCT.unpack(await files.read(handle.fh, DETAILS, 100))
+    assert details == (identity, 100, AREAS[0][0], 1 << 21)
+    for offset, data in ((0, b"x"), (DETAILS, b"x"), (DETAILS, PLACE_STRUCT.pack(0, 0))):
+        await fails(errno.EINVAL, files.write(handle.fh, offset, data))
+    for odd in (struct.pack("=QQ", (1 << 64) - 1, 0), struct.pack("=QQ", 1, (1 << 64) - 1)):
+        await fails(errno.ENOMEM, files.write(handle.fh, DETAILS, odd))
+    path = b".identity-" + identity.hex().encode()
+    found = await files.lookup(ROOT, path, CONTEXT)
+    assert found.st_ino != entry.st_ino
+    region = regions.find(b"r")
+    assert region is not None
+    established(regions, region, AREAS[0][0], 1 << 21)
+    await files.unlink(ROOT, path, CONTEXT)
+    assert not region.linked
+    await fails(errno.ESTALE, files.open(entry.st_ino, 0, CONTEXT))
+    again = await files.open(found.st_ino, 0, CONTEXT)
+    assert (await files.read(again.fh, DETAILS, 100))[:16] == identity
+    regions.gone(region.id)
+    await fails(errno.ENOENT, files.lookup(ROOT, path, CONTEXT))
+    for unknown in (b".identity-", b".identity-" + b"0" * 32, path.upper(), path + b"0"):
+        await fails(errno.ENOENT, files.lookup(ROOT, unknown, CONTEXT))
