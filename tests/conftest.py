@@ -35,6 +35,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import huge_pages as reserved
 
+# Whoever runs the tests with nohup(1) does not mean the daemons, which would ignore it, too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
 SUPPORT = TESTS / "support"

@@ -63,7 +63,7 @@ def steps(walls: Walls, act: Callable[[Evil], Iterator[object]]) -> Iterator[Chi
         evil.held()
         os.read(listen, 1)
 
-    child = in_child(run, uid=MALLORY)
+    child = in_child(run, uid=MALLORY, seconds=110)
     for end in (say, listen):
         os.close(end)
     try:
