@@ -63,7 +63,7 @@ def steps(walls: Walls, act: Callable[[Evil], Iterator[object]]) -> Iterator[Chi
         evil.held()
         os.read(listen, 1)
 
-    child = in_child(run, uid=MALLORY, seconds=110)
+    child = in_child(run, uid=MALLORY, seconds=290)
     for end in (say, listen):
         os.close(end)
     try:
@@ -92,6 +92,7 @@ def touch_holes(evil: Evil) -> Iterator[None]:
         yield
 
 
+@pytest.mark.timeout(300)
 def test_holes_that_are_touched_are_not_remembered_page_by_page(walls: Walls) -> None:
     memory, records = [], []
     for _ in steps(walls, touch_holes):
