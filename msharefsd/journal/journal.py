@@ -9,7 +9,8 @@ says:
 
 - what is in no object has no memory (munmap),
 - `clearing` has ranges whose old memory must go before anything is read from them
-  (mmap over something, madvise), and they are finished once that is done,
+  (mmap over something, madvise), and they are finished once that is done; where something
+  is being mapped, poison must go as well,
 - what an object's protection forbids is protected again,
 - a `dirty` page has been written to, or was about to be; a `poisoned` range raises SIGBUS
   in that sharer, or was about to,
@@ -64,6 +65,7 @@ CREATE TABLE objects (
 CREATE TABLE clearing (
     region INTEGER NOT NULL REFERENCES regions ON DELETE CASCADE,
     offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    mapping INTEGER NOT NULL,
     PRIMARY KEY (region, offset)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE dirty (
@@ -150,13 +152,15 @@ class Journal(Database):
         call: tuple[int, int] | None = None,
         gone: tuple[int, int] | None = None,
         clearing: Iterable[tuple[int, int]] = (),
+        mapping: bool = False,
     ) -> None:
         """Write what has changed in a region's object map since the last time.
 
         `changes`: offsets, and the object that begins there now; `number`: which change of
         that region's it is; `files`: those of them.  With it that the `call` (sharer's
         number, call's number) is done; that nothing in the range `gone` is dirty any more;
-        and which ranges are to be cleared now (offset, length).
+        and which ranges are to be cleared now (offset, length): as they are being mapped,
+        of poison as well (`mapping`).
         """
         with self.transaction():
             for file in files:
@@ -183,8 +187,8 @@ class Journal(Database):
             # Whoever changes objects has the region to himself: the former ones are done.
             self._database.execute("DELETE FROM clearing WHERE region = ?", (region,))
             self._database.executemany(
-                "REPLACE INTO clearing VALUES (?, ?, ?)",
-                [(region, offset, length) for offset, length in clearing],
+                "REPLACE INTO clearing VALUES (?, ?, ?, ?)",
+                [(region, offset, length, mapping) for offset, length in clearing],
             )
             if call is not None:
                 number, sequence = call
@@ -199,7 +203,7 @@ class Journal(Database):
         """
         with self.transaction():
             self._database.execute(
-                "REPLACE INTO clearing VALUES (?, ?, ?)", (region, offset, length)
+                "REPLACE INTO clearing VALUES (?, ?, ?, FALSE)", (region, offset, length)
             )
 
     def cleared(self, region: int) -> None:
@@ -328,10 +332,14 @@ class Journal(Database):
         )
         return [SavedObject(*row) for row in rows]
 
-    def clearing(self, region: int) -> list[tuple[int, int]]:
-        """The ranges of a region that are to be cleared: (offset, length)."""
+    def clearing(self, region: int, *, mapping: bool | None = None) -> list[tuple[int, int]]:
+        """The ranges of a region that are to be cleared: (offset, length).
+
+        `mapping`: only those that are being mapped, or only the others.
+        """
         return self._database.execute(
-            "SELECT offset, length FROM clearing WHERE region = ?", (region,)
+            "SELECT offset, length FROM clearing WHERE region = ? AND mapping = ifnull(?, mapping)",
+            (region, mapping),
         ).fetchall()
 
     def dirty(self, region: int) -> list[int]:

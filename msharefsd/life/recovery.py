@@ -97,9 +97,9 @@ def adopt_regions(
                 region.objects.insert(item)
                 unused.pop(item.file.key if item.file else 0, None)
             region.objects.changed.clear()
+            _finish_memory(journal, region)
             if region.stashed and region.backing.stash is None:
                 _lose_hidden(journal, region, region.backing)
-            _finish_memory(journal, region)
         regions.adopt(region)
         if row.id in known:
             regions.learn(known[row.id])
@@ -219,7 +219,6 @@ def _finish_memory(journal: Journal, region: Region) -> None:
         for offset, length in empty:
             for start, end in [] if each is None else list(each.data(offset, length)):
                 each.punch(start, end - start)  # type: ignore[union-attr] # not None here
-    journal.cleared(region.id)
 
 
 # -- sharers --
@@ -447,6 +446,10 @@ async def _put_right(
     journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
 ) -> None:
     pages, breath, failed = pages_of(region), Breath(), Ranges()
+    # Before anything comes there, and before who has called mmap() learns that it is done.
+    for offset, length in journal.clearing(region.id, mapping=True):
+        await server.poison.clear(pages, offset, length, empty=True)
+    journal.cleared(region.id)
     for item in list(region.objects):
         try:
             if not item.accessible:

@@ -134,6 +134,7 @@ class AddressSpaces:
                     gone=(offset, length),
                     # A hole has no memory anyway, which the next daemon sees to.
                     clearing=[(offset, length)] if new else [],
+                    mapping=True,
                 )
         except Refused:
             region.objects.remove(offset, length)

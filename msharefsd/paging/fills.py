@@ -28,6 +28,7 @@ from msharefsd.paging.pages import Fill, Pages, Waiting, pages_of
 from msharefsd.paging.populate import NOT_ALL, Populate, Source, pieces
 from msharefsd.paging.window import Window
 from msharefsd.region.objects import Object
+from msharefsd.region.ranges import Ranges
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.pool import Threads
 
@@ -43,9 +44,9 @@ class Read(Enum):
     """What a read came to for one who waits."""
 
     HERE = auto()
-    """Its page has come into this very window, or there is another reason to look again."""
+    """All that it waits for has come into this very window."""
     IN_OTHERS = auto()
-    """Its page is there, and did not come into this window."""
+    """Some of that is there and did not come into this window, or nothing has come."""
     BEYOND = auto()
     """The file does not have such a page, or does not give it."""
     NO_MEMORY = auto()
@@ -183,33 +184,39 @@ class Fills:
         windows += [fill.window] if fill.window.attached else []
         target = next((each for each in windows if each.writable), windows[0] if windows else None)
         pages.clean(fill.start, fill.end)
-        present = {each.offset for each in waiting if backing.next_data(each.offset) == each.offset}
-        outcome = Outcome.DONE
-        for item in region.objects.within(fill.start, usable):
-            same_place = item.file_offset - item.offset == fill.file_offset - fill.start
-            right = item.file is fill.file and same_place and item.accessible
-            if target is None or not right:
-                continue
-            for start, end in _not_stashed(backing, item.offset, item.end):
-                outcome = self._put(target, item, start, end, address + start - fill.start, waiting)
+        came, outcome = self._put_all(fill, target, waiting, address, usable)
         for each in waiting:
             found = region.objects.find(each.offset)
             if found is not None and found.file is fill.file and each.offset >= fill.start + usable:
                 read = Read.BEYOND
             elif outcome is Outcome.NO_MEMORY and backing.next_data(each.offset) != each.offset:
                 read = Read.NO_MEMORY
-            elif (
-                each.window is not target
-                or each.offset in present
-                or (
-                    # Late, it has come through the host mapping.
-                    target.far is not None and outcome is not Outcome.DONE
-                )
+            elif each.window is target and came.covers(
+                each.offset, max(each.end, each.offset + region.page)
             ):
-                read = Read.IN_OTHERS
-            else:
                 read = Read.HERE
+            else:
+                read = Read.IN_OTHERS
             self._settled(each, read)
+
+    def _put_all(
+        self, fill: Fill, target: Window | None, waiting: list[Waiting], address: int, usable: int
+    ) -> tuple[Ranges, Outcome]:
+        """Put what was read where it belongs still: what of it has come into `target`."""
+        came, outcome = Ranges(), Outcome.DONE
+        if target is None:
+            return came, outcome
+        backing, objects = target.region.backing, target.region.objects
+        assert backing is not None
+        for item in objects.within(fill.start, usable):
+            same_place = item.file_offset - item.offset == fill.file_offset - fill.start
+            if item.file is not fill.file or not same_place or not item.accessible:
+                continue
+            for start, end in _not_stashed(backing, item.offset, item.end):
+                outcome = self._put(target, item, start, end, address + start - fill.start, waiting)
+                if outcome is Outcome.DONE:
+                    came.add(start, end)
+        return came, outcome
 
     def _put(
         self,

@@ -21,6 +21,7 @@ All of it goes by ranges, of which a piece is done at one time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from typing import Final
@@ -306,18 +307,31 @@ def _continue(window: Window, start: int, end: int, mode: Mode, *, protect: bool
         # Registering anew for MINOR takes away every mode that is not asked for again
         # (userfaultfd_register_range(), mm/userfaultfd.c).
         window.register(start, end, Mode.MISSING | Mode.MINOR | mode)
-    except OSError:
+    except OSError as error:
         # The window is gone, or the process; or a part of the window.
+        if window.is_gone():
+            return True
         half = _half(start, end, page)
-        if half < end and not window.is_gone():
+        if half < end:
             first = _continue(window, start, half, mode, protect=protect)
             return first and _continue(window, half, end, mode, protect=protect)
-        return True
+        return error.errno != errno.ENOMEM  # no room for another VMA now
+    return _map_all(window, start, end, protect=protect)
+
+
+def _map_all(window: Window, start: int, end: int, *, protect: bool) -> bool:
+    page = window.region.page
     while start < end:
         done, outcome = window.map_present(start, end, protect=protect)
         if outcome in (Outcome.GONE, Outcome.LATE):
             return outcome is Outcome.GONE
-        start += done or page  # one that is mapped already, or not there at all
+        if outcome is Outcome.RETRY and not done:
+            half = _half(start, end, page)
+            if half == end or not _map_all(window, start, half, protect=protect):
+                return False  # the address space is changing
+            start = half  # it lies in several VMAs
+        else:
+            start += done or page  # one that is mapped already, or not there at all
     return True
 
 

@@ -83,10 +83,11 @@ def save_objects(
     by: Sharer | None = None,
     gone: tuple[int, int] | None = None,
     clearing: Iterable[tuple[int, int]] = (),
+    mapping: bool = False,
 ) -> None:
     """Write what has changed in the region's object map since the last time.
 
-    With it that the call of sharer `by` is done; `gone` and `clearing` as in the journal.
+    With it that the call of sharer `by` is done; the others are as in the journal.
     Raises Refused(ENOSPC).
     """
     changed = region.objects.changed
@@ -100,6 +101,7 @@ def save_objects(
         call=call,
         gone=gone,
         clearing=clearing,
+        mapping=mapping,
     )
     changed.clear()
     region.changes += 1

@@ -27,6 +27,7 @@ from conftest import (
     eventually,
 )
 
+from msharefsd.linux import processes
 from msharefsd.memory.sparse import AT_ONCE
 from msharefsd.mount import mounting
 
@@ -621,14 +622,27 @@ def test_a_file_that_hangs_stalls_its_own_range_only(
     assert second.do("load", BASE + ALIGNMENT) == "1"
 
 
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_file_is_there_where_a_hole_was_touched_as_soon_as_it_is_mapped(
-    pair: Pair, strange: Path, daemon: Daemon
+    pair: Pair, strange: Path, daemon: Daemon, *, killed: bool
 ) -> None:
-    """With a file that is never read: who touches it waits, and has no SIGBUS of before."""
-    daemon.expected.append("cannot read")
+    """With a file that is never read: who touches it waits, and has no SIGBUS of before.
+
+    Also when the daemon dies after it has written down that it is mapped.
+    """
+    daemon.expected += ["cannot read", "taking down the mount"]
     for client in pair:
         assert client.do("load", BASE) == "SIGBUS"
-    pair[1].ok("mmap", BASE, PAGE, READ, PRIVATE | FIXED, strange / "hangs", os.O_RDONLY, 0)
+    if killed:
+        daemon.kill()
+        daemon.launch(env={**os.environ, "MSHAREFSD_PARK": "mmap"})
+    pair[1].send("mmap", BASE, PAGE, READ, PRIVATE | FIXED, strange / "hangs", os.O_RDONLY, 0)
+    if killed:
+        states = partial(map, processes.state)
+        eventually(lambda: "T" in states(daemon.processes()), "it has written that down")
+        daemon.kill()
+        daemon.start()
+    assert pair[1].result() == "0"
     for client in pair:
         client.send("load", BASE)
         assert client.process.stdout is not None

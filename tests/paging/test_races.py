@@ -6,6 +6,7 @@ Each test holds something up at one point and has the other thing happen there.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ import trio
 import trio.testing
 from test_cancel import READ, WRITE, some_region
 
-from msharefsd.linux import uffd
-from msharefsd.linux.uffd import Feature, Outcome
+from msharefsd.linux import syscalls, uffd
+from msharefsd.linux.uffd import Feature, Mode, Outcome
 from msharefsd.memory.files import MappedFile
 from msharefsd.paging import protection
+from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.hunger import mend
 from msharefsd.paging.pages import Pages, Waiting, pages_of
 from msharefsd.paging.populate import Populate
@@ -239,6 +241,67 @@ async def test_poison_that_could_not_be_cleared_is_not_forgotten(
         await mend(window, spaces._server.poison.repair)
         assert list(window.poisoned) == list(window.starved) == []
         del region.sharers[1]
+
+
+@contextlib.contextmanager
+def own_window(spaces: AddressSpaces, region: Region, pages: int) -> Iterator[Window]:
+    """Ours, with poison where so many holes have been touched."""
+    assert region.backing is not None
+    fd = uffd.open_own()
+    uffd.handshake(fd, spaces._server._capabilities.features & ~Feature.EVENT_FORK)
+    fixed = syscalls.MAP_SHARED | syscalls.MAP_FIXED_NOREPLACE
+    syscalls.mmap(region.start, region.size, BOTH, fixed, region.backing.fd, 0)
+    try:
+        uffd.register(fd, region.start, region.size, Mode.MISSING)
+        window = window_of(some_sharer(region, 1, fd=fd))
+        for page in range(pages):
+            assert spaces._server.poison.known(window, page * PAGE) is Outcome.DONE
+        yield window
+    finally:
+        region.sharers.clear()
+        syscalls.munmap(region.start, region.size)
+        os.close(fd)
+
+
+def seen(window: Window, pages: int) -> bytes:
+    """What is there; raises OSError where there is poison."""
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        return os.pread(memory.fileno(), pages * PAGE, window.start)
+
+
+async def test_poison_goes_from_a_window_in_several_pieces() -> None:
+    """The kernel maps nothing over more than one VMA (ENOENT)."""
+    with some_region() as (spaces, region, _), own_window(spaces, region, 8) as window:
+        with pytest.raises(OSError, match="Input/output error"):
+            seen(window, 1)
+        syscalls.madvise(region.start + 3 * PAGE, 2 * PAGE, mmap.MADV_DONTDUMP)
+        region.objects.insert(Object(0, 8 * PAGE, BOTH, private=False))
+        assert region.backing is not None
+        os.pwrite(region.backing.fd, b"x" * 8 * PAGE, 0)
+        await spaces._server.poison.clear(pages_of(region), 0, region.size)
+        assert not window.poisoned
+        assert seen(window, 8) == b"x" * 8 * PAGE
+
+
+async def test_poison_goes_where_somebody_else_has_read_a_part_of_it(
+    directory: Path, slow_read: Gate, nursery: trio.Nursery
+) -> None:
+    path = directory / "file"
+    path.write_bytes(b"f" * 4 * PAGE)
+    with some_region() as (spaces, region, _), own_window(spaces, region, 4) as window:
+        await nursery.start(spaces._server.run)
+        assert region.backing is not None
+        file = Object(0, 4 * PAGE, BOTH, private=True, file=mapped(path))
+        region.objects.insert(file)
+        await spaces._server.poison.clear(pages_of(region), 0, region.size)
+        await slow_read.wait()
+        os.pwrite(region.backing.fd, b"f" * PAGE, 2 * PAGE)
+        slow_read.opened.set()
+        while pages_of(region).reading:
+            await trio.sleep(0.001)
+        assert not window.poisoned
+        assert seen(window, 4) == b"f" * 4 * PAGE
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_hole_that_one_was_refused_shows_nobody_anything(
