@@ -31,6 +31,11 @@ _OTHERWISE: Final = os.O_APPEND | os.O_DIRECT
 _F_SEAL_FUTURE_WRITE: Final = 0x10
 
 
+_GONE: Final = frozenset({errno.ENOTCONN, errno.ESTALE, errno.ENODEV})
+"""What a file says whose file system has ended: a FUSE server, an NFS server's export, a
+disk.  A mount of the same name later is another one."""
+
+
 class MappedFile:
     """A file of a client's, as one mmap() call mapped it.
 
@@ -61,6 +66,8 @@ class MappedFile:
         self._close = close
         self._users = 1
         self._plain: int | None = None
+        self._gone = False
+        """Its file system was."""
         self._opening = threading.Lock()
         self.flushing = trio.Lock()
         """Held while dirty pages go to the file."""
@@ -92,6 +99,11 @@ class MappedFile:
             self.fd = -1
             if self._plain is not None:
                 self._close(self._plain)
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody will ever write to it by this any more."""
+        return self.fd < 0 or self._gone
 
     def _descriptor(self) -> int:
         """One to read and write with at any offset.
@@ -134,10 +146,14 @@ class MappedFile:
         May block.  Raises OSError.
         """
         fd = self._descriptor()
-        left = memoryview(content)[: max(0, os.fstat(fd).st_size - offset)]
-        while left:
-            done = os.pwrite(fd, left, offset)
-            left, offset = left[done:], offset + done
+        try:
+            left = memoryview(content)[: max(0, os.fstat(fd).st_size - offset)]
+            while left:
+                done = os.pwrite(fd, left, offset)
+                left, offset = left[done:], offset + done
+        except OSError as error:
+            self._gone = error.errno in _GONE
+            raise
 
     def sync(self) -> None:
         """fdatasync(2), as msync(2) does.  May block.  Raises OSError."""

@@ -291,6 +291,7 @@ class _Pager:
                     nursery.start_soon(collapser.run, regions.alive)
                 finish = partial(writeback.finish, regions.alive)
                 purge = await self._dialog.run(control, regions, self._metrics, finish, _leave)
+                runs.over()
                 nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
                 if purge:

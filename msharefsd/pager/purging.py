@@ -6,7 +6,8 @@ looks at a file's end before it looks at userfaultfd (shmem_get_folio_gfp(), mm/
 hugetlb_no_page(), mm/hugetlb.c): whatever is touched is SIGBUS at once, EFAULT in a system
 call, in every process that has it mapped, and the memory is free.
 
-What a file has not taken is not thrown away: that region stays as it is.
+What a file has not taken is not thrown away, unless the file is lost: that region stays as
+it is.
 """
 
 from __future__ import annotations
@@ -36,13 +37,19 @@ async def remove_all(
     await finish(regions.alive)
     regions.release = Region.close_memory
     for region in list(regions.alive()):
-        if unwritten := len(pages_of(region).dirty) * region.page:
+        dirty = pages_of(region).dirty
+        unwritten = len(dirty) * region.page
+        if dirty and not dirty.lost:
             log.error(
-                "region %s is kept: its files did not take %d bytes yet",
-                region.label(),
-                unwritten,
+                "region %s is kept: its files did not take %d bytes yet", region.label(), unwritten
             )
         else:
+            if dirty:
+                log.error(
+                    "region %s is gone with %d bytes: nobody has its files any more",
+                    region.label(),
+                    unwritten,
+                )
             await _cut(region)
             regions.remove(region)
 

@@ -70,6 +70,11 @@ class Dirty:
         page = next(self._pages.irange(start, end, inclusive=(True, False)), None)
         return None if page is None else (page, self._pages[page].file)
 
+    @property
+    def lost(self) -> bool:
+        """Whether there are dirty pages, and nothing that any of them could be written to."""
+        return bool(self._of) and all(file.lost for file in self._of)
+
     def files(self) -> list[MappedFile]:
         """The files that have dirty pages."""
         return list(self._of)

@@ -373,14 +373,14 @@ class Writeback:
     async def _last(self, region: Region) -> None:
         """A region that is gone has its memory until its files have what was written to it.
 
-        But for a file that nobody has any more: nothing will ever be written to that.
+        But for a file that is lost: nothing will ever be written to that.
         """
         while True:
             await self._everything(region)
             dirty = pages_of(region).dirty
             if not dirty:
                 break
-            lost = all(file.fd < 0 for file in dirty.files())
+            lost = dirty.lost
             if lost or self._seldom.now((region.id, "last")):
                 log.error(
                     "region %s is gone with %d bytes that its files did not take%s",

@@ -438,7 +438,7 @@ def held(
     one = Held(attack, mount, directory, helpers, mildly=mildly)
     try:
         # An attack on its own address space may be the first whom it holds up.
-        if not any(one.again(FORCE_SECONDS / 2) for _ in range(3)):
+        if not any(one.again(FORCE_SECONDS) for _ in range(2)):
             raise AssertionError(f"the attack did not come into force: {attack.name}")
         yield one
     finally:
