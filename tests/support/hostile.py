@@ -47,7 +47,7 @@ MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_RDWR
 SHARED, PRIVATE, ANONYMOUS = mmap.MAP_SHARED, mmap.MAP_PRIVATE, mmap.MAP_ANONYMOUS
-FORCE_SECONDS: Final = 30.0
+FORCE_SECONDS: Final = 45.0
 """How long an attack may take to be in force; only a hang of its own takes longer."""
 AGAIN_SECONDS: Final = 3.0
 """The same beside one that is: she may well be refused what she wants now."""
@@ -364,6 +364,7 @@ class Held:
         self.hung: Path | None = None
         self._server = contextlib.ExitStack()
         self._groups: list[int] = []
+        self._ready: list[int] = []
         self.directory.mkdir(exist_ok=True)
         os.chown(self.directory, MALLORY, MALLORY)
         if attack.needs_hung:
@@ -371,22 +372,25 @@ class Held:
             self._server.enter_context(hung_at(self.hung))
 
     def again(self, seconds: float = AGAIN_SECONDS) -> bool:
-        """Put it into force once more, by another process; whether it said so in time."""
+        """Put it into force once more, by another process; whether any says so in time."""
         ready, said = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(ready)
             self._attack(said)
         os.close(said)
+        os.set_blocking(ready, False)
+        self._server.callback(os.close, ready)
+        self._ready.append(ready)
         self._groups.append(pid)
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
-        with open(ready, "rb", buffering=0) as pipe:
-            os.set_blocking(ready, False)
-            deadline = time.monotonic() + seconds
-            while (found := pipe.read(1)) is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-        return found == b"x"
+        deadline = time.monotonic() + seconds
+        while not any(map(_says_so, self._ready)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
 
     def _attack(self, said: int) -> None:
         try:
@@ -428,6 +432,12 @@ class Held:
         for name in os.listdir(self.mount):
             if name.startswith("evil"):
                 os.unlink(self.mount / name)
+
+
+def _says_so(ready: int) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        return os.read(ready, 1) == b"x"
+    return False
 
 
 @contextlib.contextmanager
