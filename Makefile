@@ -3,6 +3,7 @@
 # make test    linters, type checker, tests
 # make bench   side by side with peers, and page tables of many: tables, JSON, a plot
 # make bench-postgres   PostgreSQL's page tables, throughput and connections, each way
+# make bench-programs   page tables of php-fpm, multiprocessing and others, had back
 # make fuzz    the fuzzers, SECONDS each
 # make kills   kill the daemon under load, KILLS times
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
@@ -21,7 +22,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench bench-postgres fuzz kills oracle soak lock clean
+.PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak lock clean
 
 setup: $(VENV)/.project
 
@@ -72,6 +73,9 @@ bench: setup
 
 bench-postgres: setup
 	$(BIN)/python benchmarks/postgres_modes.py $(BENCH)
+
+bench-programs: setup
+	$(BIN)/python benchmarks/programs.py $(BENCH)
 
 fuzz: setup
 	MSHARE_FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/pytest -o faulthandler_timeout=0 tests/fuzz

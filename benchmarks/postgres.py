@@ -106,8 +106,9 @@ class Postgres:
         if os.geteuid() == 0:
             shutil.chown(directory, USER)
         self._run(
-            "initdb", "--pgdata", self.data, "--auth=trust", f"--username={USER}", "--no-sync"
-        )
+            "initdb", "--pgdata", self.data, "--auth=trust", f"--username={USER}", "--no-sync",
+            "--data-checksums",
+        )  # fmt: skip
 
     def _run(self, program: str, *arguments: object, check: bool = True) -> str:
         done = subprocess.run(
@@ -238,6 +239,13 @@ class Postgres:
             )
             if len({each or "0" for each in said.split("|")}) != 1:
                 raise RuntimeError(f"the sums differ: {said}")
+
+    def check_sums(self) -> None:
+        """Whether all pages on disk have the right sums.  Raises RuntimeError.
+
+        Takes a server that has been stopped.
+        """
+        self._run("pg_checksums", "--check", "--pgdata", self.data)
 
     def stop(self, how: int = signal.SIGINT) -> None:
         """End it: SIGINT fast, SIGQUIT immediately, SIGKILL the postmaster alone."""

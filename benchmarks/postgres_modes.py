@@ -8,10 +8,13 @@ stay open.  PageTables are the machine's, less VmPTE of everybody else.
     floor       the same with 16 MB of shared buffers: what there is to be had back
     huge_pages  PostgreSQL's own huge_pages=on, of a pool that is set aside
     within_size the kernel's shmem_enabled=within_size, no tool at all
+    always      the same with `always`: what huge=always is for a tmpfs
     watched     `mshare run`: aligned, and watched from the start
     collapsed   aligned, and `mshare collapse` with all connections open
 
-With --crashes a backend is killed under load, and the whole server, and what it has is checked.
+Stalls are transactions that take more than 100 ms: in the load before it is collapsed, and
+meanwhile.  With --crashes a backend is killed under load, and the whole server, and what it
+has is checked.
 
     make bench-postgres BENCH="--quick"
 """
@@ -45,8 +48,13 @@ from msharetables import proc, survey
 
 MSHARE: Final = str(Path(sys.executable).with_name("mshare"))
 SETTING: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-MODES: Final = ("plain", "floor", "huge_pages", "within_size", "watched", "collapsed")
+MODES: Final = (
+    "plain", "floor", "huge_pages", "within_size", "always", "watched", "collapsed",
+)  # fmt: skip
 CLIENTS: Final = 20
+STALL_MILLISECONDS: Final = 100
+SLICE_SECONDS: Final = 2
+"""How long the load runs at a time while it is collapsed."""
 SETTLE_SECONDS: Final = 60.0
 MiB: Final = 1 << 20
 
@@ -83,6 +91,9 @@ class Samples:
     """Milliseconds."""
     during: list[float] = field(default_factory=list)
     """Throughput while it is collapsed, over that before."""
+    stalls_before: list[int] = field(default_factory=list)
+    stalls_during: list[int] = field(default_factory=list)
+    """Transactions that took longer than STALL_MILLISECONDS."""
     seconds: list[float] = field(default_factory=list)
     """What collapsing took."""
 
@@ -112,8 +123,8 @@ class Bench:
                 settings["huge_pages"] = "on"
                 # Its own tables and locks are in the same memory.
                 stack.enter_context(huge_pages((size * MiB * 9 // 8) // HUGE + 64))
-            if mode == "within_size":
-                stack.enter_context(_shmem_enabled("within_size"))
+            if mode in ("within_size", "always"):
+                stack.enter_context(_shmem_enabled(mode))
             self.server.start(settings, wrapper)
             stack.callback(self.server.stop)
             self.server.prewarm()
@@ -163,29 +174,22 @@ class Bench:
 
     def _collapse(self, found: Samples) -> None:
         """Under load, beside the connections that are open."""
-        before = _tps(self.server.pgbench(*self._load(f"--time={self.plan.seconds}")))
-        load = subprocess.Popen(
-            [*self.server.command("pgbench"), *self._load("--time=3600", "--progress=1")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        time.sleep(1)
+        command = [MSHARE, "collapse", "--min-size=16M", "--pid", str(self.server.pid)]
+        load = self._load(f"--latency-limit={STALL_MILLISECONDS}")
+        before = self.server.pgbench(*load, f"--time={self.plan.seconds}")
+        rates, stalls = [], 0
         began = time.monotonic()
-        subprocess.run(
-            [MSHARE, "collapse", "--min-size=16M", "--pid", str(self.server.pid)],
-            check=False,
-            stdout=sys.stderr,
-        )
-        found.seconds.append(time.monotonic() - began)
-        time.sleep(1)
-        load.send_signal(signal.SIGINT)
-        assert load.stderr is not None
-        with load.stderr as said:
-            rates = [float(each) for each in re.findall(r"([\d.]+) tps", said.read())]
-        load.wait()
-        if rates[1:-1]:
-            found.during.append(statistics.mean(rates[1:-1]) / before)
+        with subprocess.Popen(command, stdout=sys.stderr) as process:
+            # As long as it takes, which nobody knows before.
+            while process.poll() is None:
+                said = self.server.pgbench(*load, f"--time={SLICE_SECONDS}")
+                rates.append(_tps(said))
+                stalls += _stalls(said)
+            found.seconds.append(time.monotonic() - began)
+        if _tps(before):
+            found.during.append(statistics.mean(rates) / _tps(before))
+        found.stalls_before.append(_stalls(before))
+        found.stalls_during.append(stalls)
 
     def crashes(self) -> Iterator[str]:
         """What happens when things die; raises RuntimeError if anything is lost."""
@@ -210,6 +214,8 @@ class Bench:
             with self.running(mode):
                 self.server.check()
                 yield f"{mode}: the postmaster killed, started: consistent"
+            self.server.check_sums()
+            yield f"{mode}: stopped: checksums are right"
 
 
 def _settle() -> None:
@@ -230,10 +236,19 @@ def _page_tables(tree: set[int]) -> int:
 
 
 def _tps(said: str) -> float:
-    match = re.search(r"tps = ([\d.]+)", said)
-    if match is None:
+    return float(_figure(r"tps = ([\d.]+)", said))
+
+
+def _stalls(said: str) -> int:
+    return int(_figure(r"above the .* latency limit: (\d+)", said))
+
+
+def _figure(pattern: str, said: str) -> str:
+    """Of pgbench's; 0 if the machine was so busy that there was not one transaction."""
+    match = re.search(pattern, said)
+    if match is None and "processed: 0\n" not in said:
         raise RuntimeError(f"pgbench: {said}")
-    return float(match[1])
+    return match[1] if match else "0"
 
 
 @contextlib.contextmanager
@@ -254,7 +269,7 @@ def render(samples: Mapping[str, Samples], plan: Plan) -> str:
     """A table of plain text: medians, and ratios to plain and to the floor."""
     titles = (
         "mode", "page tables", "of floor", "a backend", "explained", "tps", "of plain",
-        "connecting", "of plain", "tps meanwhile", "collapsing",
+        "connecting", "of plain", "tps meanwhile", "stalls", "meanwhile", "collapsing",
     )  # fmt: skip
     plain, floor = samples.get("plain", Samples()), samples.get("floor", Samples())
     rows = [titles]
@@ -271,6 +286,8 @@ def render(samples: Mapping[str, Samples], plan: Plan) -> str:
                 _median(each.connecting, "{:.2f} ms"),
                 _ratio(each.connecting, plain.connecting),
                 _median(each.during, "{:.2f}"),
+                _median(each.stalls_before, "{:.0f}"),
+                _median(each.stalls_during, "{:.0f}"),
                 _median(each.seconds, "{:.1f} s"),
             )
         )
@@ -292,7 +309,7 @@ def _median(values: list[int] | list[float], form: str, unit: int = 1) -> str:
 
 
 def _ratio(ours: list[int] | list[float], theirs: list[int] | list[float]) -> str:
-    if not ours or not theirs:
+    if not ours or not theirs or not statistics.median(theirs):
         return "-"
     return f"{statistics.median(ours) / statistics.median(theirs):.2f}"
 

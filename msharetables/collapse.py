@@ -66,6 +66,7 @@ class Outcome(StrEnum):
 
 
 _OUTCOMES: Final = {
+    0: Outcome.DONE,
     errno.EAGAIN: Outcome.BUSY,
     errno.EBUSY: Outcome.BUSY,
     errno.ENOMEM: Outcome.NO_MEMORY,
@@ -75,24 +76,60 @@ _OUTCOMES: Final = {
 }
 
 
-def collapse(pidfd: int, address: int, length: int = HUGE_PAGE) -> tuple[Outcome, float]:
-    """Some chunks, in the name of a process that has them mapped from `address` on.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the kernel said of some chunks, the worst of each."""
 
-    Returns what came of them, the worst of each, and the processor time that it took
-    (seconds).  It takes milliseconds, and longer on a busy machine: each call first waits for
-    all processors to give back pages that they keep aside (lru_add_drain_all()).  Raises
-    OSError: EPERM without CAP_SYS_NICE (and CAP_SYS_PTRACE for other users' processes), ENOSYS
-    before Linux 5.10.
+    code: int
+    """Its errno, or 0."""
+    processor: float
+    """The processor time that it took (seconds)."""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What that means for them; None: it says nothing of them, see `collapse`."""
+        return _OUTCOMES.get(self.code)
+
+
+def ask(pidfd: int, address: int, length: int = HUGE_PAGE) -> Answer:
+    """Collapse some chunks, in the name of a process that has them mapped from `address` on.
+
+    It takes milliseconds, and longer on a busy machine: each call first waits for
+    all processors to give back pages that they keep aside (lru_add_drain_all()).
     """
     began = time.thread_time()
-    outcome = Outcome.DONE
+    code = 0
     try:
         calls.process_madvise(pidfd, address, length, calls.MADV_COLLAPSE)
     except OSError as error:
-        if error.errno not in _OUTCOMES:
-            raise
-        outcome = _OUTCOMES[error.errno]
-    return outcome, time.thread_time() - began
+        code = error.errno or errno.EIO
+    return Answer(code, time.thread_time() - began)
+
+
+def collapse(pidfd: int, address: int, length: int = HUGE_PAGE) -> tuple[Outcome, float]:
+    """The same: what came of them, and the processor time that it took (seconds).
+
+    Raises OSError: EPERM without CAP_SYS_NICE (and CAP_SYS_PTRACE for other users'
+    processes), ENOSYS before Linux 5.10.
+    """
+    answer = ask(pidfd, address, length)
+    if answer.outcome is None:
+        raise OSError(answer.code, os.strerror(answer.code))
+    return answer.outcome, answer.processor
+
+
+class Batch:
+    """How many chunks one call is to be about: as many as it may take time for."""
+
+    def __init__(self, seconds: float = AT_ONCE_SECONDS) -> None:
+        """`seconds` of processor time, about."""
+        self._seconds = seconds
+        self.most = 1
+
+    def took(self, chunks: int, processor: float) -> None:
+        """So many have taken so much processor time (seconds)."""
+        each = max(processor / chunks, self._seconds / MOST_AT_ONCE)
+        self.most = max(int(self._seconds / each), 1)
 
 
 class Pace:
@@ -102,9 +139,12 @@ class Pace:
         """`share` of one processor, above 0 and up to 1."""
         self.share = share
 
-    def pause(self, taken: float) -> float:
-        """How long to pause after what has taken so many seconds."""
-        return taken * (1 / self.share - 1)
+    def pause(self, taken: float, waited: float = 0.0) -> float:
+        """How long to pause after what has taken so many seconds.
+
+        `waited`: for how long it has had no processor meanwhile, if that is to count as pause.
+        """
+        return max(taken * (1 / self.share - 1) - waited, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,13 +352,13 @@ def steps(made: Plan, patience: Patience) -> Iterator[Step]:
     """
     processes = Processes(patience)
     hopeless = 0
-    at_once = 1
+    batch = Batch()
     try:
         waiting = list(made.chunks)
         for left in range(TRIES - 1, -1, -1):
             again: list[Chunk] = []
             while waiting:
-                run = _run(waiting, at_once)
+                run = _run(waiting, batch.most)
                 del waiting[: len(run)]
                 for step in _step(run, processes.pidfd(run[0].pid, made.object), patience):
                     yield step
@@ -326,10 +366,7 @@ def steps(made: Plan, patience: Patience) -> Iterator[Step]:
                         again += step.chunks
                     hopeless = hopeless + 1 if step.outcome is Outcome.NO_MEMORY else 0
                     if step.outcome is Outcome.DONE:
-                        each = max(
-                            step.processor / len(step.chunks), AT_ONCE_SECONDS / MOST_AT_ONCE
-                        )
-                        at_once = max(int(AT_ONCE_SECONDS / each), 1)
+                        batch.took(len(step.chunks), step.processor)
                     if hopeless == HOPELESS:
                         return
             waiting = again

@@ -287,7 +287,7 @@ class _Pager:
                 nursery.start_soon(writeback.run, regions.alive)
                 nursery.start_soon(saver.run, regions.alive)
                 if config.collapse and found.collapse:
-                    collapser = Collapser(self._metrics, config.collapse_seconds)
+                    collapser = Collapser(self._metrics, pages.fresh, config.collapse_seconds)
                     nursery.start_soon(collapser.run, regions.alive)
                 finish = partial(writeback.finish, regions.alive)
                 purge = await self._dialog.run(control, regions, self._metrics, finish, _leave)

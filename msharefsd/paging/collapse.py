@@ -10,13 +10,18 @@ the name of a sharer of the owner's, or not at all.
 
 Left out are chunks that have a hole or an absent page (the kernel would have to fill
 it behind the page server's back, and refuses), and those where something is
-write-protected (protection is kept page by page).  A chunk costs milliseconds, and the
-more the more sharers have touched it: so it is looked for often, while a region is being
-filled, and done in a thread, with pauses: this never takes more than a part of a processor.
+write-protected (protection is kept page by page).  A chunk costs a millisecond, and ten
+times that where a hundred sharers have touched it.  So it is done as soon as a chunk has been
+populated, the newest first (fresh.py), and in a large region already for its first sharer;
+what is left then is looked for every few seconds.  It is done in a thread, with pauses: this
+never takes more than a part of a processor.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import itertools
 import logging
 import os
@@ -30,26 +35,26 @@ from msharefsd.barriers import barrier
 from msharefsd.linux import syscalls
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.paging.fresh import Fresh
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.window import window_of
 from msharefsd.region.region import Region, Sharer
 from msharefsd.telemetry.metrics import Metrics
+from msharefsd.telemetry.seldom import Seldom
 from msharetables import fill
-from msharetables.collapse import (
-    AT_ONCE_SECONDS,
-    SECONDS_A_CHUNK,
-    SECONDS_A_SHARER,
-    Outcome,
-    Pace,
-    collapse,
-)
+from msharetables.collapse import Answer, Batch, Outcome, Pace, ask
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 FEWEST_SHARERS: Final = 2
+LARGE: Final = 64 << 20
+"""A region of so many bytes does not wait for a second sharer."""
 SHARE_OF_A_PROCESSOR: Final = 0.5
+AT_ONCE_SECONDS: Final = 0.05
+"""How long (processor time) one call may take: each waits first for all processors, which takes
+as long on a busy machine."""
 BATCH: Final = 64
 """Chunks found at once."""
 CAP_SYS_NICE: Final = 23
@@ -62,41 +67,72 @@ _NOT_THIS_ONE: Final = frozenset({Outcome.REFUSED, Outcome.GONE})
 
 
 class Collapser:
-    """Collapses what several sharers have, every few seconds."""
+    """Collapses what has been populated just now, and every few seconds what is left."""
 
-    def __init__(self, metrics: Metrics, interval: float) -> None:
+    def __init__(self, metrics: Metrics, fresh: Fresh, interval: float) -> None:
         """`interval`: seconds between two looks."""
         self._metrics = metrics
+        self._fresh = fresh
         self._interval = interval
         self._limiter = trio.CapacityLimiter(1)
+        self._seldom = Seldom()
         self._pace = Pace(SHARE_OF_A_PROCESSOR)
         self._seen: dict[int, tuple[int, ...]] = {}
         """By region id: how it was when there was nothing left to be done."""
+        self._batches: dict[int, Batch] = {}
+        """By region id."""
         self._said: set[int] = set()
         """Regions of which it has been told that some page tables stay."""
 
     async def run(self, regions: Callable[[], Iterable[Region]]) -> None:
-        """Look, collapse, pause; forever, or until it turns out to be not allowed."""
-        while True:
-            await trio.sleep(self._interval)
-            alive = list(regions())
-            numbers = {region.id for region in alive}
-            self._seen = {each: how for each, how in self._seen.items() if each in numbers}
-            for region in alive:
-                if not isinstance(region.backing, ShmBacking):
-                    continue  # its pages are huge already
-                try:
-                    await self._region(region)
-                except PermissionError:
-                    log.warning(
-                        "no right to process_madvise(2) on sharers (CAP_SYS_NICE): their page "
-                        "tables stay as they are"
-                    )
-                    return
+        """Collapse, pause; forever, or until it turns out to be not allowed."""
+        self._fresh.wanted = True
+        look = trio.current_time() + self._interval
+        try:
+            while True:
+                with trio.move_on_at(look):
+                    await self._fresh.ripe()
+                await self._newest()
+                if trio.current_time() >= look:
+                    await self._look(list(regions()))
+                    look = trio.current_time() + self._interval
+        except PermissionError:
+            log.warning(
+                "no right to process_madvise(2) on sharers (CAP_SYS_NICE): their page "
+                "tables stay as they are"
+            )
+        finally:
+            self._fresh.wanted = False
+
+    async def _newest(self) -> None:
+        while taken := self._fresh.take(BATCH):
+            for region, chunks in taken.items():
+                if _worth_it(region):
+                    await self._chunks(region, chunks)
+
+    async def _chunks(self, region: Region, chunks: Sequence[int]) -> None:
+        """Those that are there as a whole."""
+        chunks = [chunk for chunk in chunks if _may_be(region, chunk)]
+        if not chunks or region.backing is None:
+            return
+        fd = os.dup(region.backing.fd)
+        try:
+            whole = await self._in_thread(partial(_whole, fd, chunks))
+        finally:
+            os.close(fd)
+        for run in self._runs(region, whole):
+            await self._run(region, *run)
+
+    async def _look(self, regions: Sequence[Region]) -> None:
+        numbers = {region.id for region in regions}
+        self._seen = {each: how for each, how in self._seen.items() if each in numbers}
+        self._batches = {each: batch for each, batch in self._batches.items() if each in numbers}
+        for region in regions:
+            if _worth_it(region):
+                await self._region(region)
 
     async def _region(self, region: Region) -> None:
-        if len(region.sharers) < FEWEST_SHARERS or region.backing is None:
-            return
+        assert region.backing is not None
         how = _how(region)  # before: what changes while we look is to be seen the next time
         if self._seen.get(region.id) == how:
             return
@@ -106,13 +142,34 @@ class Collapser:
         try:
             found = fill.whole_chunks(fd, plain)
             while chunks := await self._in_thread(partial(_some, found)):
-                for run in _runs(region, chunks):
+                for run in self._runs(region, chunks):
                     idle = False
                     await self._run(region, *run)
+                    await self._newest()  # it is cheap as long as it is that
         finally:
             os.close(fd)
         if idle:
             self._seen[region.id] = how
+
+    def _runs(
+        self, region: Region, chunks: Iterable[int]
+    ) -> Iterator[tuple[list[Sharer], list[int]]]:
+        """Who pays for which chunks, a few at a time that lie behind each other."""
+        batch = self._batches.setdefault(region.id, Batch(AT_ONCE_SECONDS))
+        run: list[int] = []
+        payers: list[Sharer] = []
+        for chunk in chunks:
+            if not _may_be(region, chunk):
+                continue
+            pay = _in_whose_names(region, chunk)
+            if run and (pay != payers or chunk != run[-1] + HUGE_PAGE or len(run) >= batch.most):
+                if payers:
+                    yield payers, run
+                run = []
+            payers = pay
+            run.append(chunk)
+        if run and payers:
+            yield payers, run
 
     async def _run(self, region: Region, payers: Sequence[Sharer], chunks: Sequence[int]) -> None:
         """Chunks that lie behind each other, and in whose names, in this order."""
@@ -148,20 +205,31 @@ class Collapser:
         address, length = region.start + chunks[0], len(chunks) * HUGE_PAGE
         pages.collapsed.update(chunks)  # before: what changes them meanwhile takes them out again
         barrier("collapse")
-        outcome, taken = Outcome.BUSY, 0.0
+        answer: Answer | None = None
+        began = trio.current_time()
         try:
-            outcome, taken = await self._in_thread(partial(collapse, pidfd, address, length))
-        except PermissionError:
-            if not syscalls.capabilities() >> CAP_SYS_NICE & 1:
-                raise
-            outcome = Outcome.REFUSED
-        except OSError as error:
-            log.warning("region %s: cannot collapse: %s", region.label(), error.strerror)
+            answer = await self._in_thread(partial(ask, pidfd, address, length))
         finally:
             os.close(pidfd)
-            if outcome is not Outcome.DONE:
+            if answer is None or answer.code:
                 pages.collapsed.difference_update(chunks)
-        await trio.sleep(self._pace.pause(taken))
+        said = errno.errorcode.get(answer.code, "done")
+        pages.collapse_calls[said] += 1
+        self._metrics.collapse_calls.labels(said).inc()
+        outcome = answer.outcome
+        if outcome is Outcome.DONE and region.id in self._batches:
+            self._batches[region.id].took(len(chunks), answer.processor)
+        if answer.code in (errno.EPERM, errno.EACCES):
+            if not syscalls.capabilities() >> CAP_SYS_NICE & 1:
+                raise PermissionError(answer.code, os.strerror(answer.code))
+            outcome = Outcome.REFUSED
+        elif outcome is None:
+            if self._seldom.now((region.id, answer.code)):
+                why = os.strerror(answer.code)
+                log.warning("region %s: cannot collapse: %s", region.label(), why)
+            outcome = Outcome.BUSY
+        waited = trio.current_time() - began - answer.processor
+        await trio.sleep(self._pace.pause(answer.processor, waited))
         return outcome
 
     def _say(self, region: Region) -> None:
@@ -185,6 +253,33 @@ def _some(chunks: Iterator[int]) -> list[int]:
     return list(itertools.islice(chunks, BATCH))
 
 
+def _whole(fd: int, chunks: Iterable[int]) -> list[int]:
+    """Those that are there as a whole.
+
+    By mincore(2): lseek(2) looks at each page from there to the next hole.
+    """
+    present = (ctypes.c_ubyte * (HUGE_PAGE // syscalls.PAGE))()
+    found = []
+    for chunk in chunks:
+        with contextlib.suppress(OSError):  # it was truncated
+            address = syscalls.mmap(
+                None, HUGE_PAGE, syscalls.PROT_READ, syscalls.MAP_SHARED, fd, chunk
+            )
+            try:
+                syscalls.mincore(address, HUGE_PAGE, present)
+            finally:
+                syscalls.munmap(address, HUGE_PAGE)
+            if all(page & 1 for page in present):
+                found.append(chunk)
+    return found
+
+
+def _worth_it(region: Region) -> bool:
+    """Whether it is of small pages, and who shares it, or will share it."""
+    fewest = 1 if region.size >= LARGE else FEWEST_SHARERS
+    return isinstance(region.backing, ShmBacking) and len(region.sharers) >= fewest
+
+
 def _how(region: Region) -> tuple[int, ...]:
     """What changes when there may be something to be done."""
     pages = pages_of(region)
@@ -197,27 +292,6 @@ def _may_be(region: Region, chunk: int) -> bool:
     return chunk not in pages.collapsed and not any(
         True for _ in pages.armed.within(chunk, chunk + HUGE_PAGE)
     )
-
-
-def _runs(region: Region, chunks: Iterable[int]) -> Iterator[tuple[list[Sharer], list[int]]]:
-    """Who pays for which chunks, a few at a time that lie behind each other."""
-    most = max(
-        int(AT_ONCE_SECONDS / max(SECONDS_A_CHUNK, SECONDS_A_SHARER * len(region.sharers))), 1
-    )
-    run: list[int] = []
-    payers: list[Sharer] = []
-    for chunk in chunks:
-        if not _may_be(region, chunk):
-            continue
-        pay = _in_whose_names(region, chunk)
-        if run and (pay != payers or chunk != run[-1] + HUGE_PAGE or len(run) >= most):
-            if payers:
-                yield payers, run
-            run = []
-        payers = pay
-        run.append(chunk)
-    if run and payers:
-        yield payers, run
 
 
 def _in_whose_names(region: Region, chunk: int) -> list[Sharer]:

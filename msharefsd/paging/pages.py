@@ -6,6 +6,7 @@ Pages are made when the region has memory and somebody first asks, and go with i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -72,6 +73,8 @@ class Pages:
     """Offset of a 2 MiB chunk: number of the sharer that populated of it last."""
     collapsed: set[int] = field(default_factory=set)
     """Offsets of chunks that are huge pages."""
+    collapse_calls: Counter[str] = field(default_factory=Counter)
+    """How often the kernel was asked for these, by what it said."""
     refused: set[Window] = field(default_factory=set)
     """Windows that have poisoned pages."""
     reading: int = 0

@@ -127,6 +127,7 @@ class _Measurement:
     processes: list[_Process]
     host: int | None
     collapsed: int
+    collapse_calls: dict[str, int]
     protected: int
     began: float = field(default_factory=time.monotonic)
     took: float | None = None
@@ -201,6 +202,7 @@ def _look_at(region: Region) -> _Measurement:
         processes=[_Process(sharer) for sharer in region.sharers.values()],
         host=backing.mapped_at,
         collapsed=len(pages.collapsed),
+        collapse_calls=dict(pages.collapse_calls),
         protected=pages.armed.length,
     )
 
@@ -466,6 +468,11 @@ def _other_lines(seen: _Measurement) -> Iterator[_Line]:
     yield _Line(
         "collapsed", seen.collapsed, "chunks",
         "of 2 MiB that the daemon has made huge pages of: no sharer needs a table for them",
+    )  # fmt: skip
+    said = ", ".join(f"{what} {count}" for what, count in sorted(seen.collapse_calls.items()))
+    yield _Line(
+        "attempts", sum(seen.collapse_calls.values()), "calls",
+        f"of MADV_COLLAPSE for that, and what the kernel said: {said or '-'}",
     )  # fmt: skip
     yield _Line(
         "protected", seen.protected, "bytes",

@@ -30,6 +30,7 @@ from msharefsd.linux.uffd import Outcome
 from msharefsd.memory.backing import Backing
 from msharefsd.memory.buffers import BUFFER, Buffers, Zeros
 from msharefsd.paging import protection
+from msharefsd.paging.fresh import Fresh
 from msharefsd.paging.pages import Pages, pages_of
 from msharefsd.paging.watch import Watch
 from msharefsd.paging.window import Mapping, Window
@@ -67,9 +68,10 @@ class Part:
 class Populate:
     """Populates pages of regions, within their limits."""
 
-    def __init__(self, metrics: Metrics, region_memory: int | None) -> None:
+    def __init__(self, metrics: Metrics, fresh: Fresh, region_memory: int | None) -> None:
         """`region_memory`: the most bytes a region may hold, or None."""
         self._metrics = metrics
+        self._fresh = fresh
         self._region_memory = region_memory
         self.buffers = Buffers()
         self._zeros = Zeros()
@@ -192,6 +194,7 @@ class Populate:
             return uffd.outcome_of(error)
         if pays:
             _pays(pages, window, start, end)
+            self._fresh.add(region, start, end)
         if watch is not None:
             watch.clean(start, end)
         protect = pays and (guarded or watch is not None)

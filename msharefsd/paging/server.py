@@ -38,6 +38,7 @@ from msharefsd.linux.uffd import Fault, Feature, Inherited, Outcome
 from msharefsd.paging import thread
 from msharefsd.paging.background import Background
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
+from msharefsd.paging.fresh import Fresh
 from msharefsd.paging.hunger import Hunger
 from msharefsd.paging.lanes import Far, Lanes
 from msharefsd.paging.pages import Pages, Waiting, pages_of
@@ -97,7 +98,8 @@ class PageServer:
         self._background = Background()
         far_reader = uffd.Reader(nowait=capabilities.nowait, may_wait=True)
         self.lanes = Lanes(owner, far_reader, self._background, self.give_up)
-        self._populate = Populate(metrics, region_memory)
+        self.fresh = Fresh()
+        self._populate = Populate(metrics, self.fresh, region_memory)
         self._hunger = Hunger()
         self.fills = Fills(
             threads, self._populate, self._background, self._settled, self._not_settled

@@ -42,6 +42,9 @@ class Metrics:
         self.written_back = self._counter("written_back_bytes", "written to mapped files, bytes")
         self.writeback_errors = self._counter("writeback_errors", "rounds that a file failed")
         self.collapsed = self._counter("collapsed_chunks", "2 MiB chunks made huge pages")
+        self.collapse_calls = self._counter(
+            "collapse_calls", "calls of MADV_COLLAPSE, by what the kernel said", "errno"
+        )
         self.not_collapsed = self._counter("not_collapsed", "chunks that were not", "why")
         self.intruded = self._counter("intruded_pages", "pages that a reader made, taken out")
         self.attaches = self._counter("attaches", "sharers attached")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
 
 from msharefsd.linux import features
+from msharefsd.paging import collapse
 
 CHUNKS = 8
 SIZE = CHUNKS * ALIGNMENT
@@ -80,6 +82,30 @@ def test_page_tables_shrink_and_the_sharers_do_nothing_for_it(
     assert int(pair[0].do("faults")) - faults <= 4 * CHUNKS
     assert page_tables(pair[0]) == after[0]
     assert pair[1].do("load", BASE + SIZE - PAGE) == "9"
+
+
+def test_a_large_region_is_collapsed_before_others_come(
+    make_daemon: Callable[..., Daemon], directory: Path, client_program: Path
+) -> None:
+    """As it is being filled: nobody has to look for that."""
+    (directory / "config").write_text("collapse_seconds = 86400\n")
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", f"--config={directory / 'config'}").start()
+    chunks = collapse.LARGE // ALIGNMENT
+    with clients(client_program, daemon) as spawn:
+        first, second = spawn(), spawn()
+        first.ok("mshare", "r", BASE, collapse.LARGE, CREATE, 0o600)
+        first.ok("mmap", BASE, collapse.LARGE, BOTH, SHARED | FIXED)
+        first.ok("fill", BASE, collapse.LARGE, 7)
+        # What is in use just then is left for a look.
+        collapsed(daemon, chunks // 2)
+        second.ok("mshare", "r", BASE, collapse.LARGE, os.O_RDWR, 0)
+        faults = int(second.do("faults"))
+        second.ok("fill", BASE, collapse.LARGE, 8)
+        # 512 for each chunk, if the kernel maps every page by itself.
+        assert int(second.do("faults")) - faults < 512 * chunks * 3 // 4
+        assert first.do("load", BASE + collapse.LARGE - PAGE) == "8"
+        assert daemon.metric('collapse_calls_total{errno="done"}') >= 1
+        assert re.search(r"^attempts: \d+ .*done \d+", daemon.info("r", "pagetables"), re.MULTILINE)
 
 
 def test_what_changes_afterwards_works_on_parts_of_a_huge_page(
@@ -164,6 +190,7 @@ def test_who_has_no_huge_pages_is_passed_over(
         count = 'not_collapsed_total{why="refused"}'
         eventually(lambda: eager.metric(count) >= 2 * CHUNKS, "it is counted")
         assert eager.metric("collapsed_chunks_total") == 0
+        assert eager.metric('collapse_calls_total{errno="EINVAL"}') >= 2 * CHUNKS
         assert eager.log().count("PR_SET_THP_DISABLE") == 1, "and said once"
 
 

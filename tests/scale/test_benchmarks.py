@@ -19,13 +19,13 @@ BENCHMARKS = TESTS.parent / "benchmarks"
 FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 
-def run(script: str, results: Path) -> tuple[str, str]:
+def run(script: str, results: Path, *more: str) -> tuple[str, str]:
     """Run it to see that everything runs; its standard output and error."""
     # A /dev/shm of its own, in the tests' mount namespace: what is left there is its.
     syscalls.mount("shm", "/dev/shm", "tmpfs", 0, "mode=1777")
     try:
         done = subprocess.run(
-            [sys.executable, BENCHMARKS / script, "--smoke", f"--results={results}"],
+            [sys.executable, BENCHMARKS / script, "--smoke", f"--results={results}", *more],
             capture_output=True,
             text=True,
             check=False,
@@ -64,6 +64,17 @@ def test_the_story_runs_and_leaves_nothing(tmp_path: Path) -> None:
     assert svg.startswith("<?xml")
     assert all(kind in svg for kind in kinds)
     assert FREE_HUGE_PAGES.read_text() == free
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+@pytest.mark.timeout(300)
+def test_postgresql_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
+    printed, _ = run("postgres_modes.py", tmp_path, "--modes", "floor", "collapsed")
+    (results,) = tmp_path.iterdir()
+    samples = json.loads(results.read_text())["samples"]
+    assert set(samples) == {"floor", "collapsed"}
+    assert len(samples["collapsed"]["stalls_during"]) == 1
+    assert "of floor" in printed
 
 
 RESERVING = """

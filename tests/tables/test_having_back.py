@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -307,49 +306,6 @@ def test_the_watch_leaves_others_alone(sharers: Sharers, watch: Watch, directory
     started = vmpte(mine.pid)
     eventually(lambda: vmpte(mine.pid) <= started - 4 * CHUNKS * 4096, "the user's own")
     assert vmpte(other.pid) == before
-
-
-def test_who_makes_work_makes_the_watch_slow_and_nothing_else(
-    sharers: Sharers, watch: Watch
-) -> None:
-    """Empty chunks by the hundred thousand, mappings by the hundred a second, and forks."""
-    sharers(
-        "at = shared(1 << 36)\ntouch(at, 1 << 34, HUGE)\n"  # 8,192 chunks, a page in each
-        "children(1, lambda: read(at, 1 << 34, HUGE))"
-    )
-    sharers(
-        "import threading\n"
-        "def storm():\n"
-        "    while True:\n"
-        "        m = shared(8 * MiB); touch(m, 8 * MiB); libc.munmap(m, 8 * MiB)\n"
-        "        time.sleep(0.002)\n"
-        "children(1, lambda: None)\n"
-        "threading.Thread(target=storm, daemon=True).start()"
-    )
-    sharers(
-        "def forks():\n"
-        "    while True:\n"
-        "        pid = os.fork()\n"
-        "        if pid == 0: os.execv('/bin/true', ['/bin/true'])\n"
-        "        os.waitpid(pid, 0); time.sleep(0.002)\n"
-        "if os.fork() == 0: forks()"
-    )
-    good = sharers("time.sleep(0)")
-    process = watch("--all", "--budget", "10%", "--interval", "0.05")
-    time.sleep(2)
-    began, used = time.monotonic(), _processor(process.pid)
-    good.do(f"exec({FILL!r}, globals())")
-    before = vmpte(good.pid)
-    eventually(lambda: vmpte(good.pid) <= before - 4 * CHUNKS * 4096, "the good one's", 60)
-    time.sleep(max(5 - (time.monotonic() - began), 0))
-    share = (_processor(process.pid) - used) / (time.monotonic() - began)
-    assert share < 0.2  # 10%, and what is not measured
-    assert process.poll() is None
-
-
-def _processor(pid: int) -> float:
-    fields = proc.read(pid, "stat").rpartition(b")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_another_user_namespace_is_left_alone(sharers: Sharers) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from commanding import mshare
-from conftest import BIN, eventually
-from fastcgi import request
+from conftest import BIN, TESTS, eventually
 
+sys.path.append(str(TESTS.parent))
+
+from benchmarks.fastcgi import request
 from msharefsd.linux import features
 from msharetables import proc, survey
 from msharetables.objects import COLLAPSIBLE

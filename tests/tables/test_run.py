@@ -303,6 +303,8 @@ class TestPostgres:
         postgres.start(settings)
         postgres.check()
         assert memory(postgres).tables > 0
+        postgres.stop()
+        postgres.check_sums()
 
     @pytest.mark.timeout(300)
     def test_a_server_that_runs_gets_them_back_under_load(self, postgres: Postgres) -> None:
@@ -332,3 +334,5 @@ class TestPostgres:
         postgres.stop(signal.SIGKILL)
         postgres.start(settings)
         postgres.check()
+        postgres.stop()
+        postgres.check_sums()
