@@ -28,7 +28,7 @@ import pytest
 from libmshare import core
 from msharefsd.linux import mounts, processes, syscalls
 from msharefsd.memory import hugetlb, names
-from msharefsd.mount import mounting
+from msharefsd.mount import graft, mounting
 
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -68,7 +68,7 @@ def pytest_configure() -> None:
     for mount in list(mounts.mounts()):  # of the machine's own daemons
         if mount.fstype == mounting.FSTYPE:
             syscalls.umount(mount.target, syscalls.MNT_DETACH)
-    mounting.ungraft()
+    graft.take_away()
     if mounts.top_mount(str(CONNECTIONS)) is None:
         syscalls.mount("none", str(CONNECTIONS), "fusectl", 0)
 
@@ -439,7 +439,7 @@ class Daemon:
     def clean_up(self) -> None:
         """Whatever happened; each step, whatever became of those before."""
         with contextlib.ExitStack() as steps:  # from the last to the first
-            steps.callback(mounting.ungraft)
+            steps.callback(graft.take_away)
             steps.callback(self._remove_memory)
             steps.callback(self._take_down)
             steps.callback(self._end_processes)
