@@ -91,6 +91,8 @@ def prepare(mountpoint: str, workspace: Path) -> bool:
         if directory == graft.SYS_FS and os.geteuid() == 0:
             graft.put_in(name, workspace)
         else:
+            # Who may see the mount has to pass what is above it, whatever our umask.
+            umask = os.umask(0o022)
             try:
                 os.makedirs(mountpoint, mode=0o755, exist_ok=True)
             except OSError as error:
@@ -98,6 +100,8 @@ def prepare(mountpoint: str, workspace: Path) -> bool:
                     f"cannot make {mountpoint}: {error.strerror}; an ordinary user's daemon "
                     "needs --mountpoint in a directory of theirs"
                 ) from error
+            finally:
+                os.umask(umask)
     return directory == graft.SYS_FS and graft.is_there()
 
 
