@@ -166,6 +166,8 @@ class Daemon:
         self.arguments = arguments
         self.expected: list[str] = []
         """Patterns of warnings that the test provokes."""
+        self.variables: dict[str, str] = {}
+        """More of its environment."""
         self.process: subprocess.Popen[bytes] | None = None
         self._launched: tuple[Sequence[str], dict[str, object]] = (), {}
 
@@ -185,7 +187,7 @@ class Daemon:
         """Start and do not wait.  `command` stands in for msharefsd."""
         # Too long a run between two checkpoints is an ERROR in its log then.
         environment = dict(popen.pop("env", os.environ))  # type: ignore[call-overload] # the test's
-        environment["MSHAREFSD_MEASURE_RUNS"] = "1"
+        environment |= {"MSHAREFSD_MEASURE_RUNS": "1"} | self.variables
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
                 self.command(command),
@@ -464,13 +466,59 @@ class Daemon:
             os.unlink(f"/dev/shm/{name}")
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
     """A temporary directory that ordinary users can enter."""
     path = Path(tempfile.mkdtemp(prefix="mshare-test-"))
     path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """As temporary()."""
+    with temporary() as path:
+        yield path
+
+
+@contextlib.contextmanager
+def watched(daemons: list[Daemon], seconds: float = WATCHDOG_SECONDS) -> Iterator[None]:
+    """Have daemons ended that are not done with in time; see above."""
+
+    def bark() -> None:
+        for each in daemons:
+            with contextlib.suppress(OSError):
+                each.abort()
+            for pid in each.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    watchdog = threading.Timer(seconds, bark)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+
+
+@contextlib.contextmanager
+def taken_down(daemons: list[Daemon]) -> Iterator[None]:
+    """Stop daemons at the end, and look at what they leave."""
+    try:
+        yield
+        for each in daemons:
+            if each.process is not None:
+                assert each.process.poll() is None, f"the daemon died:\n{each.log()}"
+                each.stop()
+        for each in daemons:
+            each.check_log()
+    finally:
+        with contextlib.ExitStack() as stack:
+            for each in daemons:
+                stack.callback(each.clean_up)
 
 
 @pytest.fixture
@@ -488,29 +536,8 @@ def make_daemon(directory: Path, request: pytest.FixtureRequest) -> Iterator[Cal
         daemons.append(made)
         return made
 
-    def bark() -> None:
-        for each in daemons:
-            with contextlib.suppress(OSError):
-                each.abort()
-            for pid in each.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    watchdog = threading.Timer(seconds, bark)
-    watchdog.start()
-    try:
+    with watched(daemons, seconds), taken_down(daemons):
         yield make
-        for each in daemons:
-            if each.process is not None:
-                assert each.process.poll() is None, f"the daemon died:\n{each.log()}"
-                each.stop()
-        for each in daemons:
-            each.check_log()
-    finally:
-        watchdog.cancel()
-        with contextlib.ExitStack() as stack:
-            for each in daemons:
-                stack.callback(each.clean_up)
 
 
 @pytest.fixture
