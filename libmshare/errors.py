@@ -73,12 +73,19 @@ _CLASSES: Final[dict[int, type[MshareError]]] = {
     errno.EDQUOT: NoMemory,
 } | dict.fromkeys(GONE, DaemonGone)
 
-DAEMON_GONE: Final = "the daemon of msharefs has died; start msharefsd again"
+DAEMON_GONE: Final = (
+    "the daemon of msharefs has died; start msharefsd again (in a container: bind the directory "
+    "above its mount, as rslave)"
+)
 
 ADVICE: Final = {
     errno.ENOENT: "no such region; `mshare ls` lists them",
     errno.ESTALE: "the region was removed",
     errno.EACCES: "permission denied; its mode says who may, `mshare ls` shows it",
+    errno.EROFS: (
+        "read-only here, as /sys is in hardened units and containers; have msharefs on /run/mshare "
+        "(msharefsd --mountpoint), or say ReadWritePaths=/sys/fs/mshare"
+    ),
     errno.EMFILE: "out of descriptors, here or in the daemon; see `mshare doctor`",
     errno.ENFILE: "the system is out of descriptors",
     errno.EPROTO: "library and daemon are of different versions; install the same for both",

@@ -18,7 +18,7 @@ from msharefsd.front import front, purging
 from msharefsd.life.signals import Signals
 from msharefsd.linux import priority
 from msharefsd.linux.features import UnsupportedError
-from msharefsd.mount.mounting import MountError
+from msharefsd.mount import mounting
 
 VERSION: Final = version("msharefs")
 
@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         help="with --purge: also what is in use (its next touch is SIGBUS), and what no journal "
         "knows",
     )
+    parser.add_argument(
+        "--ungraft",
+        action="store_true",
+        help="show the kernel's /sys/fs again, which a daemon that was killed has left grafted, "
+        "and end",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     return parser
 
@@ -106,6 +112,7 @@ def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
     parser = _parser()
     overrides = vars(parser.parse_args(arguments))
     purge, force = overrides.pop("purge", False), overrides.pop("force", False)
+    ungraft = overrides.pop("ungraft", False)
     if force and not purge:
         parser.error("--force is for --purge")
     try:
@@ -121,13 +128,26 @@ def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
     os.chdir("/")  # never keep a file system busy, least of all our own
     code = 0
     try:
-        if purge:
+        if ungraft:
+            _ungraft()
+        elif purge:
             priority.give_back()  # nobody waits to be served
             purging.run(settings, force=force)
         else:
             front.run(settings, signals)
-    except* (UnsupportedError, MountError, StartError) as group:
+    except* (UnsupportedError, StartError) as group:
         for failure in leaves(group):
             logging.getLogger("msharefsd").error("%s", failure)
             code = max(code, 3 if isinstance(failure, StateError) else 1)
     return code
+
+
+def _ungraft() -> None:
+    """Raises StartError."""
+    try:
+        done = mounting.ungraft()
+    except OSError as error:
+        raise StartError(f"cannot take back the graft of /sys/fs: {error.strerror}") from error
+    logging.getLogger("msharefsd").info(
+        "/sys/fs is the kernel's again" if done else "/sys/fs is not grafted"
+    )

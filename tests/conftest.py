@@ -28,7 +28,7 @@ import pytest
 from libmshare import core
 from msharefsd.linux import mounts, processes, syscalls
 from msharefsd.memory import hugetlb, names
-from msharefsd.mount import mounting
+from msharefsd.mount import graft, mounting
 
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -70,7 +70,7 @@ def pytest_configure() -> None:
     for mount in list(mounts.mounts()):  # of the machine's own daemons
         if mount.fstype == mounting.FSTYPE:
             syscalls.umount(mount.target, syscalls.MNT_DETACH)
-    mounting.ungraft()
+    graft.take_away()
     if mounts.top_mount(str(CONNECTIONS)) is None:
         syscalls.mount("none", str(CONNECTIONS), "fusectl", 0)
 
@@ -168,6 +168,8 @@ class Daemon:
         self.arguments = arguments
         self.expected: list[str] = []
         """Patterns of warnings that the test provokes."""
+        self.variables: dict[str, str] = {}
+        """More of its environment."""
         self.process: subprocess.Popen[bytes] | None = None
         self._launched: tuple[Sequence[str], dict[str, object]] = (), {}
 
@@ -187,7 +189,7 @@ class Daemon:
         """Start and do not wait.  `command` stands in for msharefsd."""
         # Too long a run between two checkpoints is an ERROR in its log then.
         environment = dict(popen.pop("env", os.environ))  # type: ignore[call-overload] # the test's
-        environment["MSHAREFSD_MEASURE_RUNS"] = "1"
+        environment |= {"MSHAREFSD_MEASURE_RUNS": "1"} | self.variables
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(  # type: ignore[call-overload] # popen is the test's
                 self.command(command),
@@ -441,7 +443,7 @@ class Daemon:
     def clean_up(self) -> None:
         """Whatever happened; each step, whatever became of those before."""
         with contextlib.ExitStack() as steps:  # from the last to the first
-            steps.callback(mounting.ungraft)
+            steps.callback(graft.take_away)
             steps.callback(self._remove_memory)
             steps.callback(self._take_down)
             steps.callback(self._end_processes)
@@ -466,13 +468,59 @@ class Daemon:
             os.unlink(f"/dev/shm/{name}")
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
     """A temporary directory that ordinary users can enter."""
     path = Path(tempfile.mkdtemp(prefix="mshare-test-"))
     path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """As temporary()."""
+    with temporary() as path:
+        yield path
+
+
+@contextlib.contextmanager
+def watched(daemons: list[Daemon], seconds: float = WATCHDOG_SECONDS) -> Iterator[None]:
+    """Have daemons ended that are not done with in time; see above."""
+
+    def bark() -> None:
+        for each in daemons:
+            with contextlib.suppress(OSError):
+                each.abort()
+            for pid in each.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    watchdog = threading.Timer(seconds, bark)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+
+
+@contextlib.contextmanager
+def taken_down(daemons: list[Daemon]) -> Iterator[None]:
+    """Stop daemons at the end, and look at what they leave."""
+    try:
+        yield
+        for each in daemons:
+            if each.process is not None:
+                assert each.process.poll() is None, f"the daemon died:\n{each.log()}"
+                each.stop()
+        for each in daemons:
+            each.check_log()
+    finally:
+        with contextlib.ExitStack() as stack:
+            for each in daemons:
+                stack.callback(each.clean_up)
 
 
 @pytest.fixture
@@ -490,29 +538,8 @@ def make_daemon(directory: Path, request: pytest.FixtureRequest) -> Iterator[Cal
         daemons.append(made)
         return made
 
-    def bark() -> None:
-        for each in daemons:
-            with contextlib.suppress(OSError):
-                each.abort()
-            for pid in each.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    watchdog = threading.Timer(seconds, bark)
-    watchdog.start()
-    try:
+    with watched(daemons, seconds), taken_down(daemons):
         yield make
-        for each in daemons:
-            if each.process is not None:
-                assert each.process.poll() is None, f"the daemon died:\n{each.log()}"
-                each.stop()
-        for each in daemons:
-            each.check_log()
-    finally:
-        watchdog.cancel()
-        with contextlib.ExitStack() as stack:
-            for each in daemons:
-                stack.callback(each.clean_up)
 
 
 @pytest.fixture

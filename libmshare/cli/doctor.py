@@ -26,7 +26,7 @@ from msharefsd.linux.uffd import DEVICE
 from msharefsd.memory.hugetlb import Pool
 from msharefsd.memory.names import IDENTITY_FILE, prefix
 from msharefsd.memory.shm import MARK, SHM_DIRECTORY
-from msharefsd.mount import mounting
+from msharefsd.mount import graft, mounting
 from msharefsd.telemetry.figures import plural
 
 _DESCRIPTORS_A_SHARER: Final = 3
@@ -80,6 +80,7 @@ def doctor(timeout: float, config: str | None, *, json: bool) -> bool:
         _kernel(),
         *_capabilities(),
         *_mounts(timeout),
+        *_graft(timeout),
         *_configuration(config),
         _fuse(),
         _device(),
@@ -147,6 +148,37 @@ def _mounts(timeout: float) -> Iterator[Finding]:
     others = {mount.target for mount in mounts.mounts() if mount.fstype == mounting.FSTYPE}
     for target in sorted(others - {root}):
         yield _other_mount(target, timeout)
+
+
+def _graft(timeout: float) -> Iterator[Finding]:
+    """/sys/fs, if a daemon that mounts there has taken its place."""
+    if not graft.is_there():
+        return
+    within = sorted(
+        mount.target
+        for mount in mounts.mounts()
+        if mount.fstype == mounting.FSTYPE and os.path.dirname(mount.target) == graft.SYS_FS
+    )
+    found = f"a graft, for {printable(' '.join(within)) if within else 'no mount'}"
+    if not any(_other_mount(target, timeout).status is Status.OK for target in within):
+        advice = "no daemon needs it: msharefsd --ungraft shows the kernel's again"
+        yield Finding(graft.SYS_FS, Status.WARN, found, advice)
+    elif not graft.shows_all_of_sysfs():
+        yield Finding(
+            graft.SYS_FS,
+            Status.WARN,
+            found,
+            "user namespaces cannot mount sysfs, and rootless containers do not start: restart "
+            "msharefsd, or have it mount on /run/mshare (--mountpoint)",
+        )
+    else:
+        yield Finding(
+            graft.SYS_FS,
+            Status.OK,
+            found,
+            "a tmpfs that shows every entry: mounts below it, cgroups, are in the mount table "
+            "twice; msharefsd --mountpoint=/run/mshare does without",
+        )
 
 
 def _silence(root: str) -> list[tuple[str, str, float]]:

@@ -60,6 +60,9 @@ bool wait_again(struct waiting *waiting)
 		pause.tv_nsec = FIRST_PAUSE;
 	}
 	if (time >= waiting->until) {
+		/* A bind mount is of the dead one's file system, whatever came in its place. */
+		reason_say("no daemon has come; in a container: bind the directory above the "
+			   "mount, as rslave");
 		errno = ENOTCONN;
 		return false;
 	}

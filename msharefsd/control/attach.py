@@ -10,12 +10,13 @@ from functools import partial
 from typing import Final
 
 from msharefsd.control import wire
+from msharefsd.control.guards import on_the_way
 from msharefsd.control.orphans import is_gone
 from msharefsd.control.peer import owner_of
 from msharefsd.control.sharing import Sharing
 from msharefsd.control.wire import BackingKind, Reply, ReplyFlag, Request, RequestFlag
 from msharefsd.errors import Refused
-from msharefsd.linux import processes, syscalls
+from msharefsd.linux import processes, syscalls, uffd
 from msharefsd.memory import hugetlb
 from msharefsd.memory.backing import Backing
 from msharefsd.memory.hugetlb import HugetlbBacking
@@ -101,11 +102,13 @@ class Attaching:
         writable = writes(request.oflags)
         if writable and not may_write:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
-        far = await self._adopt_far(fds)
+        number = self._control.regions.new_number()
+        far = await self._adopt_far(fds, number)
         try:
-            return await self._attach(region, request, fds, far, may_write=may_write)
+            return await self._attach(region, request, fds, far, number, may_write=may_write)
         except BaseException:
             if far is not None:
+                self._control.guards.drop(number)
                 far.close()
             raise
 
@@ -115,6 +118,7 @@ class Attaching:
         request: Request,
         fds: list[int],
         far: Far | None,
+        number: int,
         *,
         may_write: bool,
     ) -> tuple[Reply, int | None]:
@@ -151,6 +155,7 @@ class Attaching:
             pidfd=self._peer.pidfd,
             uffd_number=request.userfaultfd,
             started=processes.started(self._peer.pid) if self._peer.pid else 0,
+            number=number,
         )
         if far is None:
             fds.pop(1)
@@ -250,25 +255,34 @@ class Attaching:
             except OSError as error:
                 raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
 
-    async def _adopt_far(self, fds: list[int]) -> Far | None:
+    async def _adopt_far(self, fds: list[int], number: int) -> Far | None:
         """Take the userfaultfd out of `fds`, if it is of another user than the owner.
 
         Before anything is waited for: our own table must not be the last that has it.
         """
-        pages = self._control.pages
+        pages, guards = self._control.pages, self._control.guards
+        if not pages.lanes.needs_one(self._peer.uid):
+            return None
         try:
-            far = pages.adopt_far(fds[1], self._peer.uid)
+            uffd.check_kind(fds[1])
+            waiting = on_the_way(fds[1])
+            try:
+                far = pages.lanes.take(self._peer.uid, fds[1])
+            except BaseException:
+                os.close(waiting)
+                raise
         except OSError as error:
             raise Refused(_code(error), f"no userfaultfd: {error.strerror}") from error
-        if far is not None:
-            fds.pop(1)
-            try:
-                await pages.shake_hands(far)
-            except BaseException as error:
-                far.close()
-                if not isinstance(error, OSError):
-                    raise
-                raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
+        fds.pop(1)
+        try:
+            await guards.keep_far(number, waiting)
+            await pages.shake_hands(far)
+        except BaseException as error:
+            guards.drop(number)
+            far.close()
+            if isinstance(error, Refused) or not isinstance(error, OSError):
+                raise
+            raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
         return far
 
     # -- REJOIN --

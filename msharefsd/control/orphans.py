@@ -4,13 +4,11 @@ A process does not notice that its daemon has died before it makes a call, which
 never.  And a process that closes its descriptors, whatever they are, closes ours with
 them, and goes on to use its memory.  So its faults are served without its connection.
 
-Of a process of another user less can be told, as a call on it may be late (lanes.py): it is
-one only until its pager's end and its own, and not when it has closed its descriptors.
-
 A sharer is its address space: as long as that has the window, absent pages of it have to
 be guarded.  It may outlive the process that attached it (a clone with CLONE_VM), and end
 before that does (exec).  What tells is the userfaultfd.  A library that gave up the
-region while no daemon was there has unmapped the window, and closed its own copy.
+region while no daemon was there has unmapped the window, and closed its own copy.  Of a
+process of another user its lane finds that out (lanes.py), and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -68,9 +67,23 @@ class Orphans:
             task_status.started()
             while True:
                 await trio.sleep(LOOK_SECONDS)
-                for sharer in list(self._orphans):
-                    if not still_there(sharer):
-                        self.end(sharer)
+                for orphan in list(self._orphans.values()):
+                    self._look(orphan)
+
+    def _look(self, orphan: _Orphan) -> None:
+        """End it if it has the region no more; of another user's process that is found out."""
+        sharer = orphan.sharer
+        far = window_of(sharer).far
+        if far is not None:
+            far.look(partial(self._found, orphan), _ends(sharer.region), sharer.region.page)
+        elif not still_there(sharer):
+            self.end(sharer)
+
+    def _found(self, orphan: _Orphan, guard: Guard) -> None:
+        if self._orphans.get(orphan.sharer) is not orphan:
+            return  # it has a connection again
+        if guard is Guard.GONE or (guard is Guard.NOTHING and not _has_its_own(orphan.sharer)):
+            self.end(orphan.sharer)
 
     def add(self, sharer: Sharer, pidfd: int | None) -> None:
         """Take a sharer in and serve its faults.  `pidfd` is taken over."""
@@ -81,10 +94,11 @@ class Orphans:
         if pidfd is None:
             sharer.pid, sharer.ended = 0, lambda: False
         else:
-            far = window_of(sharer).far is not None
-            sharer.ended = lambda: processes.has_ended(pidfd) and (far or is_gone(sharer))
+            sharer.ended = lambda: processes.has_ended(pidfd) and is_gone(sharer)
             self._deaths.watch(pidfd, lambda: self._ended(orphan))
         self._nursery.start_soon(self._serve, orphan)
+        if window_of(sharer).far is not None:
+            self._look(orphan)  # its process may have ended: that is how connections end
 
     async def inherit(self, parent: Sharer, fd: int) -> None:
         """A child has the window of `parent` and nothing else: it is a sharer as well.
@@ -120,10 +134,8 @@ class Orphans:
 
     def _ended(self, orphan: _Orphan) -> None:
         """The process has; others may have its address space still."""
-        if window_of(orphan.sharer).far is None and not is_gone(orphan.sharer):
-            self._forget_process(orphan)
-        else:
-            self.end(orphan.sharer)
+        self._forget_process(orphan)
+        self._look(orphan)
 
     def _forget_process(self, orphan: _Orphan) -> None:
         if orphan.pidfd is not None:
@@ -197,19 +209,24 @@ def is_registered(sharer: Sharer) -> bool:
     region = sharer.region
     return any(
         uffd.guard_at(sharer.uffd, address, region.page) is Guard.WINDOW
-        for address in (region.start, region.start + region.size - region.page)
+        for address in _ends(region)
     )
+
+
+def _ends(region: Region) -> tuple[int, int]:
+    return region.start, region.start + region.size - region.page
 
 
 def still_there(sharer: Sharer) -> bool:
     """Whether it still has the region, as far as can be told from outside.
 
-    Without a window it may be about to map it.
+    Not of a process of another user, see Orphans.
     """
-    if is_gone(sharer):
-        return False
-    if window_of(sharer).far is None and is_registered(sharer):
-        return True
+    return not is_gone(sharer) and (is_registered(sharer) or _has_its_own(sharer))
+
+
+def _has_its_own(sharer: Sharer) -> bool:
+    """Whether it has its userfaultfd: without a window it may be about to map it."""
     try:
         return os.readlink(f"/proc/{sharer.pid}/fd/{sharer.uffd_number}") == uffd.LINK
     except PermissionError:

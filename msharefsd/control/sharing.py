@@ -125,13 +125,14 @@ class Sharing:
     def leave_alone(self) -> Sharer | None:
         """Its connection ends; the sharer that it is nevertheless, for others to serve.
 
-        A donor that has not finished is none: its own memory is still in the range.  Nor is
-        a process of another user, which nobody waits for here (lanes.py).
+        A donor that has not finished is none: its own memory is still in the range.  Whether a
+        process of another user is one is found out later (orphans.py).
         """
         sharer = self.sharer
-        if sharer is None or self.building is not None or window_of(sharer).far is not None:
+        if sharer is None or self.building is not None:
             return None
-        if not still_there(sharer):
+        far = window_of(sharer).far
+        if far.is_over if far is not None else not still_there(sharer):
             return None
         self._lose(sharer)
         return sharer

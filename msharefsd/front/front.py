@@ -42,7 +42,7 @@ from msharefsd.life.selfcheck import SelfCheck
 from msharefsd.life.signals import Signals
 from msharefsd.linux import cgroups, features, priority
 from msharefsd.linux.mounts import Mount, top_mount
-from msharefsd.mount import mounting
+from msharefsd.mount import graft, mounting
 from msharefsd.mount.asking import Asking
 from msharefsd.mount.controls import Controls
 from msharefsd.mount.filesystem import FileSystem
@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 SELF_CHECK_SECONDS: Final = 30
 ADOPT_SECONDS: Final = 1.5
 """How long the start waits for pagers to take over what was left."""
+GRAFT_SECONDS: Final = 5.0
 METRICS_SECONDS: Final = 0.5
 MOST_TASKS: Final = 1000
 """Of file-system requests under way; pyfuse3 has one task for each."""
@@ -67,8 +68,8 @@ MOST_TASKS: Final = 1000
 def run(config: Config, signals: Signals) -> None:
     """Serve until a signal.  What there is stays for the next daemon.
 
-    After SIGTERM and SIGINT the mount goes, after SIGHUP it stays.  Raises StartError,
-    MountError or UnsupportedError when it cannot start.
+    After SIGTERM and SIGINT the mount goes, after SIGHUP it stays.  Raises StartError or
+    UnsupportedError when it cannot start.
     """
     found = features.probe(config.without)
     for missing in found.missing():
@@ -141,6 +142,7 @@ class _Front:
                     nursery.start_soon(_serve_fuse, ending)
                     nursery.start_soon(turns.run)
                     nursery.start_soon(_stop_when_unmounted, mount, ending)
+                    nursery.start_soon(_follow_sysfs)
                     check = await self._check(serving)
                     await self._adopt(pagers, await homes(directory, self.identity, names))
                     await nursery.start(router.run)
@@ -224,6 +226,16 @@ def _status(mountpoint: str, names: Names, pagers: Pagers) -> str:
 async def _serve_fuse(ending: Ending) -> None:
     await pyfuse3.main(max_tasks=MOST_TASKS)
     ending.begin("the mount's connection was cut (umount -f, or fusectl's abort)")
+
+
+async def _follow_sysfs() -> None:
+    """New file systems appear in /sys/fs as without us."""
+    if not graft.shows_all_of_sysfs():
+        return
+    grafted = graft.Graft()
+    while True:
+        await trio.sleep(GRAFT_SECONDS)
+        grafted.look()
 
 
 async def _stop_when_unmounted(mount: Mount, ending: Ending) -> None:

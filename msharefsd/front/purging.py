@@ -23,7 +23,7 @@ from msharefsd.front.setting_up import huge_pages, identified, locked, raise_des
 from msharefsd.front.starter import Starter
 from msharefsd.journal.names import NamesJournal
 from msharefsd.linux import features
-from msharefsd.mount import mounting
+from msharefsd.mount import graft, mounting
 from msharefsd.mount.names import Names
 from msharefsd.pager.pager import DIRECTORY, Setting
 from msharefsd.pager.pager import main as pager_main
@@ -41,7 +41,7 @@ def run(config: Config, *, force: bool) -> None:
     """Remove all regions, their memory and what the daemon has left beside it.
 
     Raises StartError if a daemon lives, if something is in use and not `force`, and if
-    something had to be kept; MountError.
+    something had to be kept.
     """
     directory = Path(config.run_directory)
     if not directory.exists():
@@ -86,8 +86,8 @@ def _names(directory: Path, *, force: bool) -> NamesJournal:
 
 def _unmount(config: Config) -> None:
     mounting.clear_stale(config.mountpoint)
-    if os.path.dirname(config.mountpoint) == mounting.SYS_FS and os.geteuid() == 0:
-        mounting.ungraft()
+    if os.path.dirname(config.mountpoint) == graft.SYS_FS and os.geteuid() == 0:
+        mounting.give_back(config.mountpoint)
 
 
 async def _purge(

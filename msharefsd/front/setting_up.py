@@ -130,7 +130,7 @@ def huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator
 
 @contextlib.contextmanager
 def mounted(config: Config, workspace: Path, operations: FileSystem, end: End) -> Iterator[None]:
-    """The file system, at its mountpoint.  Raises StartError, MountError."""
+    """The file system, at its mountpoint.  Raises StartError."""
     made = _missing(Path(config.mountpoint))
     served = False
     workspace.mkdir(exist_ok=True)
@@ -156,7 +156,7 @@ def mounted(config: Config, workspace: Path, operations: FileSystem, end: End) -
             pyfuse3.close(unmount=False)
     finally:
         if grafted and end.unmount:
-            mounting.ungraft()
+            mounting.give_back(config.mountpoint)
         if not served:
             _take_away(made)
 

@@ -42,7 +42,7 @@ class Keeper:
         """Find it, if there is one; it is started for the first file."""
         self._path = directory / KEEPER_SOCKET
         self._held: dict[int, int] = {}
-        """What it should have: key to a descriptor of ours that stays open meanwhile."""
+        """What it should have: key to a descriptor of ours that stays open meanwhile, or -1."""
         self._process: subprocess.Popen[bytes] | None = None
         self._removed: list[int] = []
         self._work = trio.Event()
@@ -116,9 +116,10 @@ class Keeper:
         self._held = dict(found)
         return found
 
-    async def put(self, key: int, fd: int) -> None:
+    async def put(self, key: int, fd: int, *, stays: bool = True) -> None:
         """A duplicate goes over; what is sent is there, whatever happens to us.
 
+        What does not stay with us is not brought to another process when that one dies.
         Raises OSError when there is no keeper to be had.
         """
         async with self._sending:
@@ -126,12 +127,17 @@ class Keeper:
                 self._sock = await trio.to_thread.run_sync(self._start)
                 self._sock.setblocking(False)
                 self._started.set()
-        self._held[key] = fd
+        self._held[key] = fd if stays else -1
         try:
             await self._send(keeper.STORE, key, fd)
         except OSError:
             # It has died.  run() sees that, too, and brings everything to a new one.
             self._work.set()
+
+    def closes(self, key: int) -> None:
+        """It is not ours any more; the keeper has it."""
+        if key in self._held:
+            self._held[key] = -1
 
     async def _send(self, kind: bytes, key: int, fd: int | None = None) -> None:
         async with self._sending:
@@ -185,7 +191,7 @@ class Keeper:
                     await trio.sleep(AGAIN_SECONDS)
             self._sock.setblocking(False)
         for key in list(self._held):
-            if key in self._held:
+            if self._held.get(key, -1) >= 0:
                 with contextlib.suppress(OSError):
                     await self._send(keeper.STORE, key, self._held[key])
 

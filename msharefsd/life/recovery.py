@@ -229,7 +229,7 @@ async def _adopt_guarded(
 ) -> list[tuple[Sharer, int | None]]:
     """As _reach_all(); all of them are kept, and what is not theirs is not kept any more."""
     kept = set(guarded)
-    adopted = await _reach_all(journal, regions, guarded, lanes)
+    adopted = await _reach_all(journal, regions, guards, guarded, lanes)
     for number, fd in guarded.items():
         os.close(fd)
         guards.drop(number)
@@ -285,7 +285,7 @@ async def adopt_sharers(
 
 
 async def _reach_all(
-    journal: Journal, regions: Regions, guarded: dict[int, int], lanes: Lanes
+    journal: Journal, regions: Regions, guards: Guards, guarded: dict[int, int], lanes: Lanes
 ) -> list[tuple[Sharer, int | None]]:
     """The sharers that live, oldest first, and a pidfd of each whose process does.
 
@@ -306,7 +306,10 @@ async def _reach_all(
             anew = (row.pid, row.userfaultfd) in seen
             pidfd: int | None
             if lanes.needs_one(row.uid):
-                pidfd = await _reach_far(sharer, lanes, anew=anew)
+                waiting = guarded.pop(row.number, -1)
+                if waiting >= 0:
+                    guards.handed_on(row.number)
+                pidfd = await _reach_far(sharer, lanes, waiting, anew=anew)
             else:
                 sharer.uffd = guarded.pop(row.number, -1)
                 pidfd = _reach(sharer, anew=anew)
@@ -315,6 +318,8 @@ async def _reach_all(
             journal.forget_sharer(sharer.number)
             if sharer.uffd >= 0:
                 guarded[row.number] = sharer.uffd
+            else:
+                guards.drop(row.number)
             continue
         seen.add((row.pid, row.userfaultfd))
         adopted.append((sharer, pidfd))
@@ -363,21 +368,21 @@ def _reach(sharer: Sharer, *, anew: bool) -> int | None:
     return pidfd
 
 
-async def _reach_far(sharer: Sharer, lanes: Lanes, *, anew: bool) -> int:
-    """The same of a process of another user, whose lane fetches its userfaultfd.
+async def _reach_far(sharer: Sharer, lanes: Lanes, waiting: int, *, anew: bool) -> int | None:
+    """The same of a process of another user, whose lane gets its userfaultfd.
 
-    If that is late, it is late.
+    If that is late, it is late.  `waiting`: a socket in which it lies, or -1; taken over.
+    Whether its address space is there is found out later (orphans.py).
     """
-    if anew:
-        raise _LostError("it has attached anew")
     pidfd = _process(sharer)
-    if pidfd is None:
-        raise _LostError("it has ended")
     try:
+        if waiting < 0 and (anew or pidfd is None):
+            raise _LostError("it has ended" if pidfd is None else "it has attached anew")
         with _lost(sharer):
-            far = await lanes.fetch(sharer, partial(_fetch_far, sharer))
+            far = await lanes.fetch(sharer, partial(_fetch_far, sharer), waiting)
     except BaseException:
-        os.close(pidfd)
+        if pidfd is not None:
+            os.close(pidfd)
         raise
     window_of(sharer).far, far.sharer = far, sharer
     return pidfd

@@ -14,6 +14,8 @@ class Mount:
     """One line of /proc/self/mountinfo."""
 
     device: tuple[int, int]
+    root: str
+    """What of the file system is seen there."""
     target: str
     fstype: str
     source: str
@@ -30,6 +32,7 @@ def mounts() -> Iterator[Mount]:
         major, _, minor = fields[2].partition(b":")
         yield Mount(
             (int(major), int(minor)),
+            _unescape(fields[3]),
             _unescape(fields[4]),
             _unescape(fields[after]),
             _unescape(fields[after + 1]),

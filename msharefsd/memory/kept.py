@@ -26,8 +26,14 @@ _NOBODY: Final = -1
 class Store(Protocol):
     """Holds descriptors by their keys, and outlives us: see life/fdstore.py."""
 
-    async def put(self, key: int, fd: int) -> None:
-        """Store a duplicate of `fd`; returns when it would survive us.  Raises OSError."""
+    async def put(self, key: int, fd: int, *, stays: bool = True) -> None:
+        """Store a duplicate of `fd`; returns when it would survive us.  Raises OSError.
+
+        `stays`: `fd` stays open, and is brought again to a store that had to be replaced.
+        """
+
+    def closes(self, key: int) -> None:
+        """What it had of ours when we began does not stay open any more."""
 
     def remove(self, key: int) -> None:
         """Let go of it, soon."""

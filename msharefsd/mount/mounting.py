@@ -1,16 +1,4 @@
-"""Getting a mountpoint, and giving it back.
-
-sysfs refuses mkdir, so /sys/fs/mshare cannot simply be made.  As root the daemon
-grafts: a small tmpfs goes over /sys/fs that shows every old entry, and mshare
-beside them.
-
-How it is put together matters on systems where mounts propagate (systemd makes /
-shared).  Mounting the empty tmpfs first would show other mount namespaces an empty
-/sys/fs, without cgroups, for good.  So the whole tree is built on a private mount
-aside and then bound over /sys/fs in one step; propagation copies it whole.  And the
-entries are slaves of what they show: unmounting a peer would unmount the original,
-the machine's cgroups, with it.
-"""
+"""Getting a mountpoint, and giving it back."""
 
 from __future__ import annotations
 
@@ -18,26 +6,21 @@ import errno
 import logging
 import os
 import select
-import stat
 import subprocess
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from msharefsd.errors import StartError
 from msharefsd.linux import syscalls
 from msharefsd.linux.mounts import Mount, mounts, top_mount
+from msharefsd.mount import graft
 
 log = logging.getLogger(__name__)
 
-SYS_FS: Final = "/sys/fs"
 FSTYPE: Final = "fuse.msharefs"
-GRAFT_SOURCE: Final = "msharefs-graft"
 PROBE_SECONDS: Final = 5.0
-
-
-class MountError(Exception):
-    """The mountpoint cannot be had; the text says why and what to do."""
 
 
 def is_mounted(mountpoint: str) -> bool:
@@ -50,11 +33,11 @@ def clear_stale(mountpoint: str) -> None:
     """Take down mounts of dead daemons at `mountpoint`.
 
     Such a mount answers ENOTCONN, to mount(2) as well, so it must go first; lazily,
-    because files in it may be open.  Raises MountError if a daemon is alive there.
+    because files in it may be open.  Raises StartError if a daemon is alive there.
     """
     while is_mounted(mountpoint):
         if not _is_dead(mountpoint):
-            raise MountError(
+            raise StartError(
                 f"msharefs is mounted on {mountpoint} and its daemon lives: stop that one first, "
                 "or choose another --mountpoint"
             )
@@ -76,7 +59,7 @@ def _is_dead(mountpoint: str) -> bool:
         _, complaint = probe.communicate(timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
         probe.kill()
-        raise MountError(
+        raise StartError(
             f"the mount on {mountpoint} does not answer: find its daemon, or "
             f"umount --lazy {mountpoint}"
         ) from None
@@ -100,67 +83,46 @@ def prepare(mountpoint: str, workspace: Path) -> bool:
     """Make `mountpoint` a directory that can be mounted on.
 
     Grafts /sys/fs if it must, with `workspace` (an empty directory) to build in.
-    Returns whether /sys/fs is grafted, now or by a daemon before.  Raises
-    MountError.
+    Returns whether it is in a graft, of now or of a daemon before.  Raises StartError.
     """
     clear_stale(mountpoint)
-    parent = os.path.dirname(mountpoint)
+    directory, name = os.path.split(mountpoint)
     if not os.path.isdir(mountpoint):
-        if parent == SYS_FS and os.geteuid() == 0:
-            _graft(os.path.basename(mountpoint), workspace)
+        if directory == graft.SYS_FS and os.geteuid() == 0:
+            graft.put_in(name, workspace)
         else:
+            # Who may see the mount has to pass what is above it, whatever our umask.
+            umask = os.umask(0o022)
             try:
                 os.makedirs(mountpoint, mode=0o755, exist_ok=True)
             except OSError as error:
-                raise MountError(
+                raise StartError(
                     f"cannot make {mountpoint}: {error.strerror}; an ordinary user's daemon "
                     "needs --mountpoint in a directory of theirs"
                 ) from error
-    return parent == SYS_FS and is_grafted()
+            finally:
+                os.umask(umask)
+    return directory == graft.SYS_FS and graft.is_there()
 
 
-def is_grafted() -> bool:
-    """Whether what is seen at /sys/fs is our graft."""
-    mount = top_mount(SYS_FS)
-    return mount is not None and mount.source == GRAFT_SOURCE
+def give_back(mountpoint: str) -> None:
+    """What `prepare` has put into /sys/fs; nothing is mounted there any more."""
+    graft.take_out(os.path.basename(mountpoint), fstype=FSTYPE)
 
 
-def ungraft() -> None:
-    """Show the kernel's /sys/fs again."""
-    if is_grafted():
-        syscalls.umount(SYS_FS, syscalls.MNT_DETACH)
+def ungraft() -> bool:
+    """Show the kernel's /sys/fs again, if no daemon lives there; whether it was not shown.
 
-
-def _graft(name: str, workspace: Path) -> None:
-    aside = str(workspace)
-    log.info("grafting %s/%s: sysfs has no mkdir", SYS_FS, name)
-    try:
-        syscalls.mount(
-            GRAFT_SOURCE,
-            aside,
-            "tmpfs",
-            syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC,
-            "mode=755,size=1m",
-        )
-    except OSError as error:
-        raise MountError(
-            f"cannot mount a tmpfs over {SYS_FS} ({error.strerror}): CAP_SYS_ADMIN is needed; "
-            "choose another --mountpoint, /run/mshare for instance"
-        ) from error
-    try:
-        syscalls.mount("", aside, None, syscalls.MS_PRIVATE)
-        for entry in sorted(os.listdir(SYS_FS)):
-            old, new = os.path.join(SYS_FS, entry), os.path.join(aside, entry)
-            if stat.S_ISDIR(os.lstat(old).st_mode):
-                os.mkdir(new)
-                syscalls.mount(old, new, None, syscalls.MS_BIND | syscalls.MS_REC)
-                syscalls.mount("", new, None, syscalls.MS_SLAVE | syscalls.MS_REC)
-        os.mkdir(os.path.join(aside, name))
-        syscalls.mount(aside, SYS_FS, None, syscalls.MS_BIND | syscalls.MS_REC)
-    except OSError as error:
-        raise MountError(f"cannot graft {SYS_FS}/{name}: {error}") from error
-    finally:
-        syscalls.umount(aside, syscalls.MNT_DETACH)
+    Raises StartError if one does.
+    """
+    if not graft.is_there():
+        return False
+    within = {m.target for m in mounts() if m.fstype == FSTYPE}
+    for target in sorted(within):
+        if os.path.dirname(target) == graft.SYS_FS:
+            clear_stale(target)
+    graft.take_away()
+    return True
 
 
 async def until_unmounted(mount: Mount) -> None:

@@ -22,14 +22,15 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import trio
 
 from msharefsd.linux import syscalls, uffd
-from msharefsd.linux.uffd import Fault, Outcome
+from msharefsd.linux.uffd import Fault, Guard, Outcome
 from msharefsd.memory.buffers import Zeros
 from msharefsd.paging.background import Background
 from msharefsd.region.region import Sharer
@@ -118,6 +119,24 @@ class Far:
         with contextlib.suppress(LateError):
             await self._lane.ask(self, lambda table: table.put(self._key, fetch()), seconds)
 
+    async def fetch_waiting(self, key: int) -> None:
+        """The same from a socket of the lane's, which is closed then."""
+
+        def look(table: Descriptors) -> None:
+            with socket.socket(fileno=os.dup(table[key])) as sock:
+                _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if not fds:
+                raise ProcessLookupError
+            os.set_blocking(fds[0], False)
+            table.put(self._key, fds[0])
+
+        seconds = 0.0 if self._lane.is_late else FETCH_SECONDS
+        try:
+            with contextlib.suppress(LateError):
+                await self._lane.ask(self, look, seconds)
+        finally:
+            self._lane.close(self, key)
+
     # -- what may be left undone --
 
     def fill(
@@ -183,6 +202,23 @@ class Far:
             return False
         except OSError:
             return True
+
+    def look(self, then: Callable[[Guard], None], addresses: Sequence[int], page: int) -> None:
+        """Find out, when its turn comes, what there is at these addresses, and tell `then`.
+
+        Nobody waits for that.
+        """
+
+        def ask(table: Descriptors) -> None:
+            try:
+                found = {uffd.guard_at(table[self._key], each, page) for each in addresses}
+            except OSError:
+                found = {Guard.GONE}
+            order = (Guard.WINDOW, Guard.NOTHING, Guard.GONE)
+            self._lane.tell(then, next(each for each in order if each in found))
+
+        if not self.is_over:
+            self._lane.post(self, ask)
 
     def wake(self, start: int, length: int) -> None:
         """As uffd.wake, when its turn comes."""
@@ -437,16 +473,26 @@ class Lanes:
         os.set_blocking(fd, False)
         return self._far(user, user.lane.hand_in(fd))
 
-    async def fetch(self, sharer: Sharer, fetch: Callable[[], int]) -> Far:
+    async def fetch(self, sharer: Sharer, fetch: Callable[[], int], waiting: int = -1) -> Far:
         """The userfaultfd of a sharer that another pager had; `fetch` gets it, in the lane.
 
+        `waiting`: a socket in which it lies, and stays; that is taken over.
         If that is late it may still come to nothing: then its address space is gone.
         Raises OSError, and what `fetch` raises.
         """
-        user = self._user(sharer.uid)
+        try:
+            user = self._user(sharer.uid)
+            there = user.lane.hand_in(waiting) if waiting >= 0 else None
+        except OSError:
+            if waiting >= 0:
+                os.close(waiting)
+            raise
         far = self._far(user, user.lane.new_key())
         try:
-            await far.fetch(fetch)
+            if there is not None:
+                await far.fetch_waiting(there)
+            else:
+                await far.fetch(fetch)
         except BaseException:
             far.close()
             raise

@@ -130,17 +130,6 @@ class PageServer:
         # A blocking one cannot be polled; see uffd.Reader for reading.
         os.set_blocking(fd, False)
 
-    def adopt_far(self, fd: int, uid: int) -> Far | None:
-        """The same of a process of another user than the owner; None of others.
-
-        It is closed, and shake_hands() is to come.  Raises OSError if it is none, and then
-        it is not closed; EBUSY if the user's processes hold up calls on them.
-        """
-        if not self.lanes.needs_one(uid):
-            return None
-        uffd.check_kind(fd)
-        return self.lanes.take(uid, fd)
-
     async def shake_hands(self, far: Far) -> None:
         """The handshake with one that a lane has.  Raises OSError, and it is to be closed.
 

@@ -265,6 +265,10 @@ class Regions:
             self._unlink_soon(region)
         self.reap(region)
 
+    def new_number(self) -> int:
+        """For a sharer: no other has it, before or after."""
+        return next(self._sharer_numbers)
+
     def attach(
         self,
         region: Region,
@@ -277,13 +281,15 @@ class Regions:
         pidfd: int | None = None,
         uffd_number: int = -1,
         started: int = 0,
+        number: int | None = None,
     ) -> Sharer:
         """A new sharer.  `uffd` and `pidfd` stay the caller's to close.
 
+        `number`: of `new_number`, if something has been called by it before.
         Whether its user may have one more is for the caller to ask, before anything
         is made for it.
         """
-        number = next(self._sharer_numbers)
+        number = self.new_number() if number is None else number
         account = self.limits.account(uid)
         sharer = Sharer(
             number,

@@ -273,6 +273,10 @@ class Lane:
         """Have it done; what comes of it is nobody's."""
         self._queue.put(Request(owner, function))
 
+    def tell(self, function: Callable[..., object], *arguments: object) -> None:
+        """Have the trio thread call `function`: for functions that run in the lane."""
+        self._soon(function, *arguments)
+
     def call(
         self,
         owner: object,

@@ -917,6 +917,24 @@ def test_doctor_finds_no_mount_and_other_mounts(
     assert "umount --lazy" in second["advice"]
 
 
+def test_doctor_shows_the_graft(make_daemon: Callable[..., Daemon]) -> None:
+    def found() -> list[tuple[str, str]]:
+        lines = json.loads(Command(None).run("doctor", "--json").stdout)
+        return [(each["status"], each["advice"]) for each in lines if each["check"] == "/sys/fs"]
+
+    daemon = make_daemon(mountpoint=Path("/sys/fs/mshare")).start()
+    ((status, _),) = found()
+    assert status == "ok"
+    daemon.kill()
+    ((status, advice),) = found()
+    assert status == "warn"
+    assert "msharefsd --ungraft" in advice
+    daemon.expected.append("taking down the mount that a dead daemon left")
+    daemon.start()
+    daemon.stop()
+    assert found() == []
+
+
 def test_doctor_as_an_ordinary_user(mshare: Command, daemon: Daemon) -> None:
     done = as_nobody(daemon.mount, "doctor", "--json")
     findings = {each["check"]: each for each in json.loads(done.stdout)}

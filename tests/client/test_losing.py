@@ -49,6 +49,11 @@ WAYS = [
     "dofork_closed",
 ]
 """What losing.h knows."""
+OTHERS_WAYS = [
+    way for way in WAYS if way not in ("daemon", "dup2_userfaultfd", "dofork", "dofork_closed")
+]
+"""Of a process of another user: two take rights, and windows are not inherited registered."""
+ALICE = 65531
 WATCHERS = ["loser", "other", "child", "clone"]
 """Who looks: `clone` is a child of which the library knows nothing."""
 STRIDE = 32 * PAGE
@@ -67,14 +72,20 @@ class Place:
     loser: Client
     other: Client
     file: Path
+    mount: Path
+    others: bool = False
+    """It is the other one's region, and who loses is another user."""
 
     def at(self, kind: int, watcher: str) -> int:
         return self.start + kind + WATCHERS.index(watcher) * STRIDE
 
     def make(self) -> None:
         """Each kind of memory for each watcher, and nothing of it populated but what is hidden."""
-        do = self.loser.ok
+        maker, joiner = (self.other, self.loser) if self.others else (self.loser, self.other)
+        do = maker.ok
         do("mshare", self.way, self.start, SIZE, CREATE, 0o600)
+        if self.others:
+            os.chmod(self.mount / self.way, 0o606)
         for watcher in WATCHERS:
             where = (self.at(FILE, watcher), 16 * PAGE, READ, PRIVATE, self.file, os.O_RDONLY, 0)
             do("mmap", *where)
@@ -84,8 +95,8 @@ class Place:
             do("mprotect", self.at(PROT_NONE, watcher), PAGE, 0)
         written = (self.start + WRITTEN, PAGE, WRITE, SHARED, self.written, os.O_RDWR, 0)
         do("mmap", *written)
+        joiner.ok("mshare", self.way, self.start, SIZE, os.O_RDWR, 0)
         assert self.loser.do("load", self.start + WRITTEN) == str(FILE_BYTE)
-        self.other.ok("mshare", self.way, self.start, SIZE, os.O_RDWR, 0)
 
     @property
     def written(self) -> Path:
@@ -122,17 +133,47 @@ class Place:
 class Matrix:
     """All ways at once, each in a region of its own, under one daemon."""
 
-    def __init__(self, daemon: Daemon, start: Callable[..., Client], directory: Path) -> None:
+    def __init__(
+        self,
+        daemon: Daemon,
+        start: Callable[..., Client],
+        directory: Path,
+        ways: list[str],
+        user: int | None = None,
+    ) -> None:
+        """`user`: of another user than the region's owner are those who lose."""
         self.daemon = daemon
+        who = {} if user is None else {"user": user, "group": user, "extra_groups": []}
         file = directory / "file"
         file.write_bytes(bytes([FILE_BYTE]) * 16 * PAGE)
         self.places = []
-        for number, way in enumerate(WAYS):
-            place = Place(way, BASE + number * SIZE, start(), start(), file)
+        for number, way in enumerate(ways):
+            at = BASE + number * SIZE
+            place = Place(way, at, start(**who), start(), file, daemon.mount, user is not None)
             place.written.write_bytes(bytes([FILE_BYTE]) * PAGE)
             place.make()
             self.places.append(place)
         self.wrong: list[str] = []
+
+    def judge(self, order: list[str]) -> None:
+        """These steps, and whether everybody sees what is right then."""
+        for step in order:
+            match step:
+                case "lose":
+                    self.lose()
+                case "restart":
+                    self.restart()
+                case "kill":
+                    self.daemon.kill()
+        self.ask()
+        if "kill" in order:
+            self.nobody_answers()
+            self.again()
+        self.answers()
+        self.shown()
+        self.calls()
+        assert self.wrong == []
+        self.end()
 
     def lose(self) -> None:
         for place in self.places:
@@ -195,7 +236,14 @@ class Matrix:
                 self.wrong.append(f"{place.way}: mmap: {got}")
             elif right == "0":
                 place.other.ok("store", place.start + HOLE, 5)
-                if (got := place.loser.do("load", place.start + HOLE)) != "5":
+                got = place.loser.do("load", place.start + HOLE)
+                if place.others and got == "SIGBUS":
+                    # In a lane that is late the end of a hole's poison may be late, too.
+                    eventually(
+                        lambda of=place: of.loser.do("load", of.start + HOLE) == "5",  # type: ignore[misc] # mypy and defaults
+                        "what was mapped",
+                    )
+                elif got != "5":
                     self.wrong.append(f"{place.way}: what it mapped is {got}")
 
     def end(self) -> None:
@@ -212,39 +260,32 @@ class Matrix:
 @pytest.fixture
 def matrix(daemon: Daemon, client_program: Path, directory: Path) -> Iterator[Matrix]:
     with clients(client_program, daemon) as start:
-        yield Matrix(daemon, start, directory)
+        yield Matrix(daemon, start, directory, WAYS)
+
+
+ORDERS = [
+    ["lose"],
+    ["lose", "restart"],
+    ["restart", "lose"],
+    ["lose", "kill"],
+    ["kill", "lose"],
+]
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize(
-    "order",
-    [
-        ["lose"],
-        ["lose", "restart"],
-        ["restart", "lose"],
-        ["lose", "kill"],
-        ["kill", "lose"],
-    ],
-    ids="-".join,
-)
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_zeros_are_read_where_zeros_belong(matrix: Matrix, order: list[str]) -> None:
-    for step in order:
-        match step:
-            case "lose":
-                matrix.lose()
-            case "restart":
-                matrix.restart()
-            case "kill":
-                matrix.daemon.kill()
-    matrix.ask()
-    if "kill" in order:
-        matrix.nobody_answers()
-        matrix.again()
-    matrix.answers()
-    matrix.shown()
-    matrix.calls()
-    assert matrix.wrong == []
-    matrix.end()
+    matrix.judge(order)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_another_users_process_is_no_exception(
+    daemon: Daemon, client_program: Path, directory: Path, order: list[str]
+) -> None:
+    """Its userfaultfd is in a lane, and on its way in a socket that the keeper has."""
+    with clients(client_program, daemon) as start:
+        Matrix(daemon, start, directory, OTHERS_WAYS, ALICE).judge(order)
 
 
 def test_who_has_the_memory_of_one_that_has_ended_is_a_sharer(

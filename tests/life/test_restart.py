@@ -68,6 +68,12 @@ def launch_parked(daemon: Daemon, barrier: str) -> None:
     daemon.launch(env={**os.environ, "MSHAREFSD_PARK": barrier})
 
 
+def launch_armed(daemon: Daemon, barrier: str) -> None:
+    """The next daemon is one that will stop there."""
+    daemon.kill()
+    launch_parked(daemon, barrier)
+
+
 def parked(daemon: Daemon) -> None:
     """Wait until the daemon has come to its barrier, and kill it there."""
     eventually(lambda: any(map(stopped, daemon.processes())), "the barrier")
@@ -85,6 +91,8 @@ class Stage:
     start: Callable[..., Client]
     shared: Path = field(init=False)
     private: Path = field(init=False)
+    left: bool = field(init=False, default=True)
+    """Nothing is there of what was set up."""
 
     # Offsets in pages; lengths of 16, files' of 64.
     MEMORY, SHARED, PRIVATE, HIDDEN, CONSTANT, HOLE = 0, 64, 128, 192, 256, 320
@@ -93,6 +101,7 @@ class Stage:
         return BASE + offset * PAGE
 
     def set_up(self) -> None:
+        self.left = False
         self.shared, self.private = self.directory / "shared", self.directory / "private"
         for path, byte in ((self.shared, b"s"), (self.private, b"p")):
             path.write_bytes(byte * FILE)
@@ -148,6 +157,7 @@ class Stage:
         assert not (daemon.mount / "r").exists()
         eventually(lambda: daemon.shm_objects() == [], "the memory is free")
         assert daemon.metric("sharers") == 0
+        self.left = True
 
 
 @pytest.fixture(name="stage")
@@ -259,20 +269,18 @@ def dies_at(
     barrier: str,
     scene: Scene,
     end: Callable[[Daemon], None] = parked,
-    before: Callable[[], None] = lambda: None,
+    arm: Callable[[Daemon, str], None] = launch_armed,
     may_refuse: str = "",
 ) -> None:
     """It dies there, and everything is right with the next one.
 
-    `end` ends it when it is there, and may start the next one; `before` is called while there
-    is none.  `may_refuse`: an answer that the call may have as well, and then nothing changes.
+    `arm` has it stop at a barrier; `end` ends it when it is there, and may start the next one.
+    `may_refuse`: an answer that the call may have as well, and then nothing changes.
     """
     daemon = stage.daemon
-    daemon.kill()
-    before()
-    launch_parked(daemon, barrier)
+    arm(daemon, barrier)
     client, command, result, changed = scene(stage)
-    # It meets the daemon that will die, by waiting for it.
+    # It meets the daemon that will die, perhaps by waiting for it.
     client.send(*command)
     end(daemon)
     other = stage.first if client is stage.second else stage.second

@@ -28,7 +28,7 @@ from machine import PROGRAMS, LackingError, Machine, Service, running
 from test_document import commands
 
 from libmshare import core
-from msharefsd.mount import mounting
+from msharefsd.mount import graft
 from msharefsd.security import privileges
 
 SIZE = 2 * ALIGNMENT
@@ -186,7 +186,7 @@ def test_a_service_that_was_there_before_sees_it_come_and_go(
         service.systemctl("stop")
         table = machine.run(*inside, "cat", "/proc/self/mountinfo").stdout
         assert MOUNT not in table
-        assert mounting.GRAFT_SOURCE not in table
+        assert graft.SOURCE not in table
         service.systemctl("start")
     finally:
         other.systemctl("stop")

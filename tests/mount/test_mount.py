@@ -15,7 +15,7 @@ from become import BECOME_NOBODY
 from conftest import ALIGNMENT, BASE, BIN, Daemon, clients
 
 from msharefsd.linux import mounts, syscalls
-from msharefsd.mount import mounting
+from msharefsd.mount import graft, mounting
 
 NOBODY = 65534
 SIZE = 2 * ALIGNMENT
@@ -43,7 +43,7 @@ def test_the_graft_shows_everything_and_goes_without_a_trace(
     before, mounts_before = sorted(os.listdir("/sys/fs")), below("/sys")
     cgroups = sorted(os.listdir("/sys/fs/cgroup"))
     daemon = make_daemon(f"--alignment={ALIGNMENT}", mountpoint=SYS).start()
-    assert sorted(os.listdir("/sys/fs")) == sorted([*before, "mshare"])
+    assert sorted(os.listdir("/sys/fs")) == sorted([*before, "mshare", graft.OWN])
     assert sorted(os.listdir("/sys/fs/cgroup")) == cgroups
     # What is mounted below an entry shows through, cgroups above all.
     for entry in cgroups:
@@ -66,12 +66,105 @@ def test_a_killed_daemons_graft_is_used_again_and_undone(
     daemon.kill()
     with pytest.raises(OSError, match="not connected"):
         os.listdir(SYS)
-    assert mounting.is_grafted()
+    assert graft.is_there()
     daemon.expected.append("taking down the mount that a dead daemon left")
     daemon.start()
     assert (SYS / "mshare_info").read_text() == f"{512 << 30}\n"
     daemon.stop()
     assert below("/sys") == mounts_before
+
+
+def in_user_namespace(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["unshare", "-Urnm", "--propagation=private", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.usefixtures("propagation")
+def test_who_makes_a_user_namespace_mounts_sysfs_there(
+    make_daemon: Callable[..., Daemon], directory: Path
+) -> None:
+    """As rootless containers do; also beside a daemon that was killed."""
+    place = directory / "sysfs"
+    place.mkdir()
+    mount = ("mount", "-t", "sysfs", "sysfs", str(place))
+    if in_user_namespace(*mount).returncode != 0:
+        pytest.skip("user namespaces mount no sysfs here")
+    daemon = make_daemon(mountpoint=SYS).start()
+    assert in_user_namespace(*mount).returncode == 0
+    listing = in_user_namespace("ls", "-a", "/sys/fs").stdout.split()
+    assert "cgroup" in listing
+    daemon.kill()
+    assert in_user_namespace(*mount).returncode == 0
+    # It is the second sysfs that does it.
+    syscalls.umount(graft.WHOLE, syscalls.MNT_DETACH)
+    assert in_user_namespace(*mount).returncode != 0
+    daemon.expected.append("taking down the mount that a dead daemon left")
+    daemon.start()
+
+
+def test_nobody_else_enters_what_the_graft_needs_itself(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    make_daemon(mountpoint=SYS).start()
+    assert os.stat(f"/sys/fs/{graft.OWN}").st_mode & 0o777 == 0o700
+
+
+def test_the_graft_follows_the_kernel(make_daemon: Callable[..., Daemon]) -> None:
+    """Modules come, go, and come again."""
+    make_daemon(mountpoint=SYS).start()
+    before = sorted(os.listdir("/sys/fs"))
+    grafted = graft.Graft()
+    seen = grafted._seen
+    comes, again = ((name, number) for name, number in sorted(seen) if name in ("ext4", "tmpfs"))
+    for name, _ in (comes, again):
+        syscalls.umount(f"/sys/fs/{name}", syscalls.MNT_DETACH)
+    os.rmdir(f"/sys/fs/{comes[0]}")
+    os.mkdir("/sys/fs/gone")
+    for name in (again[0], "gone"):
+        syscalls.mount("/sys/fs/fuse", f"/sys/fs/{name}", None, syscalls.MS_BIND)
+    grafted._seen = seen - {comes, again} | {(again[0], 1), ("gone", 2)}
+    grafted.look()
+    assert sorted(os.listdir("/sys/fs")) == before
+    for name, number in (comes, again):
+        assert os.stat(f"/sys/fs/{name}").st_ino == number
+
+
+def test_two_daemons_in_one_graft(make_daemon: Callable[..., Daemon]) -> None:
+    before = sorted(os.listdir("/sys/fs"))
+    first = make_daemon(mountpoint=SYS).start()
+    second = make_daemon(mountpoint=Path("/sys/fs/mshare2")).start()
+    first.stop()
+    assert sorted(os.listdir("/sys/fs")) == sorted([*before, "mshare2", graft.OWN])
+    assert (second.mount / "mshare_info").exists()
+    second.stop()
+    assert sorted(os.listdir("/sys/fs")) == before
+
+
+def ungraft() -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "msharefsd", "--ungraft"], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_graft_of_a_daemon_that_was_killed_is_taken_back(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    before, mounts_before = sorted(os.listdir("/sys/fs")), below("/sys")
+    daemon = make_daemon(mountpoint=SYS).start()
+    refused = ungraft()
+    assert refused.returncode == 1
+    assert "its daemon lives: stop that one first" in refused.stderr
+    assert (SYS / "mshare_info").exists()
+    daemon.kill()
+    assert ungraft().returncode == 0
+    assert sorted(os.listdir("/sys/fs")) == before
+    assert below("/sys") == mounts_before
+    assert ungraft().returncode == 0
+    daemon.start()
 
 
 def test_the_default_mount_is_found_without_being_told(
@@ -197,7 +290,7 @@ def test_an_ordinary_user_runs_a_daemon_of_their_own(
     daemon = make_daemon(f"--alignment={ALIGNMENT}", mountpoint=runtime / "mshare")
     daemon.run = runtime / "run"
     # Without privileges a full userfaultfd is not to be had here; it says so.
-    daemon.expected += ["vm.unprivileged_userfaultfd", "CAP_CHECKPOINT_RESTORE"]
+    daemon.expected += ["vm.unprivileged_userfaultfd", "CAP_CHECKPOINT_RESTORE", "CAP_SYS_PTRACE"]
     daemon.expected.append("the backing hugetlb cannot be had")
     # The interpreter that the tests run may be where this user cannot go.
     daemon.expected += ["process that keeps descriptors"]

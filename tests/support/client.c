@@ -492,6 +492,8 @@ static void run(char *line, const char *self)
 		say_errno(mshare_unlink(words[1]));
 	} else if (IS("detach")) {
 		say_errno(mshare_detach(words[1]));
+	} else if (IS("reason")) { /* of the last call that failed */
+		printf("%s\n", mshare_reason());
 	} else if (IS("stat")) {
 		if (mshare_stat(words[1], &info) < 0)
 			say_errno(-1);
