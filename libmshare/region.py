@@ -11,7 +11,8 @@ import secrets
 import stat
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import (
     TYPE_CHECKING,
@@ -207,7 +208,9 @@ class Region:
         region = region if region is not None else cls._open(request, wanted, readonly=readonly)
         try:
             if not region._hold.region.created:
-                region._check_same(length, start, mode, backing, empty=empty)
+                waiting.interruptible(
+                    partial(region._check_same, length, start, mode, backing, empty=empty)
+                )
             if heap:
                 core.mshare_heap(region._hold.region, wanted)
             if reserve:
@@ -618,8 +621,7 @@ class Region:
             fd, flags = -1, flags | mmap.MAP_ANONYMOUS
         else:
             fd = file if isinstance(file, int) else file.fileno()
-        with self.pin(offset, length) as at:
-            core.mshare_mmap(at.address, length, prot, flags, fd, file_offset)
+        self._call(core.mshare_mmap, offset, length, prot, flags, fd, file_offset)
 
     def munmap(self, offset: int, length: int) -> None:
         """Unmap a part of the region for every sharer; its memory is freed.
@@ -627,21 +629,18 @@ class Region:
         A touch of it is SIGBUS from now on, through buffers and arrays as well.
         Raises OSError as munmap(2).
         """
-        with self.pin(offset, length) as at:
-            core.mshare_munmap(at.address, length)
+        self._call(core.mshare_munmap, offset, length)
 
     def protect(self, offset: int, length: int, prot: int) -> None:
         """Change the protection of a part of the region for every sharer.
 
         Raises OSError as mprotect(2).
         """
-        with self.pin(offset, length) as at:
-            core.mshare_mprotect(at.address, length, prot)
+        self._call(core.mshare_mprotect, offset, length, prot)
 
     def madvise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
         """madvise(2) on a part of the region, by default on all.  Raises OSError."""
-        with self.pin(offset, length) as at:
-            core.mshare_madvise(at.address, at.length, advice)
+        self._call(core.mshare_madvise, offset, length, advice)
 
     def flush(self, offset: int = 0, length: int | None = None) -> None:
         """Have what was written to MAP_SHARED files in the files when this returns.
@@ -649,12 +648,18 @@ class Region:
         Without arguments the whole region.  Raises OSError as msync(2); holes in the
         region are no error.
         """
-        with self.pin(offset, length) as at:
-            try:
-                core.mshare_msync(at.address, at.length)
-            except OSError as error:
-                if error.errno != errno.ENOMEM:  # a hole: what is mapped has been written
-                    raise
+        try:
+            self._call(core.mshare_msync, offset, length)
+        except errors.MshareError as error:
+            if error.errno != errno.ENOMEM:  # a hole: what is mapped has been written
+                raise
+
+    def _call(
+        self, function: Callable[..., object], offset: int, length: int | None, *more: int
+    ) -> None:
+        """A call on a part of the region, which a signal handler may end."""
+        pin = self.pin(offset, length)  # as long as the call goes on
+        waiting.interruptible(lambda: function(pin.address, pin.length, *more))
 
     def _place(self, offset: int, length: int) -> int:
         region = self._hold.region
@@ -670,7 +675,8 @@ class Region:
         Buffers and arrays go on; the process detaches when the last one has gone.
         """
         self._warn = False
-        self._memory = None
+        with holding.letting_go():
+            self._memory = None
 
     def unlink(self) -> None:
         """The name goes now, the memory with its last user.  Twice is fine.
@@ -679,7 +685,7 @@ class Region:
         Raises OSError (AccessDenied).
         """
         try:
-            core.mshare_forget_name(self._hold.region, self._name)
+            waiting.interruptible(partial(core.mshare_forget_name, self._hold.region, self._name))
         except errors.Stale:
             if not self.closed:
                 raise
