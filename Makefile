@@ -8,6 +8,7 @@
 # make kills   kill the daemon under load, KILLS times
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
+# make stress  regions come and go in threads and processes, with signals, ROUNDS times
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
 
@@ -22,7 +23,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak lock clean
+.PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak stress lock clean
 
 setup: $(VENV)/.project
 
@@ -92,6 +93,10 @@ HOURS ?= 1
 soak: setup
 	MSHARE_SOAK_SECONDS=$(or $(SECONDS),$(shell expr $(HOURS) '*' 3600)) MSHARE_SOAK_SEED=$(SEED) MSHARE_SOAK_RESTARTS=$(RESTARTS) \
 		$(BIN)/pytest -o faulthandler_timeout=0 tests/scale/test_soak.py
+
+ROUNDS ?= 10000
+stress: setup
+	MSHARE_STRESS_ROUNDS=$(ROUNDS) $(BIN)/pytest -o faulthandler_timeout=0 tests/client/test_storm.py
 
 # uv, because it finds one answer for all Pythons and processors (pip-compile: for the one
 # that it runs on). What is in requirements/ stays as it is as long as it fits. Each file

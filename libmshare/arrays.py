@@ -22,6 +22,26 @@ from libmshare.region import Identity, unpickle
 _ORDERS: Final = ("C", "F")
 
 
+def _extents(
+    shape: SupportsIndex | Sequence[SupportsIndex], kind: np.dtype[Any], order: str
+) -> tuple[int, ...]:
+    """The shape as a tuple, if an array may have it.  Raises ValueError, TypeError."""
+    if kind.hasobject:
+        raise ValueError("Python objects are of one process alone, and cannot lie in a region")
+    if order not in _ORDERS:
+        raise ValueError("order is 'C' or 'F'")
+    extents = shape if isinstance(shape, Iterable) else (shape,)
+    dimensions = tuple(operator.index(extent) for extent in extents)
+    if any(extent < 0 for extent in dimensions):
+        raise ValueError("an array has no negative dimensions")
+    return dimensions
+
+
+def size_of(shape: SupportsIndex | Sequence[SupportsIndex], kind: np.dtype[Any], order: str) -> int:
+    """The bytes of such an array.  Raises ValueError, TypeError."""
+    return kind.itemsize * math.prod(_extents(shape, kind, order))
+
+
 def over(
     buffer: memoryview,
     shape: SupportsIndex | Sequence[SupportsIndex],
@@ -31,14 +51,7 @@ def over(
 ) -> NDArray[Any]:
     """An array over the bytes of `buffer` from `offset` on.  Raises ValueError."""
     kind = np.dtype(dtype)
-    if kind.hasobject:
-        raise ValueError("Python objects are of one process alone, and cannot lie in a region")
-    if order not in _ORDERS:
-        raise ValueError("order is 'C' or 'F'")
-    extents = shape if isinstance(shape, Iterable) else (shape,)
-    dimensions = tuple(operator.index(extent) for extent in extents)
-    if any(extent < 0 for extent in dimensions):
-        raise ValueError("an array has no negative dimensions")
+    dimensions = _extents(shape, kind, order)
     needed = kind.itemsize * math.prod(dimensions)
     if offset < 0 or offset + needed > buffer.nbytes:
         raise ValueError(

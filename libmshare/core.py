@@ -7,6 +7,7 @@ functions; ctypes releases the interpreter lock around each call.
 from __future__ import annotations
 
 import ctypes
+import enum
 import errno
 import mmap
 import os
@@ -89,6 +90,15 @@ class OpenRegion(ctypes.Structure):
     root: bytes
 
 
+class _HeapInfo(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+        ("pieces", ctypes.c_ulonglong),
+        ("largest", ctypes.c_ulonglong),
+    )
+
+
 _library = _load()
 _library.mshare.argtypes = [
     ctypes.c_char_p,
@@ -116,6 +126,42 @@ _library.mshare_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_i
 _library.mshare_open.argtypes = [ctypes.POINTER(OpenRequest), ctypes.POINTER(OpenRegion)]
 _library.mshare_close.argtypes = [ctypes.POINTER(OpenRegion)]
 _library.mshare_forget_name.argtypes = [ctypes.POINTER(OpenRegion)]
+_library.mshare_heap.argtypes = [ctypes.POINTER(OpenRegion)]
+_library.mshare_alloc.argtypes = [
+    ctypes.POINTER(OpenRegion),
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+    ctypes.c_int,
+]
+_library.mshare_alloc.restype = ctypes.c_void_p
+_library.mshare_free.argtypes = [ctypes.POINTER(OpenRegion), ctypes.c_void_p, ctypes.c_int]
+_library.mshare_heap_check.argtypes = [
+    ctypes.POINTER(OpenRegion),
+    ctypes.POINTER(_HeapInfo),
+    ctypes.c_int,
+]
+_library.mshare_named.argtypes = [
+    ctypes.POINTER(OpenRegion),
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_longlong,
+    ctypes.c_int,
+]
+_library.mshare_named.restype = ctypes.c_void_p
+_library.mshare_lock.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ubyte)]
+_library.mshare_unlock.argtypes = [ctypes.c_void_p]
+_library.mshare_repaired.argtypes = [ctypes.c_void_p]
+_library.mshare_repaired.restype = None
+_library.mshare_semaphore_wait.argtypes = [ctypes.c_void_p, ctypes.c_int]
+_library.mshare_semaphore_post.argtypes = [ctypes.c_void_p, ctypes.c_int]
+_library.mshare_atomic.argtypes = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_ulonglong,
+    ctypes.c_ulonglong,
+    ctypes.POINTER(ctypes.c_ulonglong),
+]
 _library.mshare_reason.argtypes = []
 _library.mshare_reason.restype = ctypes.c_char_p
 _library.mshare_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -135,6 +181,38 @@ class RegionInfo(NamedTuple):
 
     start: int
     size: int
+
+
+class HeapInfo(NamedTuple):
+    """What is in use of a heap, in bytes but for `pieces`."""
+
+    size: int
+    """What can be given out."""
+    used: int
+    pieces: int
+    """How many are in use."""
+    largest: int
+    """The largest piece that could be had now."""
+
+
+class Kind(enum.IntEnum):
+    """enum mshare_kind."""
+
+    LOCK = 1
+    SEMAPHORE = 2
+    INTEGER = 3
+
+
+class Operation(enum.IntEnum):
+    """enum mshare_atomic_op."""
+
+    LOAD = 0
+    EXCHANGE = 1
+    ADD = 2
+    AND = 3
+    OR = 4
+    XOR = 5
+    COMPARE_EXCHANGE = 6
 
 
 def encode(name: str) -> bytes:
@@ -184,6 +262,78 @@ def mshare_close(region: OpenRegion) -> None:
 def mshare_forget_name(region: OpenRegion, name: str) -> None:
     """Remove the region's name, and no other region's.  Raises OSError (ESTALE, EACCES, EPERM)."""
     _check(_library.mshare_forget_name(ctypes.byref(region)), name)
+
+
+def mshare_heap(region: OpenRegion, name: str) -> None:
+    """Make a heap of a region of zeros, or find that it is one.  Raises OSError."""
+    _check(_library.mshare_heap(ctypes.byref(region)), name)
+
+
+def mshare_alloc(region: OpenRegion, size: int, alignment: int, wait: int, name: str) -> int:
+    """The address of a piece of a heap.  `wait` is in milliseconds.
+
+    Raises OSError: ENOMEM, ETIMEDOUT, EUCLEAN, EINVAL.
+    """
+    got = _library.mshare_alloc(ctypes.byref(region), size, alignment, wait)
+    _check(0 if got else -1, name)
+    return int(got)
+
+
+def mshare_free(region: OpenRegion, addr: int, wait: int, name: str) -> None:
+    """Give a piece back.  Raises OSError: EINVAL, ETIMEDOUT, EUCLEAN."""
+    _check(_library.mshare_free(ctypes.byref(region), addr, wait), name)
+
+
+def mshare_heap_check(region: OpenRegion, wait: int, name: str) -> HeapInfo:
+    """Look at all of a heap's state.  Raises OSError: EUCLEAN, EINVAL, ETIMEDOUT."""
+    info = _HeapInfo()
+    _check(_library.mshare_heap_check(ctypes.byref(region), ctypes.byref(info), wait), name)
+    return HeapInfo(info.size, info.used, info.pieces, info.largest)
+
+
+def mshare_named(region: OpenRegion, called: str, kind: Kind, value: int, wait: int) -> int:
+    """The address of a named object of a heap.  Raises OSError: ENOSPC, EEXIST, and as above."""
+    got = _library.mshare_named(ctypes.byref(region), encode(called), kind, value, wait)
+    _check(0 if got else -1, called)
+    return int(got)
+
+
+def mshare_lock(lock: int, wait: int, held: ctypes.c_ubyte, name: str) -> None:
+    """Take a lock; `held` says that it is had, whatever this raises.
+
+    Raises OSError: EOWNERDEAD with the lock held, ETIMEDOUT, EDEADLK, EUCLEAN.
+    """
+    _check(_library.mshare_lock(lock, wait, ctypes.byref(held)), name)
+
+
+def mshare_unlock(lock: int, name: str) -> None:
+    """Leave a lock.  Raises OSError: EPERM, EUCLEAN."""
+    _check(_library.mshare_unlock(lock), name)
+
+
+def mshare_repaired(lock: int) -> None:
+    """What the lock guards is whole again."""
+    _library.mshare_repaired(lock)
+
+
+def mshare_semaphore_wait(semaphore: int, wait: int, name: str) -> None:
+    """Take one.  Raises OSError: ETIMEDOUT, EINTR."""
+    _check(_library.mshare_semaphore_wait(semaphore, wait), name)
+
+
+def mshare_semaphore_post(semaphore: int, count: int, name: str) -> None:
+    """Give some.  Raises OSError: EOVERFLOW."""
+    _check(_library.mshare_semaphore_post(semaphore, count), name)
+
+
+def mshare_atomic(
+    operation: Operation, addr: int, width: int, value: int = 0, expected: int = 0
+) -> int:
+    """An atomic operation on an integer of `width` bytes; what it was before, unsigned."""
+    before = ctypes.c_ulonglong()
+    code = _library.mshare_atomic(operation, addr, width, value, expected, ctypes.byref(before))
+    _check_range(code, addr, width)
+    return before.value
 
 
 def mshare_madvise(addr: int, length: int, advice: int) -> None:

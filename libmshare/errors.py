@@ -50,6 +50,14 @@ class NoMemory(MshareError, MemoryError):
     """There is no memory for it, or it is more than this user may have."""
 
 
+class OwnerDied(MshareError):
+    """Who had the lock died with it: what it guards may be half done."""
+
+
+class Corrupt(MshareError):
+    """The state of a heap or a lock in the region has been overwritten."""
+
+
 class Mismatch(MshareError):
     """The region exists, and is not what was asked for."""
 
@@ -67,6 +75,9 @@ _CLASSES: Final[dict[int, type[MshareError]]] = {
     errno.ESTALE: Stale,
     errno.EADDRINUSE: AddressTaken,
     errno.EBUSY: Busy,
+    errno.ETIMEDOUT: Busy,
+    errno.EOWNERDEAD: OwnerDied,
+    errno.EUCLEAN: Corrupt,
     errno.EAGAIN: Busy,
     errno.ENOMEM: NoMemory,
     errno.ENOSPC: NoMemory,
@@ -86,6 +97,8 @@ ADVICE: Final = {
         "read-only here, as /sys is in hardened units and containers; have msharefs on /run/mshare "
         "(msharefsd --mountpoint), or say ReadWritePaths=/sys/fs/mshare"
     ),
+    errno.ETIMEDOUT: "others have it all the time; one of them may be stopped",
+    errno.EDEADLK: "this thread has the lock already",
     errno.EMFILE: "out of descriptors, here or in the daemon; see `mshare doctor`",
     errno.ENFILE: "the system is out of descriptors",
     errno.EPROTO: "library and daemon are of different versions; install the same for both",

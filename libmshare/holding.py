@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import weakref
+from collections.abc import Iterator
+from functools import partial
 
-from libmshare import core
+from libmshare import core, waiting
 
 Memory = ctypes.Array[ctypes.c_ubyte]
 
@@ -44,40 +47,90 @@ _holds: dict[int, Hold] = {}
 """By the hold's id(); one whose owner is dead is to be given back."""
 
 
-def _give_back(_: object = None) -> None:
-    for key, hold in list(_holds.items()):
-        if hold() is None:
-            # Called twice, it does nothing the second time; and it is unmapped whatever it says.
-            with contextlib.suppress(OSError):
-                core.mshare_close(hold.region)
-            _holds.pop(key, None)
+def _close(key: int, hold: Hold) -> None:
+    # Called twice, it does nothing the second time; and it is unmapped whatever it says.
+    with contextlib.suppress(OSError):
+        core.mshare_close(hold.region)
+    _holds.pop(key, None)
+
+
+def _give_back() -> None:
+    for key in list(_holds):  # (of items() it would make tuples, and collect garbage meanwhile)
+        hold = _holds.get(key)
+        if hold is not None and hold() is None:
+            waiting.shortly(partial(_close, key, hold))
+
+
+class _Here(threading.local):
+    leaves_it = False
+
+
+_here = _Here()
+
+
+def _dropped(_: object) -> None:
+    """The last one that showed the memory has died."""
+    if not _here.leaves_it:
+        _give_back()
+
+
+@contextlib.contextmanager
+def letting_go() -> Iterator[None]:
+    """What is dropped in the block is given back behind it.
+
+    A destructor is no place to wait in: nobody sees what a signal handler raises there.
+    """
+    _here.leaves_it = True
+    try:
+        yield
+    finally:
+        _here.leaves_it = False
+    _give_back()
+
+
+def _open(owner: _Owner, request: core.OpenRequest, region: core.OpenRegion, name: str) -> Memory:
+    core.mshare_open(request, region, name)
+    memory = (ctypes.c_ubyte * region.length).from_address(region.start)
+    memory.owner = owner  # type: ignore[attr-defined] # every buffer of it keeps it
+    return memory
+
+
+def _unmake(region: core.OpenRegion, name: str) -> None:
+    if region.created:
+        with contextlib.suppress(OSError):
+            core.mshare_forget_name(region, name)
 
 
 def open_region(request: core.OpenRequest, name: str) -> tuple[Hold, Memory]:
-    """Attach or create a region; it is held as long as its memory lives.  Raises OSError."""
+    """Attach or create a region; it is held as long as its memory lives.  Raises OSError.
+
+    A signal handler may end it: then it is undone, if need be when the daemon answers.
+    """
     _give_back()
     owner, region = _Owner(), core.OpenRegion()
-    hold = Hold(owner, _give_back)
+    hold = Hold(owner, _dropped)
     hold.name, hold.region = name, region
     _holds[id(hold)] = hold
+    call = partial(_open, owner, request, region, name)
+    del owner  # the call has it, and then the memory
     try:
-        core.mshare_open(request, region, name)
-        memory = (ctypes.c_ubyte * region.length).from_address(region.start)
-        memory.owner = owner  # type: ignore[attr-defined] # every buffer of it keeps it
+        return hold, waiting.interruptible(call, partial(_unmake, region, name))
     except BaseException:
-        if region.created:
-            with contextlib.suppress(OSError):
-                core.mshare_forget_name(region, name)
+        _unmake(region, name)
         raise
-    return hold, memory
+    finally:
+        del call
 
 
 def holding(low: int, high: int) -> tuple[Hold, _Owner] | None:
     """The hold of the region that has all of [low, high), if there is one, and its owner."""
-    for hold in list(_holds.values()):
-        owner = hold()
+    for key in list(_holds):
+        hold = _holds.get(key)
+        owner = hold() if hold is not None else None
+        if owner is None or hold is None:
+            continue
         start = hold.region.start
-        if owner and hold.region.held and start <= low and high <= start + hold.region.length:
+        if hold.region.held and start <= low and high <= start + hold.region.length:
             return hold, owner
     return None
 

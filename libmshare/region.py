@@ -9,8 +9,10 @@ import operator
 import os
 import secrets
 import stat
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import (
     TYPE_CHECKING,
@@ -24,18 +26,25 @@ from typing import (
     overload,
 )
 
-from libmshare import core, errors, holding, touching
+from libmshare import core, errors, holding, sync, touching, waiting
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from libmshare.heap import Heap
 
     _T = TypeVar("_T", bound=np.generic)
 else:  # numpy is optional, and typing.get_type_hints() wants names
-    NDArray, DTypeLike = Sequence, Any
+    NDArray, DTypeLike, ArrayLike, Heap = Sequence, Any, Any, Any
 
 _UNITS: Final = {unit: 1 << (10 * power) for power, unit in enumerate("BKMGTPE")}
 _DEFAULT_MODE: Final = 0o600
+_METHODS: Final = {
+    core.Kind.LOCK: "lock",
+    core.Kind.SEMAPHORE: "semaphore",
+    core.Kind.INTEGER: "atomic",
+}
 
 
 class SupportsFileno(Protocol):
@@ -142,6 +151,7 @@ class Region:
         donate: bool = False,
         ephemeral: bool = False,
         reserve: bool = False,
+        heap: bool = False,
     ) -> Self:
         """Make a region of `size` bytes, filled with zeros.
 
@@ -158,6 +168,8 @@ class Region:
         `ephemeral`: it has no name, and ends with its last user, however that ends; others get
         it pickled, or by its identity.
         `reserve`: all its memory is there when this returns, or it fails.
+        `heap`: its memory is given out by empty(), zeros(), full() and copy_in(), and it has
+        locks, semaphores and integers with names; all by whoever attaches it.
 
         Raises OSError, as errors.py has it (RegionExists, AddressTaken, NoMemory, Mismatch, ...),
         and ValueError or TypeError for arguments that make no sense.
@@ -168,6 +180,8 @@ class Region:
             {
                 "empty and donate contradict each other": empty and donate,
                 "reserve needs memory of its own that may be written": reserve
+                and (empty or donate or readonly),
+                "a heap needs memory of its own that may be written": heap
                 and (empty or donate or readonly),
                 "donate is about memory at an address: say start=...": donate and start is None,
                 "exist_ok needs a name, and neither ephemeral nor donate": exist_ok
@@ -194,7 +208,11 @@ class Region:
         region = region if region is not None else cls._open(request, wanted, readonly=readonly)
         try:
             if not region._hold.region.created:
-                region._check_same(length, start, mode, backing, empty=empty)
+                waiting.interruptible(
+                    partial(region._check_same, length, start, mode, backing, empty=empty)
+                )
+            if heap:
+                core.mshare_heap(region._hold.region, wanted)
             if reserve:
                 region.populate()
         except BaseException:
@@ -384,6 +402,175 @@ class Region:
 
         return arrays.over(self.buf, shape, dtype, operator.index(offset), order)
 
+    def _heap(self) -> Heap:
+        """Its heap.  Raises AccessDenied if this object only reads."""
+        from libmshare.heap import Heap as Given  # noqa: PLC0415 - numpy is optional
+
+        buffer = self.buf
+        if self._readonly:
+            raise errors.AccessDenied(
+                errno.EACCES, "this object only reads: its heap wants to be written", self._name
+            )
+        return Given(self._hold.region, self._name, buffer)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def empty(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: type[_T] | np.dtype[_T],
+            order: str = "C",
+        ) -> NDArray[_T]: ...
+        @overload
+        def empty(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: type[float] = ...,
+            order: str = "C",
+        ) -> NDArray[np.float64]: ...
+        @overload
+        def empty(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: str | list[Any] | tuple[Any, ...] | type[bool | int | complex | bytes | str],
+            order: str = "C",
+        ) -> NDArray[Any]: ...
+
+    def empty(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+        order: str = "C",
+    ) -> NDArray[Any]:
+        """A new array in the region's heap, of anything; it is there until it is free()d.
+
+        It takes whole KiB.  Raises NoMemory if no free piece is large enough, Busy if others are
+        in the heap for a minute, Corrupt, AccessDenied, MshareError if the region has no heap,
+        ValueError.
+        """
+        return self._heap().empty(shape, dtype, order)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def zeros(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: type[_T] | np.dtype[_T],
+            order: str = "C",
+        ) -> NDArray[_T]: ...
+        @overload
+        def zeros(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: type[float] = ...,
+            order: str = "C",
+        ) -> NDArray[np.float64]: ...
+        @overload
+        def zeros(
+            self,
+            shape: SupportsIndex | Sequence[SupportsIndex],
+            dtype: str | list[Any] | tuple[Any, ...] | type[bool | int | complex | bytes | str],
+            order: str = "C",
+        ) -> NDArray[Any]: ...
+
+    def zeros(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+        order: str = "C",
+    ) -> NDArray[Any]:
+        """The same, of zeros.  A large one takes memory when it is touched."""
+        return self._heap().zeros(shape, dtype, order)
+
+    def full(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        fill_value: ArrayLike,
+        dtype: DTypeLike | None = None,
+        order: str = "C",
+    ) -> NDArray[Any]:
+        """The same, of one value, and by default of its type."""
+        return self._heap().full(shape, fill_value, dtype, order)
+
+    def copy_in(self, array: ArrayLike) -> NDArray[Any]:
+        """The same, a copy of an array."""
+        return self._heap().copy_in(array)
+
+    def free(self, array: NDArray[Any] | memoryview) -> None:
+        """Give an array of empty() and its like back; any process may, once.
+
+        Whatever still shows it shows memory that is somebody else's soon.
+        Raises MshareError (EINVAL) if it is no such array, or is free already.
+        """
+        self._heap().free(array)
+
+    def check_heap(self) -> core.HeapInfo:
+        """Whether the heap is whole, and what is in use of it.  Raises Corrupt, and as empty()."""
+        return self._heap().check()
+
+    def _named(self, name: str, kind: core.Kind, value: int, **arguments: Any) -> sync.Place:
+        memory, region = self._opened(), self._hold.region
+        if self._readonly:
+            raise errors.AccessDenied(
+                errno.EACCES, "this object only reads: locks want to be written", name
+            )
+        address = waiting.until(
+            lambda wait: core.mshare_named(region, name, kind, value, wait), waiting.PATIENCE
+        )
+        again = self._again(_METHODS[kind], name, **arguments)
+        return sync.Place(memory, address, name, again)
+
+    def _again(self, method: str, *where: Any, **arguments: Any) -> tuple[Any, tuple[Any, ...]]:
+        """What pickle makes an object of this region with."""
+        which = (self.identity, self._name, self._readonly)
+        return unpickle_object, (which, method, where, arguments)
+
+    def lock(self, name: str, *, recover: bool = False) -> sync.Lock:
+        """The lock of that name in the region, which has a heap; the first call makes it.
+
+        `recover`: have it also if its owner died.  Raises as empty(), and RegionExists if a
+        semaphore or an integer has that name, NoMemory if there are 1024 names.
+        """
+        return sync.Lock(self._named(name, core.Kind.LOCK, 0, recover=recover), recover=recover)
+
+    def semaphore(self, name: str, value: int = 1) -> sync.Semaphore:
+        """The semaphore of that name; `value` is that of a new one.  Raises as lock()."""
+        return sync.Semaphore(self._named(name, core.Kind.SEMAPHORE, value))
+
+    def atomic(
+        self, where: str | SupportsIndex | NDArray[Any], dtype: Any = "int64"
+    ) -> sync.Atomic:
+        """An integer of the region that processes change in one step.
+
+        `where`: a name, of a region with a heap: the first call makes it, an int64 of 0.  Or an
+        offset in bytes, of any region, and `dtype` ("int8" to "uint64", or numpy's) says what
+        lies there.  Or an array of one integer that lies in the region.
+        Raises ValueError, and as lock().
+        """
+        if isinstance(where, str):
+            place, dtype = self._named(where, core.Kind.INTEGER, 0), "int64"
+        else:
+            memory = self._opened()
+            numpy = sys.modules.get("numpy")
+            if numpy and isinstance(where, numpy.ndarray):
+                where, dtype = self._integer_at(where)
+            width, _ = sync.width_of(dtype)
+            address = self._place(operator.index(where), width)
+            if address % width:
+                raise ValueError(f"an integer of {width} bytes lies at a multiple of {width}")
+            again = self._again("atomic", address - self._hold.region.start, sync.name_of(dtype))
+            place = sync.Place(memory, address, f"{self._name}+{operator.index(where)}", again)
+        width, signed = sync.width_of(dtype)
+        return sync.Atomic(place, width, signed=signed, readonly=self._readonly)
+
+    def _integer_at(self, array: NDArray[Any]) -> tuple[int, Any]:
+        """The offset of an array of one integer, and its type.  Raises ValueError."""
+        if array.size != 1 or not array.dtype.isnative:
+            raise ValueError("say which integer: an array of one, as `array[3:4]`")
+        return int(array.__array_interface__["data"][0]) - self._hold.region.start, array.dtype
+
     def pin(self, offset: int = 0, length: int | None = None) -> Pin:
         """Keep the memory mapped until the pin is released or dropped; it tells the address."""
         memory = self._opened()
@@ -434,8 +621,7 @@ class Region:
             fd, flags = -1, flags | mmap.MAP_ANONYMOUS
         else:
             fd = file if isinstance(file, int) else file.fileno()
-        with self.pin(offset, length) as at:
-            core.mshare_mmap(at.address, length, prot, flags, fd, file_offset)
+        self._call(core.mshare_mmap, offset, length, prot, flags, fd, file_offset)
 
     def munmap(self, offset: int, length: int) -> None:
         """Unmap a part of the region for every sharer; its memory is freed.
@@ -443,21 +629,18 @@ class Region:
         A touch of it is SIGBUS from now on, through buffers and arrays as well.
         Raises OSError as munmap(2).
         """
-        with self.pin(offset, length) as at:
-            core.mshare_munmap(at.address, length)
+        self._call(core.mshare_munmap, offset, length)
 
     def protect(self, offset: int, length: int, prot: int) -> None:
         """Change the protection of a part of the region for every sharer.
 
         Raises OSError as mprotect(2).
         """
-        with self.pin(offset, length) as at:
-            core.mshare_mprotect(at.address, length, prot)
+        self._call(core.mshare_mprotect, offset, length, prot)
 
     def madvise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
         """madvise(2) on a part of the region, by default on all.  Raises OSError."""
-        with self.pin(offset, length) as at:
-            core.mshare_madvise(at.address, at.length, advice)
+        self._call(core.mshare_madvise, offset, length, advice)
 
     def flush(self, offset: int = 0, length: int | None = None) -> None:
         """Have what was written to MAP_SHARED files in the files when this returns.
@@ -465,12 +648,18 @@ class Region:
         Without arguments the whole region.  Raises OSError as msync(2); holes in the
         region are no error.
         """
-        with self.pin(offset, length) as at:
-            try:
-                core.mshare_msync(at.address, at.length)
-            except OSError as error:
-                if error.errno != errno.ENOMEM:  # a hole: what is mapped has been written
-                    raise
+        try:
+            self._call(core.mshare_msync, offset, length)
+        except errors.MshareError as error:
+            if error.errno != errno.ENOMEM:  # a hole: what is mapped has been written
+                raise
+
+    def _call(
+        self, function: Callable[..., object], offset: int, length: int | None, *more: int
+    ) -> None:
+        """A call on a part of the region, which a signal handler may end."""
+        pin = self.pin(offset, length)  # as long as the call goes on
+        waiting.interruptible(lambda: function(pin.address, pin.length, *more))
 
     def _place(self, offset: int, length: int) -> int:
         region = self._hold.region
@@ -486,7 +675,8 @@ class Region:
         Buffers and arrays go on; the process detaches when the last one has gone.
         """
         self._warn = False
-        self._memory = None
+        with holding.letting_go():
+            self._memory = None
 
     def unlink(self) -> None:
         """The name goes now, the memory with its last user.  Twice is fine.
@@ -495,7 +685,7 @@ class Region:
         Raises OSError (AccessDenied).
         """
         try:
-            core.mshare_forget_name(self._hold.region, self._name)
+            waiting.interruptible(partial(core.mshare_forget_name, self._hold.region, self._name))
         except errors.Stale:
             if not self.closed:
                 raise
@@ -545,3 +735,14 @@ def _access(*, readonly: bool) -> int:
 def unpickle(identity: Identity, name: str, readonly: bool) -> Region:  # noqa: FBT001 - pickle
     """The same region, or Stale; for pickle."""
     return Region._attach_identity(identity, name, readonly=readonly)
+
+
+def unpickle_object(
+    which: tuple[Identity, str, bool],
+    method: str,
+    where: tuple[Any, ...],
+    arguments: dict[str, Any],
+) -> Any:
+    """The same lock, semaphore or integer, or Stale; for pickle."""
+    with unpickle(*which) as region:
+        return getattr(region, method)(*where, **arguments)

@@ -115,7 +115,9 @@ MSHARE_EXPORT int mshare_forget_name(const struct mshare_region *region)
 			result = name_unlink_identity(root.fd, region->identity);
 			root_close(&root);
 		}
-	} while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
+		/* (There was a mount: between two daemons it is not there for a moment.) */
+	} while (result < 0 && (daemon_is_gone(errno) || (!found && errno == ENOENT)) &&
+		 wait_again(&waiting));
 	if (result < 0 && found && errno == ENOENT)
 		errno = ESTALE;
 	return result;

@@ -195,6 +195,82 @@ int mshare_close(struct mshare_region *region);
 int mshare_forget_name(const struct mshare_region *region);
 
 /*
+ * A heap: memory for all that have attached a region read-write, given out in pieces.  Its
+ * state lies in the region, too.  Whoever is killed in a call leaves no lock and no piece
+ * that is half given out.
+ *
+ * mshare_heap() makes a heap of all of a region that mshare_open() has filled with zeros, or
+ * finds that it is one; from then on only pieces are anybody's to write.  mshare_alloc()
+ * returns memory whose contents are anything, or NULL; any attached process may free it.
+ * wait: at most so many milliseconds for others that are in the heap; -1: without end.
+ *
+ * EACCES     the region is attached read-only
+ * EEXIST     there is something else in the region
+ * EINVAL     it has no heap, or is too small for one; no piece begins there; an
+ *            alignment that is no power of two
+ * ENOMEM     no free piece is that large
+ * ETIMEDOUT  others have been in the heap all the time
+ * EUCLEAN    its state has been overwritten
+ */
+int mshare_heap(const struct mshare_region *region);
+void *mshare_alloc(const struct mshare_region *region, size_t size, size_t alignment, int wait);
+int mshare_free(const struct mshare_region *region, void *memory, int wait);
+
+struct mshare_heap_info {
+	unsigned long long size, used; /* bytes */
+	unsigned long long pieces, largest; /* of which the largest could be had now, in bytes */
+};
+/* Look at all of a heap's state: whether it is whole, and what is in use. */
+int mshare_heap_check(const struct mshare_region *region, struct mshare_heap_info *info, int wait);
+
+/*
+ * Objects with names in a heap.  The first call makes one, with the value (of a lock: 0);
+ * it stays as long as the region.  ENOSPC: there are 1024.  EEXIST: it is of another kind.
+ */
+enum mshare_kind {
+	MSHARE_LOCK = 1,
+	MSHARE_SEMAPHORE = 2, /* 0 to INT_MAX */
+	MSHARE_INTEGER = 3,   /* an int64_t, for the compiler's atomic operations */
+};
+void *mshare_named(const struct mshare_region *region, const char *name, enum mshare_kind kind,
+		   long long value, int wait);
+
+/*
+ * A lock is a thread's: who has it already gets EDEADLK, who has not cannot unlock it
+ * (EPERM).  EOWNERDEAD: it is had, and whoever had it before died with it; that is said to
+ * everybody until mshare_repaired().  A region is not to be closed while a lock in it is
+ * held.  *held, if held is not NULL, becomes 1 in the call that locks: also if a signal
+ * handler runs before the caller sees the result.
+ * Processes of different PID namespaces cannot share locks, nor heaps.
+ */
+int mshare_lock(void *lock, int wait, unsigned char *held);
+int mshare_unlock(void *lock);
+void mshare_repaired(void *lock);
+
+/*
+ * A semaphore belongs to nobody: what a killed process has taken stays taken.
+ * EINTR: a signal was handled.  EOVERFLOW: it cannot be that much.
+ */
+int mshare_semaphore_wait(void *semaphore, int wait);
+int mshare_semaphore_post(void *semaphore, int count);
+
+/*
+ * The compiler's atomic operations, sequentially consistent, for languages that have none:
+ * on an integer of 1, 2, 4 or 8 bytes at a multiple of its width.  *before: what it was.
+ */
+enum mshare_atomic_op {
+	MSHARE_LOAD,
+	MSHARE_EXCHANGE,
+	MSHARE_ADD,
+	MSHARE_AND,
+	MSHARE_OR,
+	MSHARE_XOR,
+	MSHARE_COMPARE_EXCHANGE, /* to value, if it is what is expected */
+};
+int mshare_atomic(enum mshare_atomic_op op, void *at, size_t width, unsigned long long value,
+		  unsigned long long expected, unsigned long long *before);
+
+/*
  * What the daemon, or the library, has to say of this thread's last error, once; may be
  * empty.  It is good until the next call.
  */

@@ -25,6 +25,22 @@ def arrays(region: Region) -> None:
     region.ndarray(10.0)  # type: ignore[call-overload]
 
 
+def pieces(region: Region) -> None:
+    assert_type(region.empty(10), NDArray[np.float64])
+    assert_type(region.empty((2, 3), np.int32), NDArray[np.int32])
+    assert_type(region.zeros(10, "u1"), NDArray[Any])
+    wrong: NDArray[np.float64] = region.zeros(10, np.int64)  # type: ignore[arg-type]
+    del wrong
+    assert_type(region.free(region.copy_in([1, 2])), None)
+    with region.lock("l", recover=True) as lock:
+        assert_type(lock, libmshare.Lock)
+        assert_type(lock.owner_died, bool)
+    assert_type(region.semaphore("s", 3).acquire(timeout=1.5), bool)
+    assert_type(region.atomic("n").add(1), int)
+    assert_type(region.atomic(region.zeros(3, np.int32)[0:1]), libmshare.Atomic)
+    region.lock(5)  # type: ignore[arg-type]
+
+
 def regions() -> None:
     with Region.create("name", "64M", exist_ok=True, mode=0o640) as region:
         assert_type(region, Region)

@@ -1,0 +1,120 @@
+"""Waiting so that signal handlers run meanwhile, and may end it.
+
+Python runs handlers in the main thread, between two of its instructions.  So what may wait
+long is done in slices, or, where it cannot be cut, by another thread.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from libmshare import errors
+
+_T = TypeVar("_T")
+
+SLICE: Final = 0.05
+"""The longest wait in one piece, in seconds."""
+_LETTING_GO: Final = 3.0
+"""How long who lets go of a region waits for a daemon that does not answer (seconds)."""
+_UNDOING: Final = 0.5
+"""How long a handler's error waits until what it ended is undone (seconds)."""
+PATIENCE: Final = 60.0
+"""How long a call waits for others that are in a heap, which takes microseconds (seconds)."""
+
+
+def until(call: Callable[[int], _T], timeout: float | None) -> _T:
+    """Call with so many milliseconds to wait, until it neither times out nor is interrupted.
+
+    `timeout` is in seconds.  Raises what the call does; Busy at the end.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+        try:
+            return call(max(0, round(left * 1000)))
+        except errors.MshareError as error:  # and nothing that a handler raises
+            if error.errno not in (errno.ETIMEDOUT, errno.EINTR):
+                raise
+            if deadline is not None and time.monotonic() >= deadline:
+                raise
+
+
+class _Call:
+    """A call that another thread makes."""
+
+    def __init__(self, function: Callable[[], object], undo: Callable[[], object]) -> None:
+        self._function: Callable[[], object] | None = function
+        self._undo = undo
+        self._done = _thread.allocate_lock()
+        self._done.acquire()
+        self._fate: dict[str, str] = {}  # setdefault() is one step, whatever threads do
+        self.result: list[object] = []
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        assert self._function is not None
+        try:
+            self.result.append(self._function())
+        except BaseException as error:  # noqa: BLE001 - raised where it was called
+            self.error = error
+        if self._fate.setdefault("end", "done") != "done":
+            self._give_up()
+        self._function = None  # and what it keeps
+        self._done.release()
+
+    def _give_up(self) -> None:
+        if self.error is None:
+            self._undo()
+        self.result.clear()
+
+    def wait(self, timeout: float = -1) -> bool:
+        """Whether it is over, after so many seconds at most; handlers run, and may raise."""
+        try:
+            return self._done.acquire(timeout=timeout)
+        except BaseException:
+            if self._fate.setdefault("end", "left") == "done":
+                self._give_up()
+            else:
+                self._done.acquire(timeout=_UNDOING)
+            raise
+
+
+def _start(function: Callable[[], object], undo: Callable[[], object]) -> _Call | None:
+    """Have another thread call it; None if this one may do so itself."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    call = _Call(function, undo)
+    try:
+        _thread.start_new_thread(call.run, ())
+    except RuntimeError:  # the interpreter ends, or there are too many
+        return None
+    return call
+
+
+def interruptible(function: Callable[[], _T], undo: Callable[[], object] = lambda: None) -> _T:
+    """What the function returns or raises; a signal handler may raise something before.
+
+    In that case the call is undone, by itself if that takes long.
+    """
+    call = _start(function, undo)
+    if call is None:
+        return function()
+    del function, undo  # what raises below keeps this frame, and must not keep what they do
+    call.wait()
+    if call.error is not None:
+        raise call.error
+    return call.result.pop()  # type: ignore[return-value] # what the function returned
+
+
+def shortly(function: Callable[[], object]) -> None:
+    """Call it, and if it takes long, let it go on by itself.  What it raises is lost."""
+    call = _start(function, lambda: None)
+    if call is None:
+        function()
+    else:
+        call.wait(_LETTING_GO)
