@@ -18,7 +18,7 @@ export PYTHONSAFEPATH := 1
 # Meson and ninja are in the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
+SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
 
 .PHONY: setup demo test lint check bench bench-postgres fuzz kills oracle soak lock clean
