@@ -9,6 +9,8 @@
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
 # make stress  regions come and go in threads and processes, with signals, ROUNDS times
+# make deb     Debian packages, with Debian's tools, into dist/
+# make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
 
@@ -20,10 +22,11 @@ export PYTHONSAFEPATH := 1
 # Meson and ninja are in the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-SOURCES := pyproject.toml meson.build meson.options README.md LICENSE \
+SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak stress lock clean
+.PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak \
+	stress deb test-packages lock clean
 
 setup: $(VENV)/.project
 
@@ -97,6 +100,12 @@ soak: setup
 ROUNDS ?= 10000
 stress: setup
 	MSHARE_STRESS_ROUNDS=$(ROUNDS) $(BIN)/pytest -o faulthandler_timeout=0 tests/client/test_storm.py
+
+deb: $(VENV)/.system
+	scripts/deb
+
+test-packages: setup
+	MSHARE_TEST_DEBOOTSTRAP=1 $(BIN)/pytest tests/packages/test_packages.py
 
 # uv, because it finds one answer for all Pythons and processors (pip-compile: for the one
 # that it runs on). What is in requirements/ stays as it is as long as it fits. Each file

@@ -16,9 +16,9 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from conftest import BIN, CONNECTIONS, TESTS, Client
 
@@ -31,6 +31,9 @@ DEVICES = {"/dev/fuse": 0o666, "/dev/userfaultfd": 0o600}
 PROGRAMS = Path("/opt/mshare-test")
 """Where the machine has the tests' programs; everybody can enter there."""
 START_SECONDS = 60.0
+
+
+AnyMachine = TypeVar("AnyMachine", bound="Machine")
 
 
 class LackingError(Exception):
@@ -74,6 +77,9 @@ def _remove_cgroup(group: Path) -> None:
 class Machine:
     """One machine.  Everything is undone by stop(), whatever happened."""
 
+    below = "/"
+    """Whose files it has, and changes for itself alone."""
+
     def __init__(self, directory: Path, client_program: Path) -> None:
         self.directory = directory
         self.root = directory / "root"
@@ -116,10 +122,10 @@ class Machine:
                 str(self.root),
                 "overlay",
                 0,
-                f"lowerdir=/,upperdir={upper},workdir={work}",
+                f"lowerdir={self.below},upperdir={upper},workdir={work}",
             )
         except OSError as error:
-            raise LackingError(f"overlayfs over / ({error.strerror})") from error
+            raise LackingError(f"overlayfs over {self.below} ({error.strerror})") from error
         # Nothing that this machine has switched on, mounts, or is called.
         etc = self.root / "etc"
         for name in ("system", "user", "system-generators"):
@@ -156,6 +162,10 @@ class Machine:
                 if place.exists():
                     place.chmod(place.stat().st_mode | 0o055)
 
+    def _places(self) -> set[str]:
+        """What it has of this machine's as it is."""
+        return {sys.prefix, sys.base_prefix} - {"/usr"}
+
     def _node(self, device: str) -> Path:
         node = self.directory / os.path.basename(device)
         os.mknod(node, stat.S_IFCHR, os.stat(device).st_rdev)
@@ -163,7 +173,6 @@ class Machine:
         return node
 
     def _boot(self) -> None:
-        places = {sys.prefix, sys.base_prefix} - {"/usr"}
         command = [
             "systemd-nspawn",
             f"--directory={self.root}",
@@ -179,7 +188,7 @@ class Machine:
             # What the service has is its unit's doing, not the container's.
             "--capability=CAP_CHECKPOINT_RESTORE,CAP_IPC_LOCK,CAP_BPF,CAP_PERFMON",
             *(f"--bind={self._node(device)}:{device}" for device in DEVICES),
-            *(f"--bind-ro={place}" for place in sorted(places)),
+            *(f"--bind-ro={place}" for place in sorted(self._places())),
             "systemd.unit=basic.target",
             "systemd.mask=systemd-sysctl.service",
             "systemd.mask=systemd-udevd.service",
@@ -283,6 +292,7 @@ class Machine:
         *words: object,
         user: int | None = None,
         check: bool = True,
+        timeout: float = 60,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """A program in the machine, but in no unit of it."""
@@ -291,17 +301,22 @@ class Machine:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=timeout,
             cwd="/",
             env={"PATH": os.defpath, "LC_ALL": "C", **(env or {})},
         )
         assert not check or done.returncode == 0, (words, done.stdout, done.stderr)
         return done
 
-    def client(self, user: int | None = None, **environment: str) -> Client:
-        """tests/client.c in the machine."""
+    def client(
+        self,
+        user: int | None = None,
+        program: Sequence[object] = (PROGRAMS / "client",),
+        **environment: str,
+    ) -> Client:
+        """tests/client.c in the machine, or another program that answers lines with lines."""
         process = subprocess.Popen(
-            self._words((PROGRAMS / "client",), user),
+            self._words(tuple(program), user),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -370,7 +385,13 @@ class Service:
 @contextlib.contextmanager
 def running(directory: Path, client_program: Path) -> Iterator[Machine]:
     """A machine that is taken down whatever happens.  Raises LackingError."""
-    machine = Machine(directory, client_program)
+    with started(Machine(directory, client_program)) as machine:
+        yield machine
+
+
+@contextlib.contextmanager
+def started(machine: AnyMachine) -> Iterator[AnyMachine]:
+    """As running(), for one that is of another kind."""
     try:
         machine.start()
         yield machine

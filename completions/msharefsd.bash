@@ -1,0 +1,2 @@
+# bash completion for msharefsd: what --help lists
+complete -F _longopt msharefsd
