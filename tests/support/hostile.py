@@ -616,6 +616,23 @@ def odd_third(evil: Evil) -> None:
     evil.held()
 
 
+def closing(evil: Evil) -> int:
+    """A file whose server does not answer when it is closed, by whoever has it, however often."""
+    assert evil.hung is not None
+    return os.open(evil.hung / "closes", os.O_RDWR)
+
+
+@attack("files whose server does not answer when they are closed", needs_hung=True)
+def hung_close(evil: Evil) -> None:
+    file, null = closing(evil), os.open("/dev/null", os.O_RDONLY)
+    for data in (b"hello", message(Op.ATTACH), message(Op.USERFAULTFD), b""):
+        for fds in ((file,), (null, null, file), (file,) * 100):
+            one = Bare(evil.mount)
+            one.send(data, *fds)
+            _kept.append(one)
+    evil.held()
+
+
 @attack("subordinate users, each with a lingering socket and a lock", as_root=True, runnable=8)
 def many_users(evil: Evil) -> None:
     reader, writer = os.pipe()
