@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Dispose = Callable[[list[int]], None]
+"""Closes descriptors of a lane's; nobody waits."""
+
 PATIENCE: Final = 2.0
 """How long what others rely on may take in a process (seconds)."""
 LITTLE_PATIENCE: Final = 0.1
@@ -49,7 +52,9 @@ LOOK_SECONDS: Final = 0.05
 ASKED_SECONDS: Final = 2.0
 """How long a new sharer may wait behind what is late of its user's."""
 FETCH_SECONDS: Final = 0.2
-"""How long the next pager waits for each sharer's userfaultfd."""
+"""How long the next pager waits for a sharer's userfaultfd;"""
+FETCH_ALL_SECONDS: Final = 0.5
+"""and for all that are late, whosever they are."""
 IDLE_SECONDS: Final = 10.0
 """How long a lane stays that nobody needs."""
 MOST_LANES: Final = 512
@@ -111,12 +116,16 @@ class Far:
         except LateError as late:
             raise OSError(errno.EBUSY, "a process of the user holds up calls on it") from late
 
-    async def fetch(self, fetch: Callable[[], int]) -> None:
-        """Have it from `fetch`, which is called in the lane, soon or late."""
+    async def fetch(self, fetch: Callable[[], int], seconds: float) -> bool:
+        """Have it from `fetch`, which is called in the lane; False if it was waited for in vain."""
         # One after the other waits, but not behind another that is late.
-        seconds = 0.0 if self._lane.is_late else FETCH_SECONDS
-        with contextlib.suppress(LateError):
+        if self._lane.is_late:
+            seconds = 0.0
+        try:
             await self._lane.ask(self, lambda table: table.put(self._key, fetch()), seconds)
+        except LateError:
+            return seconds <= 0.0
+        return True
 
     # -- what may be left undone --
 
@@ -407,6 +416,7 @@ class Lanes:
         self._give_up = give_up
         self._users: dict[int, User] = {}
         self._seldom = Seldom()
+        self._fetching = FETCH_ALL_SECONDS
 
     def needs_one(self, uid: int) -> bool:
         """Whether calls on that user's processes are made by a lane."""
@@ -446,7 +456,8 @@ class Lanes:
         user = self._user(sharer.uid)
         far = self._far(user, user.lane.new_key())
         try:
-            await far.fetch(fetch)
+            if not await far.fetch(fetch, min(FETCH_SECONDS, self._fetching)):
+                self._fetching = max(0.0, self._fetching - FETCH_SECONDS)
         except BaseException:
             far.close()
             raise
@@ -463,6 +474,37 @@ class Lanes:
             fds.pop()
             user.end_in_time()
         return fds
+
+    async def lend(
+        self, uid: int, fds: list[int], function: Callable[[list[int], Dispose], T]
+    ) -> T:
+        """Call `function` in the user's lane with duplicates of `fds`.
+
+        It is given their numbers there, and how what it receives is closed.  Raises OSError:
+        EBUSY when it is late, and then it is done later; what it raises; others, and then it
+        is never done.
+        """
+        user = self._user(uid)
+        lane, keys = user.lane, list[int]()
+        try:
+            for fd in fds:
+                own = os.dup(fd)
+                try:
+                    keys.append(lane.hand_in(own))
+                except OSError:
+                    os.close(own)
+                    raise
+            return await lane.ask(
+                None,
+                lambda table: function([table[key] for key in keys], lane.let_go),
+                ASKED_SECONDS,
+            )
+        except LateError as late:
+            raise OSError(errno.EBUSY, "a process of the user holds up calls on it") from late
+        finally:
+            for key in keys:
+                lane.close(None, key)
+            user.end_in_time()
 
     def unclosed(self, uid: int) -> int:
         """How many descriptors of a user's wait to be closed."""
