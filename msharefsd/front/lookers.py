@@ -24,6 +24,7 @@ from typing import Final, NoReturn
 import trio
 from setproctitle import setproctitle
 
+from msharefsd.control.receiving import CREDENTIALS_ROOM
 from msharefsd.front.starter import Kind, Starter
 from msharefsd.linux import processes, syscalls
 from msharefsd.linux.syscalls import FileIdentity
@@ -31,39 +32,15 @@ from msharefsd.security import privileges
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 1.0
 AGAIN_SECONDS: Final = 0.2
 SILENT_SECONDS: Final = 10.0
 """After how long it is said that one does not answer."""
-_CREDENTIALS: Final = socket.CMSG_SPACE(12)
-_ROOM: Final = _CREDENTIALS + socket.CMSG_LEN(4)
+_ROOM: Final = CREDENTIALS_ROOM + socket.CMSG_LEN(4)
 """For who has sent a message, and one descriptor."""
+_LOOK: Final = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 _ANSWER: Final = struct.Struct("=IIQI")
 _NOTHING: Final = FileIdentity(0, 0, 0, 0)
-
-
-def _peek(sock: socket.socket, room: int) -> tuple[list[tuple[int, int, bytes]], bool]:
-    """What comes with the message that waits, and whether there is more than there is room for.
-
-    After the peer's end the first call may say ECONNRESET, and what it has sent is there
-    nevertheless.  Raises BlockingIOError when there is none.
-    """
-    while True:
-        with contextlib.suppress(ConnectionResetError):
-            _, ancillary, flags, _ = sock.recvmsg(
-                1, room, socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
-            return ancillary, bool(flags & socket.MSG_CTRUNC)
-
-
-def has_descriptors(sock: socket.socket) -> bool | None:
-    """Whether the message that waits has any; None at the end.  None of them is received.
-
-    The end reads as an empty message does; but with SO_PASSCRED each message says whose it
-    is, and the end does not.  Raises BlockingIOError when there is none.
-    """
-    ancillary, more = _peek(sock, _CREDENTIALS)
-    return more if ancillary else None
 
 
 def _first(sock: socket.socket) -> tuple[FileIdentity, list[int]]:
@@ -71,9 +48,11 @@ def _first(sock: socket.socket) -> tuple[FileIdentity, list[int]]:
 
     Raises OSError.  It is a duplicate, and to be closed.
     """
+    with contextlib.suppress(ConnectionResetError):  # what came before it is there
+        sock.recv(0, _LOOK)
     fds = [
         fd
-        for level, kind, payload in _peek(sock, _ROOM)[0]
+        for level, kind, payload in sock.recvmsg(1, _ROOM, _LOOK)[1]
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
         for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
     ]
@@ -112,10 +91,12 @@ class Lookers:
     def __init__(self, starter: Starter) -> None:
         self._starter = starter
         self._users: dict[int, _User] = {}
+        self._needed = trio.Event()
 
     async def run(self) -> None:
         """End those that nobody needs; forever."""
         while True:
+            await self._needed.wait()
             await trio.sleep(IDLE_SECONDS)
             for uid, user in list(self._users.items()):
                 looker = user.looker
@@ -125,6 +106,8 @@ class Lookers:
                     del self._users[uid]
                     if looker is not None:
                         looker.channel.close()
+            if not self._users:
+                self._needed = trio.Event()
 
     async def first(self, sock: socket.socket, uid: int) -> FileIdentity:
         """Which file the first descriptor of the message that waits is of.
@@ -137,6 +120,7 @@ class Lookers:
                 os.close(fd)
             return identity
         user = self._users.setdefault(uid, _User())
+        self._needed.set()
         async with user.turn:
             while True:
                 if user.looker is None:

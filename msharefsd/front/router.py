@@ -22,8 +22,9 @@ from typing import Final
 
 import trio
 
+from msharefsd.control.receiving import has_descriptors
 from msharefsd.errors import Refused
-from msharefsd.front.lookers import Lookers, has_descriptors
+from msharefsd.front.lookers import Lookers
 from msharefsd.front.pagers import Pagers
 from msharefsd.linux.credentials import credentials
 from msharefsd.mount.names import Name, Names

@@ -1324,6 +1324,30 @@ def reader_linger(evil: Evil) -> None:
     evil.held()
 
 
+@attack(
+    "a reader's files whose server does not answer when they are closed",
+    on_alice=True,
+    needs_hung=True,
+)
+def reader_hung_close(evil: Evil) -> None:
+    file = closing(evil)
+    for op in (Op.READY, Op.MUNMAP, Op.MMAP, Op.DETACH):
+        one = evil.read()
+        syscalls.munmap(one.start, one.size)
+        item = [(0, PAGE, 0, 1, PRIVATE)] if op in wire._ONE_OBJECT else []
+        one.send(message(op, *item), file)
+        one.send(message(op, *item), *[file] * 3)
+    # In place of a userfaultfd; and in messages that nobody reads.
+    proof = os.open(evil.mount / evil.alice, os.O_RDONLY)
+    for op in (Op.ATTACH, Op.REJOIN, Op.USERFAULTFD):
+        two = Bare(evil.mount)
+        two.send(message(op, flags=RequestFlag.AS_IT_LIES), proof, file)
+        with contextlib.suppress(OSError):
+            two.send(b"more", file, proof)
+        _kept.append(two)
+    evil.held()
+
+
 def read_quietly(evil: Evil) -> None:
     """What any reader does: it touches pages, and holes."""
     one = evil.read()
