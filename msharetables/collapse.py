@@ -229,7 +229,7 @@ def plan(
     for part_of in range(0, len(offsets), AT_ONCE_LOOKED):
         some = offsets[part_of : part_of + AT_ONCE_LOOKED]
         try:
-            filled = patience.call(_fill, payers, richest, some)
+            filled = patience.call(_fill, payers, richest, some, whose=proc.user(payers[0][0]))
         except OSError as error:
             made.lacking = str(error)
             break
@@ -323,7 +323,8 @@ class Processes:
             with contextlib.suppress(OSError):
                 fd = os.pidfd_open(pid)
                 try:
-                    vmas = set(self._patience.call(lambda: list(proc.maps(pid))))
+                    maps = self._patience.call(lambda: list(proc.maps(pid)), whose=proc.user(pid))
+                    vmas = set(maps)
                     if set(of.sharers[pid].vmas) <= vmas:
                         fd, self._fds[pid] = -1, fd
                 finally:
@@ -394,7 +395,9 @@ def _step(run: Sequence[Chunk], pidfd: int | None, patience: Patience) -> Iterat
     began = time.monotonic()
     try:
         length = len(run) * HUGE_PAGE
-        outcome, processor = patience.call(collapse, pidfd, run[0].address, length)
+        outcome, processor = patience.call(
+            collapse, pidfd, run[0].address, length, whose=proc.user(run[0].pid)
+        )
     except NoAnswerError:
         outcome, processor = Outcome.BUSY, 0.0
     step = Step(run, outcome, time.monotonic() - began, processor)

@@ -4,7 +4,8 @@ A process can hold the lock of its own address space for as long as it likes, an
 reads its `maps` waits in the kernel, where only SIGKILL ends that.  So whatever waits for
 a process's lock is done by a thread, with a deadline.  A thread that has neither come back by
 then nor done anything is left behind; when the lock is released it ends by itself, and if
-the program ends first, the kernel ends it.  There are never more than `MOST_LEFT` of those.
+the program ends first, the kernel ends it.  There are never more than `MOST_LEFT` of those, nor
+more than `MOST_OF_ONE` for the same user's processes, so that others are still looked at.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 MOST_LEFT: Final = 16
+MOST_OF_ONE: Final = 4
 WORKING: Final = 0.05
 """A thread that has used less than so much of the time that it had waits for something."""
 
 
 class NoAnswerError(OSError):
     """It took too long; the thread that asked is left behind."""
+
+
+class NotAskedError(NoAnswerError):
+    """Too many threads are left behind already."""
 
 
 class Patience:
@@ -36,11 +42,14 @@ class Patience:
         """`seconds`: how long a call may take that does nothing; work may take longer."""
         self.seconds = seconds
         self._questions: queue.SimpleQueue[Callable[[], None] | None] | None = None
-        self._left: list[threading.Thread] = []
+        self._left: list[tuple[threading.Thread, int | None]] = []
         self._thread: threading.Thread | None = None
 
-    def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What the function returns or raises.  Raises NoAnswerError."""
+    def call(self, function: Callable[..., T], *arguments: Any, whose: int | None = None) -> T:
+        """What the function returns or raises.  Raises NoAnswerError.
+
+        `whose`: the user of the process that is asked.
+        """
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
         def question() -> None:
@@ -49,7 +58,7 @@ class Patience:
             except BaseException as error:  # noqa: BLE001 - it is raised again where it was asked
                 answers.put((False, error))
 
-        self._asker().put(question)
+        self._asker(whose).put(question)
         used = self._used()
         while True:
             try:
@@ -58,7 +67,7 @@ class Patience:
             except queue.Empty:
                 before, used = used, self._used()
                 if used - before < self.seconds * WORKING:
-                    self._leave()
+                    self._leave(whose)
                     raise NoAnswerError(f"no answer within {self.seconds:g} s") from None
         if not done:
             raise value
@@ -77,11 +86,13 @@ class Patience:
             self._questions.put(None)
         self._questions = self._thread = None
 
-    def _asker(self) -> queue.SimpleQueue[Callable[[], None] | None]:
+    def _asker(self, whose: int | None) -> queue.SimpleQueue[Callable[[], None] | None]:
+        self._left = [each for each in self._left if each[0].is_alive()]
+        if whose is not None and sum(of == whose for _, of in self._left) >= MOST_OF_ONE:
+            raise NotAskedError(f"{MOST_OF_ONE} processes of user {whose} do not answer already")
         if self._questions is None:
-            self._left = [thread for thread in self._left if thread.is_alive()]
             if len(self._left) >= MOST_LEFT:
-                raise NoAnswerError(f"{MOST_LEFT} processes hold their address spaces already")
+                raise NotAskedError(f"{MOST_LEFT} processes hold their address spaces already")
             self._questions = queue.SimpleQueue()
             self._thread = threading.Thread(
                 target=_answer, args=(self._questions,), name="patience", daemon=True
@@ -89,9 +100,9 @@ class Patience:
             self._thread.start()
         return self._questions
 
-    def _leave(self) -> None:
+    def _leave(self, whose: int | None) -> None:
         assert self._thread is not None
-        self._left.append(self._thread)
+        self._left.append((self._thread, whose))
         self.close()
 
 

@@ -116,6 +116,15 @@ def status(pid: int) -> Status | None:
     )
 
 
+def user(pid: int) -> int | None:
+    """Whose rights a process has; None if it is gone."""
+    with contextlib.suppress(OSError):
+        for line in read(pid, "status").split(b"\n"):
+            if line.startswith(b"Uid:"):
+                return int(line.split()[2])
+    return None
+
+
 def _kib(value: bytes) -> int:
     return int(value.split()[0]) << 10
 

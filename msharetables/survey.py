@@ -164,7 +164,7 @@ def look(pid: int, kernel: Kernel, patience: Patience) -> Process | None:
         return None
     group = proc.cgroup(pid)
     try:
-        tables = patience.call(count, pid, kernel)
+        tables = patience.call(count, pid, kernel, whose=status.uid)
     except (FileNotFoundError, ProcessLookupError):
         raise
     except PermissionError:

@@ -17,7 +17,7 @@ from typing import Final
 from msharetables import collapse, fill, proc, survey
 from msharetables.collapse import Outcome, Pace, Plan, Result, Step
 from msharetables.objects import Kernel, Key
-from msharetables.patience import NoAnswerError, Patience
+from msharetables.patience import NoAnswerError, NotAskedError, Patience
 from msharetables.proc import Status
 from msharetables.survey import Object, Process
 from msharetables.tables import Tables, count_shared, is_congruent
@@ -197,7 +197,11 @@ class Watcher:
         scares = before.scares if before else 0
         if self._wanted is None or self._wanted(status, group):
             try:
-                tables = self._patience.call(count_shared, pid, self._kernel, self._limits.smallest)
+                tables = self._patience.call(
+                    count_shared, pid, self._kernel, self._limits.smallest, whose=status.uid
+                )
+            except NotAskedError:
+                return before
             except NoAnswerError:
                 scares += 1
         process = Process(pid, status, group, tables)
@@ -218,7 +222,9 @@ class Watcher:
             if part.congruent:
                 vma = next(filter(is_congruent, part.vmas))
                 try:
-                    memory.blocks, found = self._patience.call(fill.look, pid, vma, memory.blocks)
+                    memory.blocks, found = self._patience.call(
+                        fill.look, pid, vma, memory.blocks, whose=proc.user(pid)
+                    )
                 except OSError:
                     return []
                 return [offset for offset in found if offset not in memory.done]

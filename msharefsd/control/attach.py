@@ -12,7 +12,7 @@ from typing import Final
 from msharefsd.control import wire
 from msharefsd.control.guards import on_the_way
 from msharefsd.control.orphans import is_gone
-from msharefsd.control.peer import owner_of
+from msharefsd.control.peer import Peer, owner_of
 from msharefsd.control.sharing import Sharing
 from msharefsd.control.wire import BackingKind, Reply, ReplyFlag, Request, RequestFlag
 from msharefsd.errors import Refused
@@ -185,8 +185,12 @@ class Attaching:
             raise Refused(errno.ENOENT, "the region is gone")
 
     def _made_file(self, region: Region) -> bool:
-        """Whether the peer has made the region's file, which it says."""
-        return region.creator != 0 and region.creator == self._peer.pid
+        """Whether the peer has made the region's file, which it says.
+
+        Its number alone does not tell: it may have been another process's.
+        """
+        peer = self._peer
+        return region.creator != 0 and region.creator == peer.pid and peer.uid in (0, region.uid)
 
     def _supersede(self, region: Region, request: Request) -> bool:
         """Undo what the peer's ATTACH did in a pager that died before it could answer.
@@ -195,7 +199,7 @@ class Attaching:
         """
         if RequestFlag.REPEATED not in request.flags:
             return False
-        orphan = self._control.orphans.find(region, self._peer.pid)
+        orphan = self._control.orphans.find(region, self._peer)
         if orphan is not None:
             region.made_file = False  # the name is needed yet
             self._control.orphans.end(orphan)
@@ -301,8 +305,7 @@ class Attaching:
             region, may_write = self._proven(fds[0])
         except Refused as refused:
             raise Refused(errno.ESTALE, "the region is gone") from refused
-        pid = self._peer.pid
-        sharer = orphans.find(region, pid) or self._connected(region, pid)
+        sharer = orphans.find(region, self._peer) or self._connected(region, self._peer)
         if sharer is None:
             raise Refused(errno.ESTALE, "this process is no sharer of the region any more")
         if sharer.writable and not may_write:
@@ -320,11 +323,11 @@ class Attaching:
         fd = backing.descriptor(writable=sharer.writable) if backing and lost else None
         return Reply(request.op), fd
 
-    def _connected(self, region: Region, pid: int) -> Sharer | None:
-        """The process's attachment, if it has a connection, somewhere."""
+    def _connected(self, region: Region, peer: Peer) -> Sharer | None:
+        """The attachment of the peer's process, if it has a connection, somewhere."""
         for sharer in self._control.joined:
-            here = sharer.region is region and sharer.pid == pid != 0
-            if here and not sharer.ended() and not is_gone(sharer):
+            here = sharer.region is region and sharer.pid == peer.pid != 0
+            if here and peer.may_go_on(sharer.uid) and not sharer.ended() and not is_gone(sharer):
                 return sharer
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import Final
 
 from msharefsd.control import wire
@@ -89,7 +90,8 @@ class Calls:
         write = bool(item.prot & syscalls.PROT_WRITE)
         may_write = files.check_mappable(fds[0], shared=not private, write=write)
         uid = self._state.peer.uid
-        await files.check_mapping(self._control.threads, uid, fds[0])
+        close = partial(self._control.disposal.close_fd, uid=uid)
+        await files.check_mapping(self._control.threads, uid, fds[0], close)
         file = await self._control.mapped_files.new(fds.pop(), uid, may_write=may_write)
         try:
             new = Object(item.offset, item.length, item.prot, private, file, item.file_offset)

@@ -21,6 +21,8 @@ import errno
 import logging
 import os
 import socket
+import stat
+from collections.abc import Callable
 
 import trio
 
@@ -30,10 +32,17 @@ from msharefsd.control.attach import Attaching
 from msharefsd.control.calls import Calls
 from msharefsd.control.control import Control
 from msharefsd.control.peer import peer_of
-from msharefsd.control.receiving import drain, receive_now
+from msharefsd.control.receiving import (
+    drain,
+    drain_far,
+    has_descriptors,
+    receive_far,
+    receive_now,
+)
 from msharefsd.control.sharing import Sharing
 from msharefsd.control.wire import Op, Reply, Request
 from msharefsd.errors import Refused
+from msharefsd.linux import syscalls, uffd
 from msharefsd.region.region import Region
 
 log = logging.getLogger(__name__)
@@ -56,6 +65,7 @@ class Connection:
         self._attaching = Attaching(self._state)
         self._calls = Calls(self._state)
         self._noted = False
+        self._is_far = control.pages.lanes.needs_one(self._peer.uid)
 
     async def run(self) -> None:
         """Serve calls until the peer hangs up or its process ends."""
@@ -85,7 +95,10 @@ class Connection:
 
     async def close(self) -> None:
         """Let go of it, when nobody else has it."""
-        await drain(self._sock, lambda fds: self._control.dispose(fds, self._peer.uid))
+        if self._is_far:
+            await drain_far(self._control.pages.lanes, self._peer.uid, self._sock)
+        else:
+            await drain(self._sock, lambda fds: self._control.dispose(fds, self._peer.uid))
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
 
@@ -100,13 +113,46 @@ class Connection:
     async def _receive(self) -> tuple[bytes, list[int], int]:
         while True:
             with contextlib.suppress(BlockingIOError):
+                if self._is_far and has_descriptors(self._sock):
+                    return await receive_far(
+                        self._control.pages.lanes,
+                        self._peer.uid,
+                        self._sock,
+                        wire.MAX_REQUEST_BYTES + 1,
+                        self._passes(),
+                    )
                 return receive_now(self._sock, wire.MAX_REQUEST_BYTES + 1)
             await trio.lowlevel.wait_readable(self._sock)
+
+    def _passes(self) -> Callable[[int], bool]:
+        """Which descriptors of another user's process are let in: what calls take.
+
+        Only who may write maps files, and its files may hold up what they are mapped in.
+        """
+        sharer, region = self._state.sharer, self._state.region
+        maps = self._state.building is not None or (sharer is not None and sharer.writable)
+        devices = {self._control.mount_device}
+        if region is not None and region.backing is not None:
+            devices.add((region.backing.identity.major, region.backing.identity.minor))
+
+        def passes(fd: int) -> bool:
+            if uffd.is_one(fd):
+                return True
+            identity = syscalls.identify(fd)
+            device = identity.major, identity.minor
+            return device in devices or (maps and stat.S_ISREG(identity.mode))
+
+        return passes
 
     async def _one_call(self) -> bool:
         while self._control.unclosed(self._peer.uid) >= MOST_UNCLOSED:
             await trio.sleep(UNCLOSED_SECONDS)
-        data, fds, flags = await self._receive()
+        try:
+            data, fds, flags = await self._receive()
+        except Refused as refused:
+            self._count(refused)
+            await self._send(Reply(0, error=refused.code, message=refused.message), None)
+            return False
         try:
             if not data:
                 return False

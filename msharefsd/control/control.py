@@ -113,11 +113,13 @@ class Control:
     def dispose(self, fds: list[int], uid: int) -> None:
         """Close what may wait for a client of that user.
 
-        Of another user than the owner their lane does that: what hangs there must not keep
-        our own table, with everybody's connections, when we are killed.
+        Of another user than the owner their lane closes userfaultfds: what hangs there must
+        not keep our own table, with everybody's connections, when we are killed.  Whatever
+        else might hang has come from who may write (receiving.py).
         """
         if self.pages.lanes.needs_one(uid):
-            fds = self.pages.lanes.dispose(uid, fds)
+            far = [fd for fd in fds if uffd.is_one(fd)]
+            fds = [fd for fd in fds if fd not in far] + self.pages.lanes.dispose(uid, far)
         self.disposal.close_fds(fds, uid)
 
     def unclosed(self, uid: int) -> int:

@@ -22,6 +22,7 @@ from typing import Final
 import trio
 
 from msharefsd.control.guards import Guards
+from msharefsd.control.peer import Peer
 from msharefsd.errors import Refused
 from msharefsd.linux import processes, uffd
 from msharefsd.linux.processes import Deaths
@@ -155,12 +156,16 @@ class Orphans:
         finally:
             orphan.done.set()
 
-    def find(self, region: Region, pid: int) -> Sharer | None:
-        """The process's attachment of that region, if it waits for a connection."""
+    def find(self, region: Region, peer: Peer) -> Sharer | None:
+        """The attachment of that region by the peer's process, if it waits for a connection."""
         for sharer, orphan in self._orphans.items():
-            if sharer.region is not region or sharer.pid != pid or orphan.pidfd is None:
+            if sharer.region is not region or sharer.pid != peer.pid or orphan.pidfd is None:
                 continue
-            if not processes.has_ended(orphan.pidfd) and not is_gone(sharer):
+            if (
+                peer.may_go_on(sharer.uid)
+                and not processes.has_ended(orphan.pidfd)
+                and not is_gone(sharer)
+            ):
                 return sharer
         return None
 

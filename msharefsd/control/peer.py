@@ -29,6 +29,14 @@ class Peer:
     """None for a process that this pid namespace does not see."""
     groups: tuple[int, ...] = ()
 
+    def may_go_on(self, uid: int) -> bool:
+        """Whether it may go on with what a process of its number did as that user.
+
+        That process may have let go of its rights since.  But it may also have gained them
+        since the peer connected (set-user-ID), or be another one, as the peer's has ended.
+        """
+        return self.uid in (0, uid) or self.uid == processes.user_of(self.pid)
+
     def has_ended(self) -> bool:
         """Whether the process is gone."""
         return self.pidfd is not None and processes.has_ended(self.pidfd)

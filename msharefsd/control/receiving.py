@@ -7,22 +7,33 @@ want of room or because the connection is closed with a message in it, is closed
 in the thread that does that.  So every receive takes all that can come, a connection is read
 empty in the same way before it is closed, and all that is not ours is closed by a thread of
 its sender's user (threads/disposal.py).
+
+Of some files every close takes as long (filp_flush(), fs/open.c), the first one too.  What a
+process of another user than the owner sends is therefore received in its user's lane
+(paging/lanes.py), and what has no use, or might be such a file, comes as /dev/null from there.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import errno
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
+import trio
+
+from msharefsd.errors import Refused
+from msharefsd.paging.lanes import Dispose, Lanes
 from msharefsd.threads.breath import Breath
 
 SCM_MAX_FD: Final = 253
 """The most descriptors of one message (unix(7), include/net/scm.h)."""
-_CREDENTIALS: Final = 12  # struct ucred
-ROOM: Final = socket.CMSG_SPACE(SCM_MAX_FD * 4) + socket.CMSG_SPACE(_CREDENTIALS)
+CREDENTIALS_ROOM: Final = socket.CMSG_SPACE(12)  # struct ucred
+ROOM: Final = socket.CMSG_SPACE(SCM_MAX_FD * 4) + CREDENTIALS_ROOM
+AGAIN_SECONDS: Final = 0.05
 
 
 def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int], int, bool]:
@@ -46,6 +57,90 @@ def receive_now(sock: socket.socket, size: int) -> tuple[bytes, list[int], int]:
     return _receive(sock, size)[:3]
 
 
+def has_descriptors(sock: socket.socket) -> bool | None:
+    """Whether the message that waits has any; None at the end.  None of them is received.
+
+    The end reads as an empty message does; but with SO_PASSCRED each message says whose it
+    is, and the end does not.  Raises BlockingIOError when there is none.
+    """
+    while True:
+        # After the peer's end the first call may say so, and what it has sent is there.
+        with contextlib.suppress(ConnectionResetError):
+            _, ancillary, flags, _ = sock.recvmsg(
+                1, CREDENTIALS_ROOM, socket.MSG_PEEK | socket.MSG_DONTWAIT
+            )
+            return bool(flags & socket.MSG_CTRUNC) if ancillary else None
+
+
+async def receive_far(
+    lanes: Lanes, uid: int, sock: socket.socket, size: int, passes: Callable[[int], bool]
+) -> tuple[bytes, list[int], int]:
+    """As receive_now, through a lane, in which `passes` is called for each descriptor.
+
+    Raises Refused when it cannot be received now.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+
+        def forward(numbers: list[int], dispose: Dispose) -> int:
+            with _borrowed(numbers[0]) as connection, _borrowed(numbers[1]) as gate:
+                data, fds, flags = receive_now(connection, size)
+                null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    socket.send_fds(gate, [data], [fd if passes(fd) else null for fd in fds])
+                finally:
+                    os.close(null)
+                    dispose(fds)
+            return flags
+
+        try:
+            with theirs:
+                flags = await lanes.lend(uid, [sock.fileno(), theirs.fileno()], forward)
+        except OSError as error:
+            raise Refused(
+                errno.EBUSY, f"what comes with the call cannot be received: {error.strerror}"
+            ) from error
+        data, fds, _ = receive_now(ours, size)
+    return data, fds, flags
+
+
+@contextlib.contextmanager
+def _borrowed(number: int) -> Iterator[socket.socket]:
+    sock = socket.socket(fileno=number)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+async def drain_far(lanes: Lanes, uid: int, sock: socket.socket) -> None:
+    """As drain, in a lane, when that comes to it."""
+
+    def empty(numbers: list[int], dispose: Dispose) -> None:
+        with _borrowed(numbers[0]) as connection:
+            while True:
+                _, fds, _, is_message = _receive(connection, 1)
+                dispose(fds)
+                if not is_message:
+                    return
+
+    with contextlib.suppress(OSError):
+        _let_nothing_in(sock)
+        while True:
+            try:
+                await lanes.lend(uid, [sock.fileno()], empty)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.ENOBUFS):
+                    await trio.sleep(AGAIN_SECONDS)
+                    continue
+            return
+
+
+def _let_nothing_in(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    sock.shutdown(socket.SHUT_RD)
+
+
 async def drain(sock: socket.socket, dispose: Callable[[list[int]], None]) -> None:
     """Read a connection empty, and let nothing more in, before it is closed.
 
@@ -54,8 +149,7 @@ async def drain(sock: socket.socket, dispose: Callable[[list[int]], None]) -> No
     SO_PASSCRED each message says whose it is, and the end does not.
     """
     with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        sock.shutdown(socket.SHUT_RD)
+        _let_nothing_in(sock)
         breath = Breath()
         while True:
             _, fds, _, is_message = _receive(sock, 1)

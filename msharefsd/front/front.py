@@ -22,6 +22,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from msharefsd.barriers import barrier
 from msharefsd.config import Config
 from msharefsd.errors import StartError
+from msharefsd.front import lookers
 from msharefsd.front.ending import Ending, rest, sentence, what_is_kept
 from msharefsd.front.pagers import Pager, Pagers, adopt, homes
 from msharefsd.front.router import Router
@@ -34,7 +35,7 @@ from msharefsd.front.setting_up import (
     open_root,
     raise_descriptor_limit,
 )
-from msharefsd.front.starter import Starter
+from msharefsd.front.starter import Kind, Main, Starter
 from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
@@ -81,7 +82,11 @@ def run(config: Config, signals: Signals) -> None:
         end = End()
         stack.enter_context(huge_pages(config, found, directory))
         setting = Setting(config, found, directory, identified(directory))
-        starter = Starter(partial(pager_main, setting), cgroups.delegated())
+        mains: dict[Kind, Main] = {
+            Kind.PAGER: partial(pager_main, setting),
+            Kind.LOOKER: lookers.main,
+        }
+        starter = Starter(mains, cgroups.delegated())
         stack.callback(starter.close)
         journal = NamesJournal(directory)
         end.empty = not journal.names()
@@ -132,7 +137,8 @@ class _Front:
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
         pagers = asked.pagers = Pagers(self.starter, names, mount.device)
-        router = Router(names, pagers, limits, turns, mount.device)
+        looking = lookers.Lookers(self.starter)
+        router = Router(names, pagers, limits, turns, mount.device, looking)
         async with trio.open_nursery() as pagers_nursery:
             await pagers_nursery.start(pagers.run)
             with contextlib.ExitStack() as serving:

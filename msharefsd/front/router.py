@@ -1,35 +1,31 @@
 """Connections to .control, and to whose pager each belongs.
 
 A connection's first message shows what it is about: the descriptor that comes with it is a
-region's file, or its memory.  The front looks at that message and leaves it where it is
-(MSG_PEEK): so the descriptors in it stay in the socket, a duplicate that is closed here is
-never the last, and what a client has sent is received, used and closed by a pager alone.
-Who proves no right to anything is turned down by the pager of its own user.
+region's file, or its memory.  The message stays in the socket (MSG_PEEK), and a process of the
+sender's user says which file that descriptor is of (lookers.py): so what a client has sent is
+received, used and closed by a pager alone.  Who proves no right to anything is turned down by
+the pager of its own user.
 
 All that wait are accepted at once, and looked at in turns by user (threads/fairness.py). Who
 has too many connections waits in a line of their own (mount/controls.py) until the one that
 is too many has been told.
-
-What is asked of a client's descriptor here is statx(2) with AT_STATX_DONT_SYNC, which file
-systems answer from what they have; see linux/syscalls.py.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import logging
-import os
 import socket
 from collections.abc import Iterator
 from typing import Final
 
 import trio
 
+from msharefsd.control.receiving import has_descriptors
 from msharefsd.errors import Refused
+from msharefsd.front.lookers import Lookers
 from msharefsd.front.pagers import Pagers
-from msharefsd.linux import syscalls
 from msharefsd.linux.credentials import credentials
 from msharefsd.mount.names import Name, Names
 from msharefsd.region.limits import Limits
@@ -38,8 +34,6 @@ from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
 
-_ROOM: Final = socket.CMSG_SPACE(12) + socket.CMSG_LEN(4)
-"""For who has sent it, and one descriptor."""
 AGAIN_SECONDS: Final = 0.1
 _AT_ONCE: Final = 256
 """How many connections are accepted before others have their turn: some milliseconds."""
@@ -55,6 +49,7 @@ class Router:
         limits: Limits,
         turns: Turns,
         mount_device: tuple[int, int],
+        lookers: Lookers,
     ) -> None:
         """`mount_device`: the device numbers of the mount, whose files are proofs."""
         self._names = names
@@ -62,6 +57,7 @@ class Router:
         self._limits = limits
         self._turns = turns
         self._mount_device = mount_device
+        self._lookers = lookers
         self._seldom = Seldom()
         self._nursery: trio.Nursery
 
@@ -69,7 +65,7 @@ class Router:
         """Until cancelled."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
-            await trio.sleep_forever()
+            await self._lookers.run()
 
     def serve(self, listener: socket.socket, uid: int | None) -> None:
         """Accept from a socket that does not block, and is a user's or everybody's."""
@@ -112,11 +108,12 @@ class Router:
         with _left_open(sock):
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-                fds, name = await self._first(sock, uid)
-                if fds is None:
+                carries = await self._carries(sock, uid)
+                if carries is None:
                     sock.close()  # it has hung up, and there was nothing in it
                     over.close()
                     return
+                name = await self._proven(sock, uid) if carries else None
                 home = uid if name is None else name.home
                 await self._pagers.hand_over(sock, home, name, over.close)
             except Exception:
@@ -124,26 +121,21 @@ class Router:
                 broken = Refused(errno.EIO, "internal error: see the daemon's log")
                 await self._pagers.turn_down(sock, uid, broken, over.close)
 
-    async def _first(self, sock: socket.socket, uid: int) -> tuple[list[int] | None, Name | None]:
-        """What the first message comes with, closed by now, and which region that proves."""
+    async def _carries(self, sock: socket.socket, uid: int) -> bool | None:
+        """Whether the first message comes with descriptors; None if there is none."""
         while True:
             async with self._turns.turn(uid):
                 with contextlib.suppress(BlockingIOError):
-                    fds = _look(sock)
-                    return fds, self._proven(fds) if fds else None
+                    return has_descriptors(sock)
             await trio.lowlevel.wait_readable(sock)
 
-    def _proven(self, fds: list[int]) -> Name | None:
-        """The region that the first descriptor of a message is of; closes them."""
-        try:
-            identity = syscalls.identify(fds[0])
-            device = identity.major, identity.minor
-            if device == self._mount_device:
-                return self._names.of_inode(identity.inode)
-            return self._names.of_backing(*device, identity.inode)
-        finally:
-            for fd in fds:
-                os.close(fd)
+    async def _proven(self, sock: socket.socket, uid: int) -> Name | None:
+        """The region that the first descriptor of the message is of."""
+        identity = await self._lookers.first(sock, uid)
+        device = identity.major, identity.minor
+        if device == self._mount_device:
+            return self._names.of_inode(identity.inode)
+        return self._names.of_backing(*device, identity.inode)
 
 
 @contextlib.contextmanager
@@ -154,26 +146,3 @@ def _left_open(sock: socket.socket) -> Iterator[None]:
     finally:
         if sock.fileno() >= 0:
             sock.detach()
-
-
-def _look(sock: socket.socket) -> list[int] | None:
-    """Duplicates of the first descriptors of the message that waits; None at the end.
-
-    The end reads as an empty message does; but with SO_PASSCRED each message says whose it
-    is, and the end does not.  After the peer's end the first call may say ECONNRESET, and
-    what it has sent is there nevertheless.
-    """
-    while True:
-        with contextlib.suppress(ConnectionResetError):
-            _, ancillary, _, _ = sock.recvmsg(
-                1, _ROOM, socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
-            break
-    if not ancillary:
-        return None
-    return [
-        fd
-        for level, kind, payload in ancillary
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
-    ]

@@ -78,11 +78,21 @@ def state(pid: int, thread: int | None = None) -> str:
 
 def process_of(thread: int) -> int:
     """The process that a thread is of; 0 if it is gone."""
-    for line in read_proc(thread, "status").splitlines():
+    return int(_status(thread, "Tgid") or 0)
+
+
+def user_of(pid: int) -> int | None:
+    """A process's effective user, also if it is not dumpable; None if it is gone."""
+    users = _status(pid, "Uid").split()
+    return int(users[1]) if len(users) > 1 else None
+
+
+def _status(pid: int, key: str) -> str:
+    for line in read_proc(pid, "status").splitlines():
         name, _, value = line.partition(":")
-        if name == "Tgid":
-            return int(value)
-    return 0
+        if name == key:
+            return value
+    return ""
 
 
 def read_proc(pid: int, name: str) -> str:

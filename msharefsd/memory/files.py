@@ -205,8 +205,8 @@ def _is_memory_of_ours(fd: int) -> bool:
     return path.startswith(f"{SHM_DIRECTORY}/{MARK}")
 
 
-async def check_mapping(threads: Threads, uid: int, fd: int) -> None:
-    """Raise Refused(ENODEV) for a file that mmap(2) would not map.
+async def check_mapping(threads: Threads, uid: int, fd: int, close: Callable[[int], None]) -> None:
+    """Raise Refused(ENODEV) for a file that mmap(2) would not map.  `close` may hang.
 
     Files of /proc, /sys and the like are regular files, and some of them judge who
     reads or writes them at that moment: it would be us, not the client that opened
@@ -228,7 +228,7 @@ async def check_mapping(threads: Threads, uid: int, fd: int) -> None:
         await threads.run(uid, look)
     except BaseException:
         if closes.acquire(blocking=False):
-            os.close(own)
+            close(own)
         raise
 
 

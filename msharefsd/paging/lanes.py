@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Dispose = Callable[[list[int]], None]
+"""Closes descriptors of a lane's; nobody waits."""
+
 PATIENCE: Final = 2.0
 """How long what others rely on may take in a process (seconds)."""
 LITTLE_PATIENCE: Final = 0.1
@@ -50,7 +53,9 @@ LOOK_SECONDS: Final = 0.05
 ASKED_SECONDS: Final = 2.0
 """How long a new sharer may wait behind what is late of its user's."""
 FETCH_SECONDS: Final = 0.2
-"""How long the next pager waits for each sharer's userfaultfd."""
+"""How long the next pager waits for a sharer's userfaultfd;"""
+FETCH_ALL_SECONDS: Final = 0.5
+"""and for all that are late, whosever they are."""
 IDLE_SECONDS: Final = 10.0
 """How long a lane stays that nobody needs."""
 MOST_LANES: Final = 512
@@ -112,30 +117,35 @@ class Far:
         except LateError as late:
             raise OSError(errno.EBUSY, "a process of the user holds up calls on it") from late
 
-    async def fetch(self, fetch: Callable[[], int]) -> None:
-        """Have it from `fetch`, which is called in the lane, soon or late."""
-        # One after the other waits, but not behind another that is late.
-        seconds = 0.0 if self._lane.is_late else FETCH_SECONDS
-        with contextlib.suppress(LateError):
-            await self._lane.ask(self, lambda table: table.put(self._key, fetch()), seconds)
+    async def fetch(self, fetch: Callable[[], int], seconds: float) -> bool:
+        """Have it from `fetch`, which is called in the lane; False if it was waited for in vain."""
+        return await self._have(lambda _: fetch(), seconds)
 
-    async def fetch_waiting(self, key: int) -> None:
+    async def fetch_waiting(self, key: int, seconds: float) -> bool:
         """The same from a socket of the lane's, which is closed then."""
 
-        def look(table: Descriptors) -> None:
+        def look(table: Descriptors) -> int:
             with socket.socket(fileno=os.dup(table[key])) as sock:
                 _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             if not fds:
                 raise ProcessLookupError
             os.set_blocking(fds[0], False)
-            table.put(self._key, fds[0])
+            return fds[0]
 
-        seconds = 0.0 if self._lane.is_late else FETCH_SECONDS
         try:
-            with contextlib.suppress(LateError):
-                await self._lane.ask(self, look, seconds)
+            return await self._have(look, seconds)
         finally:
             self._lane.close(self, key)
+
+    async def _have(self, get: Callable[[Descriptors], int], seconds: float) -> bool:
+        # One after the other waits, but not behind another that is late.
+        if self._lane.is_late:
+            seconds = 0.0
+        try:
+            await self._lane.ask(self, lambda table: table.put(self._key, get(table)), seconds)
+        except LateError:
+            return seconds <= 0.0
+        return True
 
     # -- what may be left undone --
 
@@ -443,6 +453,7 @@ class Lanes:
         self._give_up = give_up
         self._users: dict[int, User] = {}
         self._seldom = Seldom()
+        self._fetching = FETCH_ALL_SECONDS
 
     def needs_one(self, uid: int) -> bool:
         """Whether calls on that user's processes are made by a lane."""
@@ -489,10 +500,13 @@ class Lanes:
             raise
         far = self._far(user, user.lane.new_key())
         try:
+            seconds = min(FETCH_SECONDS, self._fetching)
             if there is not None:
-                await far.fetch_waiting(there)
+                came = await far.fetch_waiting(there, seconds)
             else:
-                await far.fetch(fetch)
+                came = await far.fetch(fetch, seconds)
+            if not came:
+                self._fetching = max(0.0, self._fetching - FETCH_SECONDS)
         except BaseException:
             far.close()
             raise
@@ -509,6 +523,37 @@ class Lanes:
             fds.pop()
             user.end_in_time()
         return fds
+
+    async def lend(
+        self, uid: int, fds: list[int], function: Callable[[list[int], Dispose], T]
+    ) -> T:
+        """Call `function` in the user's lane with duplicates of `fds`.
+
+        It is given their numbers there, and how what it receives is closed.  Raises OSError:
+        EBUSY when it is late, and then it is done later; what it raises; others, and then it
+        is never done.
+        """
+        user = self._user(uid)
+        lane, keys = user.lane, list[int]()
+        try:
+            for fd in fds:
+                own = os.dup(fd)
+                try:
+                    keys.append(lane.hand_in(own))
+                except OSError:
+                    os.close(own)
+                    raise
+            return await lane.ask(
+                None,
+                lambda table: function([table[key] for key in keys], lane.let_go),
+                ASKED_SECONDS,
+            )
+        except LateError as late:
+            raise OSError(errno.EBUSY, "a process of the user holds up calls on it") from late
+        finally:
+            for key in keys:
+                lane.close(None, key)
+            user.end_in_time()
 
     def unclosed(self, uid: int) -> int:
         """How many descriptors of a user's wait to be closed."""

@@ -14,7 +14,7 @@ nobody waits for that for more than a moment.
   another one in place of one that hangs: a thread shares the table of who starts it.
 - Functions that run in a lane name a descriptor by its key; the number is the lane's.
 
-Everything but `_look`, `_work`, `_close` and what they call is for the trio thread.
+Everything but `_look`, `_work`, `_close`, `let_go` and what they call is for the trio thread.
 """
 
 from __future__ import annotations
@@ -364,6 +364,9 @@ class Lane:
     def _is_back(self) -> None:
         self.hung -= 1
 
+    def _to_close(self, count: int) -> None:
+        self.unclosed += count
+
     def _is_closed(self) -> None:
         self.unclosed -= 1
 
@@ -463,6 +466,12 @@ class Lane:
                 return
             if request.late:
                 self._soon(self._came_back, request)
+
+    def let_go(self, fds: list[int]) -> None:
+        """Close descriptors of this table; who calls, in a thread of the lane, does not wait."""
+        self._soon(self._to_close, len(fds))
+        for fd in fds:
+            self._closing.put(fd)
 
     def _close(self) -> None:
         while (fd := self._closing.get()) is not None:

@@ -15,14 +15,14 @@ import os
 import re
 import signal
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bare import Answer, Bare, in_child
 from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
-from hostile import MALLORY, START, MiB, hung_at, userfaultfd
+from hostile import MALLORY, START, MiB, hung_at, open_window, userfaultfd
 from victim import ALICE, HANG_SECONDS
 from walls import Make
 from walls import make_walls_fixture as _make_walls_fixture  # noqa: F401 - what tests ask for
@@ -206,6 +206,81 @@ LIES: dict[str, tuple[int, Any, bool]] = {
     "the same, said twice": (MADE | MAPPINGS | REPEATED, HERE, False),
     "a bad range, said twice": (MADE | REPEATED, {"start": 12345, "size": 1}, False),
 }
+
+
+@contextlib.contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_who_has_the_number_of_who_made_a_name_does_not_have_it_removed(
+    make_walls: Make,
+) -> None:
+    """A process that has become another user's, or another process of that number."""
+    walls = make_walls()
+    path = walls.daemon.mount / "service"
+
+    def claim() -> None:
+        os.umask(0)
+        with acting_as(ALICE):
+            os.close(os.open(path, CREATE, 0o666))
+        with acting_as(MALLORY):
+            proof = os.open(path, os.O_RDWR)
+            own = userfaultfd(walls.daemon.mount, proof)
+            one = Bare(walls.daemon.mount)
+            assert lie(one, path, own, MADE, start=12345, size=1).error == errno.EINVAL
+
+    assert in_child(claim).wait() == 0
+    assert path.stat().st_uid == ALICE
+    os.unlink(path)
+
+
+@pytest.mark.parametrize("orphaned", [False, True])
+def test_a_connection_of_before_a_process_was_another_users_takes_nothing_of_its(
+    orphaned: bool, make_walls: Make
+) -> None:
+    """As of a set-user-ID program, or of a process whose number is another's now."""
+    walls = make_walls()
+    path = make_name(walls.daemon, "shared", 0o644, ALICE)
+    mount = walls.daemon.mount
+
+    def make() -> None:
+        one = Bare(mount)
+        proof = os.open(path, os.O_RDWR)
+        assert lie(one, path, userfaultfd(mount, proof), 0, **HERE).error == 0
+        assert one.mmap(0, 2 * MiB, 3, SHARED | ANONYMOUS).error == 0
+
+    def steal() -> None:
+        with acting_as(MALLORY):
+            early, proof = Bare(mount), os.open(path, os.O_RDONLY)
+            own = userfaultfd(mount, proof)
+        with acting_as(ALICE):
+            one = Bare(mount)
+            readable = os.open(path, os.O_RDONLY)
+            one.uffd = userfaultfd(mount, readable)
+            answer = one.call(
+                Op.ATTACH, readable, one.uffd, oflags=os.O_RDONLY, flags=RequestFlag.AS_IT_LIES
+            )
+            assert answer.error == 0
+            one.backing, one.start, one.size = answer.fd, answer.start, answer.size
+            open_window(one)
+        if not orphaned:
+            assert early.call(Op.REJOIN, proof).error == errno.ESTALE
+            assert one.call(Op.READY).error == 0
+        else:
+            one.sock.close()
+            flags = RequestFlag.AS_IT_LIES | REPEATED
+            answer = early.call(Op.ATTACH, proof, own, oflags=os.O_RDONLY, flags=flags)
+            assert answer.error == 0
+        assert one.byte(0) == 0
+
+    assert in_child(make, uid=ALICE).wait() == 0
+    assert in_child(steal).wait() == 0
+    os.unlink(path)
 
 
 @pytest.mark.parametrize("what", LIES)

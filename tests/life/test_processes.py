@@ -143,7 +143,7 @@ def test_a_pager_that_hangs_keeps_its_user_waiting_and_nobody_else(
 def test_the_fronts_death_alone_ends_all_at_once(daemon: Daemon, spawn: Spawn) -> None:
     alice = create(spawn, ALICE, "alices")
     others = [pid for pid in daemon.processes() if pid != daemon.pid]
-    assert len(others) == 2, "the starter and a pager"
+    assert len(others) == 3, "the starter, a pager and a looker"
     assert daemon.process is not None
     os.kill(daemon.pid, signal.SIGKILL)
     daemon.process.wait()

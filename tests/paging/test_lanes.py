@@ -523,3 +523,20 @@ async def test_who_hurts_nobody_is_left_alone(world: World, lock: Lock, seen: Se
     assert seen.given_up == []
     lock.opened.set()
     await until(lambda: not world.far.is_late)
+
+
+async def test_many_users_who_are_late_hold_up_a_start_as_one_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    async def late(_lane: Lane, _owner: object, _function: object, seconds: float) -> object:
+        waited.append(seconds)
+        raise LateError(under_way=True)
+
+    monkeypatch.setattr(Lane, "ask", late)
+    for uid in range(OTHER + 1, OTHER + 9):
+        sharer = Sharer(uid, world.region, 0, uid, True, -1)
+        (await world.server.lanes.fetch(sharer, lambda: -1)).close()
+    assert len(waited) == 8
+    assert sum(waited) <= lanes_module.FETCH_ALL_SECONDS

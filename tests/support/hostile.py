@@ -626,6 +626,23 @@ def odd_third(evil: Evil) -> None:
     evil.held()
 
 
+def closing(evil: Evil) -> int:
+    """A file whose server does not answer when it is closed, by whoever has it, however often."""
+    assert evil.hung is not None
+    return os.open(evil.hung / "closes", os.O_RDWR)
+
+
+@attack("files whose server does not answer when they are closed", needs_hung=True)
+def hung_close(evil: Evil) -> None:
+    file, null = closing(evil), os.open("/dev/null", os.O_RDONLY)
+    for data in (b"hello", message(Op.ATTACH), message(Op.USERFAULTFD), b""):
+        for fds in ((file,), (null, null, file), (file,) * 100):
+            one = Bare(evil.mount)
+            one.send(data, *fds)
+            _kept.append(one)
+    evil.held()
+
+
 @attack("subordinate users, each with a lingering socket and a lock", as_root=True, runnable=8)
 def many_users(evil: Evil) -> None:
     reader, writer = os.pipe()
@@ -1314,6 +1331,30 @@ def reader_linger(evil: Evil) -> None:
         fd = lingering()
         one.send(message(op), fd, fd, fd)
         let_go(fd)
+    evil.held()
+
+
+@attack(
+    "a reader's files whose server does not answer when they are closed",
+    on_alice=True,
+    needs_hung=True,
+)
+def reader_hung_close(evil: Evil) -> None:
+    file = closing(evil)
+    for op in (Op.READY, Op.MUNMAP, Op.MMAP, Op.DETACH):
+        one = evil.read()
+        syscalls.munmap(one.start, one.size)
+        item = [(0, PAGE, 0, 1, PRIVATE)] if op in wire._ONE_OBJECT else []
+        one.send(message(op, *item), file)
+        one.send(message(op, *item), *[file] * 3)
+    # In place of a userfaultfd; and in messages that nobody reads.
+    proof = os.open(evil.mount / evil.alice, os.O_RDONLY)
+    for op in (Op.ATTACH, Op.REJOIN, Op.USERFAULTFD):
+        two = Bare(evil.mount)
+        two.send(message(op, flags=RequestFlag.AS_IT_LIES), proof, file)
+        with contextlib.suppress(OSError):
+            two.send(b"more", file, proof)
+        _kept.append(two)
     evil.held()
 
 

@@ -1,8 +1,8 @@
 """A file system that everybody may use and that does not answer: `hung.py MOUNTPOINT`.
 
-A read of `hangs` never returns, nor does a write to `full`, which reads as ones; a read
-of `fails` is EIO.  What
-everybody may mount where fusermount3 has user_allow_other.
+A read of `hangs` never returns, nor does a write to `full`, which reads as ones, nor any
+close(2) of `closes`; a read of `fails` is EIO.  What everybody may mount where fusermount3
+has user_allow_other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-NAMES: Final = {b"hangs": 2, b"full": 3, b"fails": 4}
+NAMES: Final = {b"hangs": 2, b"full": 3, b"fails": 4, b"closes": 5}
 SIZE: Final = 16 << 20
 
 
@@ -51,7 +51,8 @@ class Hung(pyfuse3.Operations):
         raise AssertionError
 
     async def flush(self, fh: int) -> None:
-        return
+        if fh == NAMES[b"closes"]:
+            await trio.sleep_forever()
 
 
 def main() -> None:

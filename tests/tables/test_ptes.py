@@ -23,7 +23,13 @@ from benchmarks.postgres import Postgres, identity
 from msharefsd.mount import mounting
 from msharetables import proc, survey
 from msharetables.objects import Kernel, Kind
-from msharetables.patience import MOST_LEFT, NoAnswerError, Patience
+from msharetables.patience import (
+    MOST_LEFT,
+    MOST_OF_ONE,
+    NoAnswerError,
+    NotAskedError,
+    Patience,
+)
 from msharetables.survey import Object, Survey
 from msharetables.tables import count
 
@@ -379,6 +385,20 @@ def _locked(pid: int) -> bool:
     finally:
         patience.close()
     return False
+
+
+def test_who_does_not_answer_keeps_nobody_else_from_being_looked_at() -> None:
+    patience = Patience(0.01)
+    release = threading.Event()
+    for _ in range(MOST_OF_ONE):
+        with pytest.raises(NoAnswerError, match="within"):
+            patience.call(release.wait, whose=1000)
+    for _ in range(2 * MOST_LEFT):
+        with pytest.raises(NotAskedError, match="user 1000"):
+            patience.call(int, "7", whose=1000)
+    assert patience.call(int, "7", whose=1001) == 7
+    release.set()
+    patience.close()
 
 
 def test_only_so_many_threads_are_left_behind() -> None:
