@@ -572,6 +572,13 @@ class Pagers:
         """
         await self._serve(home, _Handed(sock, name, over))
 
+    def hand_over_now(
+        self, sock: socket.socket, home: int, name: Name | None, over: Callable[[], None]
+    ) -> bool:
+        """As `hand_over`, if nothing has to be waited for; else False, and nothing is done."""
+        pager = self._pagers.get(home)
+        return pager is not None and pager.serve_now(_Handed(sock, name, over))
+
     async def _serve(self, uid: int, handed: _Handed) -> None:
         while True:
             pager = self.start(uid)

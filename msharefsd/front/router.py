@@ -34,6 +34,7 @@ from msharefsd.linux.credentials import credentials
 from msharefsd.mount.names import Name, Names
 from msharefsd.region.limits import Limits
 from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.breath import Breath
 from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,6 @@ log = logging.getLogger(__name__)
 _ROOM: Final = socket.CMSG_SPACE(12) + socket.CMSG_LEN(4)
 """For who has sent it, and one descriptor."""
 AGAIN_SECONDS: Final = 0.1
-_AT_ONCE: Final = 256
-"""How many connections are accepted before others have their turn: some milliseconds."""
 
 
 class Router:
@@ -76,13 +75,13 @@ class Router:
         self._nursery.start_soon(self._accept, listener, uid)
 
     async def _accept(self, listener: socket.socket, uid: int | None) -> None:
+        breath = Breath()
         with listener:
             while True:
                 try:
-                    for _ in range(_AT_ONCE):
-                        sock, _ = listener.accept()
-                        await self._accepted(sock, is_own=uid is not None)
-                    await trio.lowlevel.checkpoint()
+                    sock, _ = listener.accept()
+                    await self._accepted(sock, is_own=uid is not None)
+                    await breath.take()
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(listener)
                 except OSError as error:
@@ -102,7 +101,23 @@ class Router:
             else:
                 self._nursery.start_soon(self._turn_down, sock, uid, refused)
         else:
-            self._nursery.start_soon(self._route, sock, uid, over)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            if not self._route_now(sock, uid, over):
+                self._nursery.start_soon(self._route, sock, uid, over)
+
+    def _route_now(self, sock: socket.socket, uid: int, over: contextlib.ExitStack) -> bool:
+        """Hand a connection over whose message is there already, as it mostly is; else False.
+
+        What fails here fails again in `_route`, which says so.
+        """
+        if not self._turns.may_begin(uid):
+            return False
+        with self._turns.counted(uid), contextlib.suppress(Exception):
+            fds = _look(sock)
+            if fds is not None:
+                name = self._proven(fds) if fds else None
+                return self._pagers.hand_over_now(sock, _home(uid, name), name, over.close)
+        return False
 
     async def _turn_down(self, sock: socket.socket, uid: int, refused: Refused) -> None:
         with _left_open(sock):
@@ -111,14 +126,12 @@ class Router:
     async def _route(self, sock: socket.socket, uid: int, over: contextlib.ExitStack) -> None:
         with _left_open(sock):
             try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 fds, name = await self._first(sock, uid)
                 if fds is None:
                     sock.close()  # it has hung up, and there was nothing in it
                     over.close()
                     return
-                home = uid if name is None else name.home
-                await self._pagers.hand_over(sock, home, name, over.close)
+                await self._pagers.hand_over(sock, _home(uid, name), name, over.close)
             except Exception:
                 log.exception("a connection failed")
                 broken = Refused(errno.EIO, "internal error: see the daemon's log")
@@ -144,6 +157,11 @@ class Router:
         finally:
             for fd in fds:
                 os.close(fd)
+
+
+def _home(uid: int, name: Name | None) -> int:
+    """Whose pager a connection is for: the region's, or that of who proves no right to one."""
+    return uid if name is None else name.home
 
 
 @contextlib.contextmanager

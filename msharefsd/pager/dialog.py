@@ -193,7 +193,9 @@ class Dialog:
                         case Connection() if not fds:
                             self._no_room(message.number)
                         case Connection():
-                            sock = socket.socket(fileno=fds.pop())
+                            sock = socket.socket(
+                                socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds.pop()
+                            )
                             ours = trio.Event()
                             nursery.start_soon(self._serve, control, sock, message, ours)
                             shared.append(ours)
