@@ -101,13 +101,20 @@ class Attaching:
         writable = writes(request.oflags)
         if writable and not may_write:
             raise Refused(errno.EACCES, "the descriptor is not open for writing")
-        far = await self._adopt_far(fds)
+        far = self._adopt_far(fds)
         try:
-            return await self._attach(region, request, fds, far, may_write=may_write)
-        except BaseException:
+            # Who has no userfaultfd makes nothing, and nobody waits for who is in line.
+            if far is not None and (far.in_line or region.state is State.FILE):
+                await self._greeted(far)
+            answer = await self._attach(region, request, fds, far, may_write=may_write)
+            await self._greeted(far)
+        except BaseException as error:
             if far is not None:
+                if isinstance(error, Refused):
+                    self._state.detach()
                 far.close()
             raise
+        return answer
 
     async def _attach(
         self,
@@ -250,26 +257,27 @@ class Attaching:
             except OSError as error:
                 raise Refused(errno.EINVAL, f"no fresh userfaultfd: {error.strerror}") from error
 
-    async def _adopt_far(self, fds: list[int]) -> Far | None:
+    def _adopt_far(self, fds: list[int]) -> Far | None:
         """Take the userfaultfd out of `fds`, if it is of another user than the owner.
 
         Before anything is waited for: our own table must not be the last that has it.
         """
-        pages = self._control.pages
         try:
-            far = pages.adopt_far(fds[1], self._peer.uid)
+            far = self._control.pages.adopt_far(fds[1], self._peer.uid)
         except OSError as error:
             raise Refused(_code(error), f"no userfaultfd: {error.strerror}") from error
         if far is not None:
             fds.pop(1)
-            try:
-                await pages.shake_hands(far)
-            except BaseException as error:
-                far.close()
-                if not isinstance(error, OSError):
-                    raise
-                raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
         return far
+
+    @staticmethod
+    async def _greeted(far: Far | None) -> None:
+        """The handshake was under way meanwhile."""
+        try:
+            if far is not None:
+                await far.greeted()
+        except OSError as error:
+            raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
 
     # -- REJOIN --
 

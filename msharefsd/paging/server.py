@@ -131,20 +131,17 @@ class PageServer:
     def adopt_far(self, fd: int, uid: int) -> Far | None:
         """The same of a process of another user than the owner; None of others.
 
-        It is closed, and shake_hands() is to come.  Raises OSError if it is none, and then
-        it is not closed; EBUSY if the user's processes hold up calls on them.
+        It is closed, and the lane's handshake is under way: Far.greeted().  Raises OSError if
+        it is none, and then it is not closed; EBUSY if the user's processes hold up calls on
+        them.
         """
         if not self.lanes.needs_one(uid):
             return None
         uffd.check_kind(fd)
-        return self.lanes.take(uid, fd)
-
-    async def shake_hands(self, far: Far) -> None:
-        """The handshake with one that a lane has.  Raises OSError, and it is to be closed.
-
-        Without a child's: its userfaultfd would be in the lane's table.
-        """
-        await far.shake_hands(self._capabilities.features & ~Feature.EVENT_FORK)
+        far = self.lanes.take(uid, fd)
+        # Without a child's: its userfaultfd would be in the lane's table.
+        far.shake_hands(self._capabilities.features & ~Feature.EVENT_FORK)
+        return far
 
     def give_up(self, sharer: Sharer) -> None:
         """A sharer's window cannot be brought to what its region is: it has to end."""
