@@ -62,8 +62,9 @@ def _code(error: OSError) -> int:
 class Attaching:
     """The calls by which a connection becomes a sharer."""
 
-    def __init__(self, state: Sharing) -> None:
+    def __init__(self, state: Sharing, details: bytes) -> None:
         self._state = state
+        self._details = details
         self._control = state.control
         self._peer = state.peer
 
@@ -105,12 +106,19 @@ class Attaching:
         number = self._control.regions.new_number()
         far = await self._adopt_far(fds, number)
         try:
-            return await self._attach(region, request, fds, far, number, may_write=may_write)
-        except BaseException:
+            # Who has no userfaultfd makes nothing, and nobody waits for who is in line.
+            if far is not None and (far.in_line or region.state is State.FILE):
+                await self._greeted(far)
+            answer = await self._attach(region, request, fds, far, number, may_write=may_write)
+            await self._greeted(far)
+        except BaseException as error:
             if far is not None:
+                if isinstance(error, Refused):
+                    self._state.detach()
                 self._control.guards.drop(number)
                 far.close()
             raise
+        return answer
 
     async def _attach(
         self,
@@ -169,7 +177,14 @@ class Attaching:
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
         fd = backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
-        return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
+        reply = Reply(
+            request.op,
+            flags=flags,
+            start=region.start,
+            size=region.size,
+            details=self._details,
+        )
+        return reply, fd
 
     async def _keep_guarded(self, sharer: Sharer) -> Backing:
         """Before it is told of its memory, which it is given only then."""
@@ -271,7 +286,7 @@ class Attaching:
             uffd.check_kind(fds[1])
             waiting = on_the_way(fds[1])
             try:
-                far = pages.lanes.take(self._peer.uid, fds[1])
+                far = pages.adopt_far(fds[1], self._peer.uid)
             except BaseException:
                 os.close(waiting)
                 raise
@@ -280,14 +295,20 @@ class Attaching:
         fds.pop(1)
         try:
             await guards.keep_far(number, waiting)
-            await pages.shake_hands(far)
-        except BaseException as error:
+        except BaseException:
             guards.drop(number)
             far.close()
-            if isinstance(error, Refused) or not isinstance(error, OSError):
-                raise
-            raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
+            raise
         return far
+
+    @staticmethod
+    async def _greeted(far: Far | None) -> None:
+        """The handshake was under way meanwhile."""
+        try:
+            if far is not None:
+                await far.greeted()
+        except OSError as error:
+            raise Refused(_code(error), f"no fresh userfaultfd: {error.strerror}") from error
 
     # -- REJOIN --
 

@@ -109,15 +109,23 @@ class Lookers:
             if not self._users:
                 self._needed = trio.Event()
 
+    @staticmethod
+    def first_now(sock: socket.socket, uid: int) -> FileIdentity | None:
+        """As `first`, at once; None if it takes a looker.  Raises OSError."""
+        if uid not in (0, os.geteuid()):
+            return None
+        identity, fds = _first(sock)
+        for fd in fds:
+            os.close(fd)
+        return identity
+
     async def first(self, sock: socket.socket, uid: int) -> FileIdentity:
         """Which file the first descriptor of the message that waits is of.
 
         Waits for the looker of that user, for ever if need be.  Raises OSError.
         """
-        if uid in (0, os.geteuid()):
-            identity, fds = _first(sock)
-            for fd in fds:
-                os.close(fd)
+        identity = self.first_now(sock, uid)
+        if identity is not None:
             return identity
         user = self._users.setdefault(uid, _User())
         self._needed.set()

@@ -27,16 +27,16 @@ from msharefsd.errors import Refused
 from msharefsd.front.lookers import Lookers
 from msharefsd.front.pagers import Pagers
 from msharefsd.linux.credentials import credentials
+from msharefsd.linux.syscalls import FileIdentity
 from msharefsd.mount.names import Name, Names
 from msharefsd.region.limits import Limits
 from msharefsd.telemetry.seldom import Seldom
+from msharefsd.threads.breath import Breath
 from msharefsd.threads.fairness import Turns
 
 log = logging.getLogger(__name__)
 
 AGAIN_SECONDS: Final = 0.1
-_AT_ONCE: Final = 256
-"""How many connections are accepted before others have their turn: some milliseconds."""
 
 
 class Router:
@@ -72,13 +72,13 @@ class Router:
         self._nursery.start_soon(self._accept, listener, uid)
 
     async def _accept(self, listener: socket.socket, uid: int | None) -> None:
+        breath = Breath()
         with listener:
             while True:
                 try:
-                    for _ in range(_AT_ONCE):
-                        sock, _ = listener.accept()
-                        await self._accepted(sock, is_own=uid is not None)
-                    await trio.lowlevel.checkpoint()
+                    sock, _ = listener.accept()
+                    await self._accepted(sock, is_own=uid is not None)
+                    await breath.take()
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(listener)
                 except OSError as error:
@@ -98,7 +98,25 @@ class Router:
             else:
                 self._nursery.start_soon(self._turn_down, sock, uid, refused)
         else:
-            self._nursery.start_soon(self._route, sock, uid, over)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            if not self._route_now(sock, uid, over):
+                self._nursery.start_soon(self._route, sock, uid, over)
+
+    def _route_now(self, sock: socket.socket, uid: int, over: contextlib.ExitStack) -> bool:
+        """Hand a connection over whose message is there already, as it mostly is; else False.
+
+        What fails here fails again in `_route`, which says so.
+        """
+        if not self._turns.may_begin(uid):
+            return False
+        with self._turns.counted(uid), contextlib.suppress(Exception):
+            carries, identity = has_descriptors(sock), None
+            if carries:
+                identity = self._lookers.first_now(sock, uid)
+            if carries is False or identity is not None:
+                name = None if identity is None else self._name(identity)
+                return self._pagers.hand_over_now(sock, _home(uid, name), name, over.close)
+        return False
 
     async def _turn_down(self, sock: socket.socket, uid: int, refused: Refused) -> None:
         with _left_open(sock):
@@ -107,15 +125,13 @@ class Router:
     async def _route(self, sock: socket.socket, uid: int, over: contextlib.ExitStack) -> None:
         with _left_open(sock):
             try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 carries = await self._carries(sock, uid)
                 if carries is None:
                     sock.close()  # it has hung up, and there was nothing in it
                     over.close()
                     return
                 name = await self._proven(sock, uid) if carries else None
-                home = uid if name is None else name.home
-                await self._pagers.hand_over(sock, home, name, over.close)
+                await self._pagers.hand_over(sock, _home(uid, name), name, over.close)
             except Exception:
                 log.exception("a connection failed")
                 broken = Refused(errno.EIO, "internal error: see the daemon's log")
@@ -131,11 +147,18 @@ class Router:
 
     async def _proven(self, sock: socket.socket, uid: int) -> Name | None:
         """The region that the first descriptor of the message is of."""
-        identity = await self._lookers.first(sock, uid)
+        return self._name(await self._lookers.first(sock, uid))
+
+    def _name(self, identity: FileIdentity) -> Name | None:
         device = identity.major, identity.minor
         if device == self._mount_device:
             return self._names.of_inode(identity.inode)
         return self._names.of_backing(*device, identity.inode)
+
+
+def _home(uid: int, name: Name | None) -> int:
+    """Whose pager a connection is for: the region's, or that of who proves no right to one."""
+    return uid if name is None else name.home
 
 
 @contextlib.contextmanager

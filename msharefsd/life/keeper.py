@@ -22,6 +22,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from typing import Final, NoReturn
 
 STORE: Final = b"s"
@@ -33,6 +34,12 @@ HELD: Final = b"h"
 END: Final = b"e"
 MESSAGE: Final = struct.Struct("=cQ")
 LOOK_SECONDS: Final = 5.0
+NAP_SECONDS: Final = 0.005
+"""How long messages gather: waking us costs who sends more than the message does.
+
+What is on its way is kept as well as what is here: a descriptor in a message stays open as
+long as our end of the connection, whatever becomes of its sender.
+"""
 
 
 def send(sock: socket.socket, kind: bytes, key: int = 0, fd: int | None = None) -> None:
@@ -41,12 +48,12 @@ def send(sock: socket.socket, kind: bytes, key: int = 0, fd: int | None = None) 
     sock.sendmsg([MESSAGE.pack(kind, key)], fds)
 
 
-def receive(sock: socket.socket) -> tuple[bytes, int, list[int]]:
+def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, int, list[int]]:
     """The next message: its kind, key and descriptors; kind is empty at the end."""
     while True:
         try:
             data, ancillary, _, _ = sock.recvmsg(
-                MESSAGE.size, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+                MESSAGE.size, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC | flags
             )
             break
         except ConnectionResetError:
@@ -63,30 +70,39 @@ def receive(sock: socket.socket) -> tuple[bytes, int, list[int]]:
     return kind, key, fds
 
 
-def _close(fd: int) -> None:
+def _close(fds: list[int]) -> None:
     # The close of a file whose server hangs waits for that server.
-    threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+    for fd in fds:
+        threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+
+
+def _next(sock: socket.socket) -> tuple[bytes, int, list[int]]:
+    """As `receive`, but what comes after a pause is not looked at at once."""
+    try:
+        return receive(sock, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        time.sleep(NAP_SECONDS)
+        return receive(sock)
 
 
 def _serve(sock: socket.socket, held: dict[int, int]) -> bool:
     """One daemon's connection to its end; whether to go on."""
     while True:
-        kind, key, fds = receive(sock)
+        kind, key, fds = _next(sock)
         if kind == STORE and len(fds) == 1:
             old = held.get(key)
             held[key] = fds.pop()
             if old is not None:
-                _close(old)
+                _close([old])
         elif kind == REMOVE and key in held:
-            _close(held.pop(key))
+            _close([held.pop(key)])
         elif kind == TAKE:
             for each, fd in held.items():
                 send(sock, HELD, each, fd)
             send(sock, END)
         elif kind in (STOP, b""):
             return kind != STOP
-        for fd in fds:
-            _close(fd)
+        _close(fds)
 
 
 def main(listener: socket.socket) -> None:

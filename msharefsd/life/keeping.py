@@ -27,12 +27,15 @@ from setproctitle import setproctitle
 
 from msharefsd.errors import StartError
 from msharefsd.life import keeper
+from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
 KEEPER_SOCKET: Final = "keeper"
 ANSWER_SECONDS: Final = 10.0
 AGAIN_SECONDS: Final = 1.0
+REMOVE_SECONDS: Final = 0.01
+"""How long what is to be removed gathers."""
 
 
 class Keeper:
@@ -122,14 +125,13 @@ class Keeper:
         What does not stay with us is not brought to another process when that one dies.
         Raises OSError when there is no keeper to be had.
         """
-        async with self._sending:
-            if self._sock is None:
-                self._sock = await trio.to_thread.run_sync(self._start)
-                self._sock.setblocking(False)
-                self._started.set()
+        if self._sock is None:
+            async with self._sending:
+                await self._begin()
         self._held[key] = fd if stays else -1
         try:
-            await self._send(keeper.STORE, key, fd)
+            if not self._send_now(keeper.STORE, key, fd):
+                await self._send(keeper.STORE, key, fd)
         except OSError:
             # It has died.  run() sees that, too, and brings everything to a new one.
             self._work.set()
@@ -138,6 +140,21 @@ class Keeper:
         """It is not ours any more; the keeper has it."""
         if key in self._held:
             self._held[key] = -1
+
+    async def _begin(self) -> None:
+        if self._sock is None:
+            self._sock = await trio.to_thread.run_sync(self._start)
+            self._sock.setblocking(False)
+            self._started.set()
+
+    def _send_now(self, kind: bytes, key: int, fd: int | None = None) -> bool:
+        """Send it if that is possible at once, and nobody is in line.  Raises OSError."""
+        if self._sock is None or self._sending.locked():
+            return False
+        with contextlib.suppress(BlockingIOError):
+            keeper.send(self._sock, kind, key, fd)
+            return True
+        return False
 
     async def _send(self, kind: bytes, key: int, fd: int | None = None) -> None:
         async with self._sending:
@@ -160,12 +177,17 @@ class Keeper:
         """Send what is to be removed; replace the process when it dies."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
+            breath = Breath()
             while True:
                 await self._work.wait()
+                await trio.sleep(REMOVE_SECONDS)
                 self._work = trio.Event()
                 while self._removed:
+                    key = self._removed.pop()
                     with contextlib.suppress(OSError):
-                        await self._send(keeper.REMOVE, self._removed.pop())
+                        if not self._send_now(keeper.REMOVE, key):
+                            await self._send(keeper.REMOVE, key)
+                    await breath.take()
 
     async def _watch(self) -> None:
         await self._started.wait()

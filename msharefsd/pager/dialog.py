@@ -193,7 +193,9 @@ class Dialog:
                         case Connection() if not fds:
                             self._no_room(message.number)
                         case Connection():
-                            sock = socket.socket(fileno=fds.pop())
+                            sock = socket.socket(
+                                socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds.pop()
+                            )
                             ours = trio.Event()
                             nursery.start_soon(self._serve, control, sock, message, ours)
                             shared.append(ours)
@@ -233,7 +235,7 @@ class Dialog:
         region = None if first.name is None else control.regions.learn(first.name)
         try:
             try:
-                connection = ClientConnection(control, sock, region)
+                connection = ClientConnection(control, sock, region, first.details)
             except OSError as error:
                 log.error("no room for a sharer: %s", error.strerror)
                 await ours.wait()

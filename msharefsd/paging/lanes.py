@@ -35,7 +35,7 @@ from msharefsd.memory.buffers import Zeros
 from msharefsd.paging.background import Background
 from msharefsd.region.region import Sharer
 from msharefsd.telemetry.seldom import Seldom
-from msharefsd.threads.lane import Descriptors, Lane, LateError, Request
+from msharefsd.threads.lane import Begun, Descriptors, Lane, LateError, Request
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ IDLE_SECONDS: Final = 10.0
 """How long a lane stays that nobody needs."""
 MOST_LANES: Final = 512
 """How many other users may share a user's regions at one time: each has three threads."""
+MOST_ARRIVED: Final = 16
+"""How often something of a process is read before it is answered."""
 MOST_UNCLOSED: Final = 64
 """How many userfaultfds of a user may wait to be closed, when there comes another one."""
 
@@ -75,6 +77,9 @@ class Far:
         self._lane = user.lane
         self._key = key
         self.sharer: Sharer | None = None
+        self._greeting: Begun[uffd.Feature] | None = None
+        self.in_line = False
+        """Whether its handshake has to wait for what is late of its user's."""
         self.closed = False
         self.given_up = False
         self._wake: tuple[int, int] | None = None
@@ -110,10 +115,16 @@ class Far:
 
     # -- its beginning --
 
-    async def shake_hands(self, features: uffd.Feature) -> None:
-        """As uffd.handshake.  Raises OSError: EBUSY if it is late as well."""
+    def shake_hands(self, features: uffd.Feature) -> None:
+        """As uffd.handshake, under way; `greeted` tells what comes of it."""
+        self.in_line = self._lane.is_late
+        self._greeting = self._lane.begin(self, self._on(uffd.handshake, features))
+
+    async def greeted(self) -> None:
+        """Wait for the handshake.  Raises its OSError, and EBUSY if it is late as well."""
         try:
-            await self._lane.ask(self, self._on(uffd.handshake, features), ASKED_SECONDS)
+            if self._greeting is not None:
+                await self._greeting.result(ASKED_SECONDS)
         except LateError as late:
             raise OSError(errno.EBUSY, "a process of the user holds up calls on it") from late
 
@@ -311,9 +322,14 @@ class Far:
             raise found
         return found
 
-    def arrive(self, found: list[Fault] | OSError) -> None:
-        """They have been read."""
-        self._watched = False
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be read before what has arrived is answered."""
+        return len(self._arrived) < MOST_ARRIVED
+
+    def arrive(self, found: list[Fault] | OSError, *, watched: bool) -> None:
+        """They have been read; `watched`: and more will be."""
+        self._watched = watched
         self._arrived.append(found)
         self._arrival.set()
 
@@ -348,21 +364,26 @@ class User:
         self._pressed = False
         self._ends = False
         self._given_up_at = -REMEMBERED
-        self.lane = Lane(self._read, self._readable, self._caught_up)
+        self.lane = Lane(self._read, self._has_room, self._readable, self._caught_up)
         lanes.background.start(self.lane.run)
 
     def _read(self, fd: int) -> list[Fault]:
         found = self._reader.faults(fd)
         if not found:
             os.set_blocking(fd, False)  # see PageServer: somebody may have changed that
-        # A child's is not asked for (PageServer.shake_hands), and stays where it came.
+        # A child's is not asked for (PageServer.adopt_far), and stays where it came.
         return [each for each in found if isinstance(each, Fault)]
 
-    def _readable(self, key: int, found: object) -> None:
+    def _has_room(self, key: int) -> bool:
+        """Called in another thread, as `_read` is."""
+        far = self.fars.get(key)
+        return far is not None and far.has_room
+
+    def _readable(self, key: int, found: object, watched: bool) -> None:  # noqa: FBT001
         far = self.fars.get(key)
         if far is not None:
             assert isinstance(found, list | OSError)
-            far.arrive(found)
+            far.arrive(found, watched=watched)
 
     def unmap_kept(self) -> None:
         """If every call has come back."""

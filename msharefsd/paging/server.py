@@ -130,12 +130,16 @@ class PageServer:
         # A blocking one cannot be polled; see uffd.Reader for reading.
         os.set_blocking(fd, False)
 
-    async def shake_hands(self, far: Far) -> None:
-        """The handshake with one that a lane has.  Raises OSError, and it is to be closed.
+    def adopt_far(self, fd: int, uid: int) -> Far:
+        """The same of a process of another user than the owner, by its lane.
 
-        Without a child's: its userfaultfd would be in the lane's table.
+        It is closed, and the lane's handshake is under way: Far.greeted().  Raises OSError,
+        and then it is not closed: EBUSY if the user's processes hold up calls on them.
         """
-        await far.shake_hands(self._capabilities.features & ~Feature.EVENT_FORK)
+        far = self.lanes.take(uid, fd)
+        # Without a child's: its userfaultfd would be in the lane's table.
+        far.shake_hands(self._capabilities.features & ~Feature.EVENT_FORK)
+        return far
 
     def give_up(self, sharer: Sharer) -> None:
         """A sharer's window cannot be brought to what its region is: it has to end."""

@@ -15,6 +15,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+
+import trio
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 class Disposal:
     """Runs what is given to it, one after the other for each user, in threads.
 
-    A thread ends when it has nothing more to do.
+    A thread is given back when it has nothing more to do.
     """
 
     def __init__(self) -> None:
@@ -48,7 +51,8 @@ class Disposal:
         if uid in self._at_work:
             return
         try:
-            threading.Thread(target=self._work, args=(uid,), daemon=True).start()
+            # One of those that have nothing to do, if there is one: a new one takes longer.
+            trio.lowlevel.start_thread_soon(partial(self._work, uid), _over)
         except RuntimeError as error:  # out of threads: the next to come tries again
             log.error("cannot start a thread: %s", error)
         else:
@@ -91,3 +95,7 @@ class Disposal:
         """From now on everything is run at once, by who gives it."""
         with self._lock:
             self._closed = True
+
+
+def _over(_: object) -> None:
+    """Nobody waits for what a thread has come to."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from functools import partial
 from types import coroutine
 from typing import Final, TypeVar, TypeVarTuple
@@ -79,6 +79,15 @@ class Turns:
     def turn(self, uid: int) -> _Turn:
         """Work for a user when it is its turn.  Nothing in there may await."""
         return _Turn(self, uid)
+
+    @contextlib.contextmanager
+    def counted(self, uid: int) -> Iterator[None]:
+        """As `turn`, for who has found out that it may begin."""
+        since = time.thread_time()
+        try:
+            yield
+        finally:
+            self.spent(uid, time.thread_time() - since)
 
     async def work(
         self,

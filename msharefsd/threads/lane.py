@@ -31,7 +31,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeVar, cast
+from typing import Final, Generic, TypeVar, cast
 
 import trio
 
@@ -51,7 +51,10 @@ FREE: Final = 0.001
 """A call that takes no longer costs no credit: it did not wait for a lock."""
 MOST_HUNG: Final = 4
 """How many threads of one lane may hang."""
+MOST_NEWS: Final = 64
+"""How much may be on its way to the pager's thread while more is read."""
 _FIRST: Final = 3
+_ONCE: Final = select.EPOLLIN | select.EPOLLONESHOT
 
 
 class LateError(Exception):
@@ -104,12 +107,12 @@ class Descriptors:
 
     def watch(self, key: int) -> None:
         """Tell once when it can be read."""
-        fd, events = self[key], select.EPOLLIN | select.EPOLLONESHOT
+        fd = self[key]
         if fd in self._watched:
-            self.poll.modify(fd, events)
+            self.poll.modify(fd, _ONCE)
         else:
             self._watched.add(fd)
-            self.poll.register(fd, events)
+            self.poll.register(fd, _ONCE)
 
     def key_of(self, fd: int) -> int | None:
         """What a number of this table is called, if it is known still."""
@@ -164,21 +167,41 @@ class Request:
         return self.value
 
 
+class Begun(Generic[T]):
+    """A call that is under way: see Lane.ask."""
+
+    def __init__(self, request: Request, event: trio.Event) -> None:
+        self._request = request
+        self._event = event
+
+    async def result(self, seconds: float) -> T:
+        """What it comes to within so many seconds.  Raises LateError, or what it raises."""
+        if not self._event.is_set():
+            with trio.move_on_after(seconds):
+                await self._event.wait()
+        if not self._event.is_set():
+            raise LateError(under_way=True)
+        return cast("T", self._request.result())
+
+
 class Lane:
     """The lane of one user."""
 
     def __init__(
         self,
         read: Callable[[int], object],
-        readable: Callable[[int, object], None],
+        has_room: Callable[[int], bool],
+        readable: Callable[[int, object, bool], None],
         caught_up: Callable[[], None],
     ) -> None:
         """`read` is called, in a thread of the lane, for what is watched and can be read.
 
-        `readable` is told what came of it, and of which key; `caught_up` is told when no
-        call is late any more.
+        `readable` is told of which key, what came of it, and whether that is watched still: it
+        is if something came and there is room for more, which `has_room` is asked in the same
+        thread.  `caught_up` is told when no call is late any more.
         """
         self._read = read
+        self._has_room = has_room
         self._readable = readable
         self._caught_up = caught_up
         self._table = Descriptors()
@@ -324,15 +347,15 @@ class Lane:
         Raises LateError after so many seconds: it is still to be done then.  Raises what it
         raises.
         """
+        return await self.begin(owner, function).result(seconds)
+
+    def begin(self, owner: object, function: Function[T]) -> Begun[T]:
+        """As `ask`, for who has something else to do meanwhile."""
         event = trio.Event()
         request = Request(owner, function, late=True, after=lambda _: event.set())
         self._is_late(request)
         self._queue.put(request)
-        with trio.move_on_after(seconds):
-            await event.wait()
-        if not event.is_set():
-            raise LateError(under_way=True)
-        return cast("T", request.result())
+        return Begun(request, event)
 
     def _is_late(self, request: Request) -> None:
         self._late.add(request)
@@ -435,11 +458,17 @@ class Lane:
     def _can_be_read(self, fd: int) -> None:
         key = self._table.key_of(fd)
         if key is not None:
+            watched = False
             try:
                 found = self._read(fd)
+                if found and len(self._news) < MOST_NEWS and self._has_room(key):
+                    # Here, and not by a call: who faults again does not wait for a thread more.
+                    with contextlib.suppress(OSError):
+                        self._table.poll.modify(fd, _ONCE)
+                        watched = True
             except OSError as error:
                 found = error
-            self._soon(self._readable, key, found)
+            self._soon(self._readable, key, found, watched)
 
     def _start(self) -> None:
         threading.Thread(target=self._work, args=(self._generation,), daemon=True).start()

@@ -62,10 +62,19 @@ class Told:
     """What a lane tells."""
 
     readable: list[tuple[int, object]] = field(default_factory=list)
+    watched: list[bool] = field(default_factory=list)
     caught_up: int = 0
+    room: bool = False
 
-    def on_readable(self, key: int, found: object) -> None:
+    def on_readable(self, key: int, found: object, watched: bool) -> None:
         self.readable.append((key, found))
+        self.watched.append(watched)
+
+    def has(self, count: int) -> bool:
+        return len(self.readable) == count
+
+    def has_room(self, _: int) -> bool:
+        return self.room
 
     def on_caught_up(self) -> None:
         self.caught_up += 1
@@ -85,7 +94,7 @@ def lock() -> Iterator[Lock]:
 
 @pytest.fixture
 async def lane(told: Told, lock: Lock, nursery: trio.Nursery) -> Lane:
-    made = Lane(lambda fd: os.read(fd, 10), told.on_readable, told.on_caught_up)
+    made = Lane(lambda fd: os.read(fd, 10), told.has_room, told.on_readable, told.on_caught_up)
     nursery.start_soon(made.run)
     assert await made.ask(None, lambda _: 1, HANG_SECONDS) == 1
     return made
@@ -268,11 +277,27 @@ async def test_what_can_be_read_is_told_once(lane: Lane, told: Told, lock: Lock)
     os.close(writer)
 
 
+async def test_where_there_is_room_it_goes_on_watching(lane: Lane, told: Told) -> None:
+    reader, writer = os.pipe()
+    key = lane.hand_in(reader)
+    told.room = True
+    lane.post(None, lambda table: table.watch(key))
+    for number in (1, 2):
+        os.write(writer, b"%d" % number)
+        await until(partial(told.has, number))
+    told.room = False
+    os.write(writer, b"3")
+    await until(lambda: len(told.readable) == 3)
+    assert told.watched == [True, True, False]
+    lane.close(None, key)
+    os.close(writer)
+
+
 async def test_nothing_is_left_of_one_that_is_stopped(told: Told) -> None:
     async with trio.open_nursery() as nursery:
         await trio.to_thread.run_sync(lambda: None)
         threads, fds = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        lane = Lane(lambda fd: os.read(fd, 10), told.on_readable, told.on_caught_up)
+        lane = Lane(lambda fd: os.read(fd, 10), told.has_room, told.on_readable, told.on_caught_up)
         nursery.start_soon(lane.run)
         reader, writer = os.pipe()
         key = lane.hand_in(writer)
@@ -307,7 +332,8 @@ async def some_far(server: PageServer, region: Region, number: int = 1) -> Windo
     assert region.backing is not None
     fd = uffd.open_own()
     far = server.lanes.take(OTHER, fd)
-    await far.shake_hands(probe(frozenset()).features)
+    far.shake_hands(probe(frozenset()).features)
+    await far.greeted()
     sharer = Sharer(number, region, 0, OTHER, True, -1)
     region.sharers[number] = sharer
     window = window_of(sharer)

@@ -51,6 +51,19 @@ def test_the_benchmarks_run_and_leave_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_the_paths_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
+    """Ours against ours: what `--against` names is another version, or the same."""
+    environment = Path(sys.executable).parent.parent
+    printed, _ = run("paths.py", tmp_path, f"--against={environment}")
+    (results,) = tmp_path.iterdir()
+    rows = json.loads(results.read_text())["rows"]
+    assert len(rows) == 7
+    for row in rows:
+        assert row["measure"] in printed
+        assert {"ours", "before"} <= row["medians"].keys()
+
+
+@pytest.mark.timeout(300)
 def test_the_story_runs_and_leaves_nothing(tmp_path: Path) -> None:
     free = FREE_HUGE_PAGES.read_text()
     printed, told = run("story.py", tmp_path)
