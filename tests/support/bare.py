@@ -54,7 +54,7 @@ class Bare:
                 raise ConnectionResetError("it hung up")
             _, _, op, error, flags, start, size, message = wire.REPLY.unpack(data)
             if op != wire.NOTE:
-                text = message.rstrip(b"\0").decode()
+                text = message.rstrip(b"\0").decode() if error else ""  # or details
                 return Answer(error, flags, start, size, text, fds[0] if fds else -1)
 
     def call(
