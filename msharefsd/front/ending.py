@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,11 +35,13 @@ class Ending:
         self._end = end
         self._scope = scope
         self._begun = False
+        self._told = 0
 
     def begin(self, reason: str, *, hand_over: bool = False) -> None:
         """It ends now, and the mount with it, unless it is handed over."""
         if not self._begun:
             self._begun = True
+            self._told = len(self._signals.came)
             log.info("%s: stopping", reason)
             self._end.unmount = not hand_over
         runs.over()
@@ -52,14 +56,18 @@ class Ending:
     async def listen(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Wait for the first signal."""
         task_status.started()
-        await until_told(self._signals, 1)
+        await _until(self._signals, lambda: bool(self._signals.came))
         self.begin(self._signals.words(), hand_over=self._signals.hands_over)
 
+    def told_again(self) -> bool:
+        """Whether a signal has come since, but for the SIGHUP that sudo(8) may send beside."""
+        return any(each is not signal.SIGHUP for each in self._signals.came[self._told :])
 
-async def until_told(signals: Signals, count: int) -> None:
-    """Wait until so many signals have come, since the program began."""
+
+async def _until(signals: Signals, condition: Callable[[], bool]) -> None:
+    """Wait for a condition that a signal makes true."""
     token = trio.lowlevel.current_trio_token()
-    while len(signals.came) < count:
+    while not condition():
         came = trio.Event()
 
         def wake(event: trio.Event = came) -> None:
@@ -67,18 +75,18 @@ async def until_told(signals: Signals, count: int) -> None:
                 token.run_sync_soon(event.set)  # which a signal's handler may call
 
         signals.wake = wake
-        if len(signals.came) < count:  # none came between the two
+        if not condition():  # none came between the two
             await came.wait()
 
 
-async def rest(pagers: Pagers, signals: Signals) -> None:
+async def rest(pagers: Pagers, signals: Signals, ending: Ending) -> None:
     """Have pagers write back and end.  Another signal, and they are not waited for.
 
     What they have not written then is in memory, and in their journals.
     """
     with trio.CancelScope(shield=True):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_hurry, signals, nursery.cancel_scope)
+            nursery.start_soon(_hurry, signals, ending, nursery.cancel_scope)
             for pager in await pagers.stop(LAST_SECONDS):
                 log.warning(
                     "pager of user %d, process %d, does not end (%s): the next daemon goes on "
@@ -90,8 +98,8 @@ async def rest(pagers: Pagers, signals: Signals) -> None:
             nursery.cancel_scope.cancel()
 
 
-async def _hurry(signals: Signals, scope: trio.CancelScope) -> None:
-    await until_told(signals, len(signals.came) + 1)
+async def _hurry(signals: Signals, ending: Ending, scope: trio.CancelScope) -> None:
+    await _until(signals, ending.told_again)
     log.info("%s again: files are not waited for", signals.came[-1].name)
     scope.cancel()
 

@@ -163,7 +163,7 @@ class _Front:
                     nursery.start_soon(manager.run, status, check.answers)
             manager.stopping()
             if not ending.hands_over():
-                await rest(pagers, self.signals)
+                await rest(pagers, self.signals, ending)
             kept = what_is_kept(names)
             end.empty = not kept
             pagers_nursery.cancel_scope.cancel()

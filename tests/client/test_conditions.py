@@ -160,7 +160,7 @@ def test_a_core_dump_populates_nothing_and_leaves_out_what_it_is_told(
     dumped.ok("limit", 4, 1 << 40)
     Path(f"/proc/{dumped.pid}/coredump_filter").write_text("0x7f")
     os.kill(dumped.pid, signal.SIGQUIT)
-    assert dumped.process.wait(30) == -signal.SIGQUIT
+    assert dumped.process.wait() == -signal.SIGQUIT
     assert daemon.field("r", "memory") == before, "what was absent is absent"
     assert other.do("load", BASE + ALIGNMENT) == str(ord("a"))
     (written,) = where.iterdir()
@@ -184,11 +184,98 @@ def test_a_child_does_not_dump_what_its_parent_does_not(spawn: Spawn) -> None:
     assert "dd" not in flags[BASE + 2 * PAGE]
 
 
-@pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind here")
-def test_under_valgrind_memory_calls_and_forks_work(
-    spawn: Spawn, daemon: Daemon, file: Path
+def debug(pid: int, *commands: str) -> str:
+    words = [word for command in commands for word in ("-ex", command)]
+    done = subprocess.run(
+        ["gdb", "-batch", "-nx", "-p", str(pid), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+        env={"PATH": os.defpath, "HOME": "/nonexistent", "DEBUGINFOD_URLS": ""},
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("gdb") is None, reason="no gdb here")
+def test_a_debugger_populates_nothing_and_waits_for_nobody(
+    spawn: Spawn, daemon: Daemon, file: Path, directory: Path
 ) -> None:
-    client = spawn(before=["valgrind", "--tool=none", "-q"], stderr=subprocess.DEVNULL)
+    """What is absent it cannot read; so it is with gcore(1), and while no daemon is."""
+    client, other = spawn(), spawn()
+    client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+    client.ok("mmap", BASE, PAGE, BOTH, SHARED)
+    client.ok("mmap", BASE + ALIGNMENT, 64 * PAGE, 1, PRIVATE, file, os.O_RDONLY, 0)
+    client.ok("store", BASE, 7)
+    other.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+    before = daemon.field("r", "memory")
+    looks = [f"x/1db {BASE:#x}", f"x/1db {BASE + ALIGNMENT:#x}"]
+    looks.append(f"gcore {directory / 'core'}")
+    said = debug(client.pid, *looks)
+    assert f"{BASE:#x}:\t7" in said, said
+    assert f"Cannot access memory at address {BASE + ALIGNMENT:#x}" in said, said
+    assert "Saved corefile" in said, said
+    assert daemon.field("r", "memory") == before
+    daemon.kill()
+    said = debug(client.pid, *looks[:2])
+    assert f"Cannot access memory at address {BASE + ALIGNMENT:#x}" in said, said
+    daemon.expected.append("taking down the mount")
+    daemon.start()
+    assert other.do("load", BASE + ALIGNMENT) == str(ord("a"))
+    assert client.do("load", BASE + ALIGNMENT) == str(ord("a"))
+
+
+@contextlib.contextmanager
+def limited(pid: int, limit: int) -> Iterator[None]:
+    """In a memory cgroup (version 1) of its own."""
+    parent = Path("/sys/fs/cgroup/memory")
+    if not (parent / "memory.limit_in_bytes").exists() and not (parent / "cgroup.procs").exists():
+        pytest.skip("no memory controller of cgroup v1 here")
+    group = parent / f"mshare-test-{pid}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        for each in (group / "cgroup.procs").read_text().split():
+            (parent / "cgroup.procs").write_text(each)
+        # What it was charged for goes to the parent.
+        eventually(lambda: not _still_there(group), "the end of the group")
+
+
+def _still_there(group: Path) -> bool:
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return group.exists()
+
+
+def test_who_is_at_its_memory_limit_delays_nobody(spawn: Spawn, daemon: Daemon, file: Path) -> None:
+    """It pays for what it touches; when it cannot, it has SIGBUS, or the kernel ends it."""
+    size, limit = 32 * ALIGNMENT, 16 << 20
+    held, other = spawn(), spawn()
+    held.ok("mshare", "r", BASE, size, CREATE, 0o600)
+    other.ok("mshare", "r", BASE, size, os.O_RDWR, 0)
+    held.ok("mmap", BASE + 2 * ALIGNMENT, size - 2 * ALIGNMENT, BOTH, SHARED)
+    daemon.expected.append("cannot be populated|no memory")
+    with limited(held.pid, limit):
+        held.send("fill", BASE + 2 * ALIGNMENT, size - 2 * ALIGNMENT, 5)
+        go_on(other, 0, file)
+        go_on(other, 1, file)
+        answer = "" if held.process.stdout is None else held.process.stdout.readline()
+        assert answer in ("SIGBUS\n", ""), answer
+        if not answer:
+            assert held.process.wait() == -signal.SIGKILL
+        go_on(other, 2, file)
+    assert other.do("load", BASE + 2 * ALIGNMENT) == "5"
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind here")
+@pytest.mark.parametrize("tool", ["none", "memcheck"])
+def test_under_valgrind_memory_calls_and_forks_work(
+    spawn: Spawn, daemon: Daemon, file: Path, tool: str
+) -> None:
+    client = spawn(before=["valgrind", f"--tool={tool}", "-q"], stderr=subprocess.DEVNULL)
     client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
     client.ok("mmap", BASE, 4 * PAGE, 1, PRIVATE, file, os.O_RDONLY, 0)
     client.ok("mmap", BASE + ALIGNMENT, PAGE, BOTH, SHARED)
@@ -196,7 +283,7 @@ def test_under_valgrind_memory_calls_and_forks_work(
     assert client.do("fork", "load", BASE) == str(ord("a"))
     assert client.do("fork", "load", BASE + ALIGNMENT) == "9"
     assert spawn().do("mshare", "r", BASE, SIZE, os.O_RDWR, 0) == "0"
-    assert daemon.sharers("r") == 2
+    eventually(lambda: daemon.sharers("r") == 2, "the end of children")
 
 
 def test_under_address_sanitizer_its_gap_is_left_alone(

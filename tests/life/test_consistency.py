@@ -18,94 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, Daemon, clients, eventually, taken_down, temporary, watched
+from conftest import Daemon, watched
 from test_lost_state import checkpoint, journals
-from test_restart import MATRIX, STALE, Stage, dies_at, stopped
-
-from msharefsd.linux import syscalls
+from test_restart import LACKS, MATRIX, Series, Stage, arm, dies_at, reached, series_for
+from test_restart import series_fixture as _series_fixture  # noqa: F401 - what the tests ask for
+from test_restart import step_fixture as _step_fixture  # noqa: F401 - the same
 
 pytestmark = pytest.mark.shm_only
-LACKS = "does not know of memory of user 0's regions"
-
-
-class Series:
-    """A daemon and two clients for many steps, one after the other: each begins with new memory.
-
-    What a step leaves behind when it fails is thrown away with them.
-    """
-
-    def __init__(self, program: Path, *, cramped: bool) -> None:
-        """`cramped`: the run directory is on a small file system."""
-        self._program = program
-        self._cramped = cramped
-        self._stack = contextlib.ExitStack()
-        self._stage: Stage | None = None
-        self.disk = Path()
-
-    def step(self) -> Stage:
-        """The stage, set up."""
-        if self._stage is None or not self._stage.left:
-            self.close()
-            self._stage = self._begin()
-        self._stage.set_up()
-        return self._stage
-
-    def _begin(self) -> Stage:
-        enter = self._stack.enter_context
-        directory = enter(temporary())
-        daemon = Daemon(directory, f"--alignment={ALIGNMENT}")
-        daemon.expected += [STALE, LACKS, "cannot be used", "No space left", "make room"]
-        daemon.expected += ["cannot be written", "cannot write"]
-        daemon.variables = {"MSHAREFSD_PARK": f"@{directory / 'barrier'}"}
-        if self._cramped:
-            self.disk = enter(_small_file_system(directory / "disk"))
-            daemon.run = self.disk / "run"
-        enter(taken_down([daemon]))
-        with watched([daemon]):
-            daemon.start()
-        start = enter(clients(self._program, daemon))
-        return Stage(daemon, start(), start(), directory, start)
-
-    def close(self) -> None:
-        """Everything goes."""
-        stage, self._stage = self._stage, None
-        failed = stage is not None and not stage.left
-        with contextlib.suppress(BaseException) if failed else contextlib.nullcontext():
-            self._stack.close()
-        self._stack = contextlib.ExitStack()
-
-
-@contextlib.contextmanager
-def _small_file_system(place: Path) -> Iterator[Path]:
-    place.mkdir()
-    syscalls.mount("small", str(place), "tmpfs", 0, "size=4m,mode=755")
-    try:
-        yield place
-    finally:
-        syscalls.umount(str(place), syscalls.MNT_DETACH)
-
-
-def _series(cramped: bool, program: Path) -> Iterator[Series]:
-    made = Series(program, cramped=cramped)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module", name="series")
-def series_fixture(client_program: Path) -> Iterator[Series]:
-    yield from _series(False, client_program)
 
 
 @pytest.fixture(scope="module", name="cramped_series")
 def cramped_series_fixture(client_program: Path) -> Iterator[Series]:
-    yield from _series(True, client_program)
-
-
-@pytest.fixture
-def stage(series: Series) -> Iterator[Stage]:
-    made = series.step()
-    with watched([made.daemon]):
-        yield made
+    yield from series_for(client_program, cramped=True)
 
 
 @pytest.fixture
@@ -115,21 +39,8 @@ def cramped(cramped_series: Series) -> Iterator[Stage]:
         yield made
 
 
-def arm(daemon: Daemon, barrier: str) -> None:
-    """It runs, and will stop there."""
-    file = daemon.directory / "barrier"
-    file.with_suffix(".new").write_text(barrier)
-    file.with_suffix(".new").rename(file)
-
-
-def reached(daemon: Daemon) -> None:
-    """Wait until it is there; it would not stop there again."""
-    eventually(lambda: any(map(stopped, daemon.processes())), "the barrier")
-    (daemon.directory / "barrier").unlink()
-
-
 @pytest.mark.parametrize("barrier", MATRIX)
-def test_it_is_stopped_at(stage: Stage, barrier: str) -> None:
+def test_it_is_stopped_at(step: Stage, barrier: str) -> None:
     """SIGTERM comes in the middle of it."""
 
     def stop(daemon: Daemon) -> None:
@@ -138,7 +49,7 @@ def test_it_is_stopped_at(stage: Stage, barrier: str) -> None:
         daemon.thaw()
         daemon.halt()
 
-    dies_at(stage, barrier, MATRIX[barrier], stop, arm)
+    dies_at(step, barrier, MATRIX[barrier], stop, arm)
 
 
 def _starts(daemon: Daemon) -> bool:
@@ -164,9 +75,9 @@ def _journal_now(daemon: Daemon) -> bytes:
 
 
 @pytest.mark.parametrize("barrier", MATRIX)
-def test_its_journal_is_lost_at(stage: Stage, barrier: str) -> None:
+def test_its_journal_is_lost_at(step: Stage, barrier: str) -> None:
     """It is killed; the journal is removed, and put back as it was before the call."""
-    daemon = stage.daemon
+    daemon = step.daemon
     older = _journal_now(daemon)
 
     def lose(daemon: Daemon) -> None:
@@ -184,7 +95,7 @@ def test_its_journal_is_lost_at(stage: Stage, barrier: str) -> None:
                 return  # nothing of the call was written yet: it is as good
         journal.write_bytes(right)
 
-    dies_at(stage, barrier, MATRIX[barrier], lose, arm)
+    dies_at(step, barrier, MATRIX[barrier], lose, arm)
 
 
 # -- no room --

@@ -33,6 +33,9 @@ from conftest import (
     compile_c,
     eventually,
     huge_pages,
+    taken_down,
+    temporary,
+    watched,
 )
 
 from msharefsd.control.wire import Op, RequestFlag
@@ -50,6 +53,7 @@ PAGE = 4096
 FILE = 64 * PAGE
 KILLS = int(os.environ.get("MSHARE_KILLS", "20"))
 STALE = "taking down the mount"
+LACKS = "does not know of memory of user 0's regions"
 
 
 def often(directory: Path) -> str:
@@ -66,12 +70,6 @@ def stopped(pid: int) -> bool:
 
 def launch_parked(daemon: Daemon, barrier: str) -> None:
     daemon.launch(env={**os.environ, "MSHAREFSD_PARK": barrier})
-
-
-def launch_armed(daemon: Daemon, barrier: str) -> None:
-    """The next daemon is one that will stop there."""
-    daemon.kill()
-    launch_parked(daemon, barrier)
 
 
 def parked(daemon: Daemon) -> None:
@@ -169,6 +167,111 @@ def stage_fixture(daemon: Daemon, client_program: Path, directory: Path) -> Iter
         yield made
 
 
+# -- one daemon for many steps --
+
+
+class Series:
+    """A daemon and two clients for many steps, one after the other: each begins with new memory.
+
+    What a step leaves behind when it fails is thrown away with them.
+    """
+
+    def __init__(self, program: Path, *, cramped: bool) -> None:
+        """`cramped`: the run directory is on a small file system."""
+        self._program = program
+        self._cramped = cramped
+        self._stack = contextlib.ExitStack()
+        self._stage: Stage | None = None
+        self.disk = Path()
+
+    def step(self) -> Stage:
+        """The stage, set up."""
+        if self._stage is None or not self._stage.left:
+            self.close()
+            self._stage = self._begin()
+        self._stage.set_up()
+        return self._stage
+
+    def _begin(self) -> Stage:
+        enter = self._stack.enter_context
+        directory = enter(temporary())
+        daemon = Daemon(directory, f"--alignment={ALIGNMENT}")
+        daemon.expected += [STALE, LACKS, "cannot be used", "No space left", "make room"]
+        daemon.expected += ["cannot be written", "cannot write"]
+        daemon.variables = {"MSHAREFSD_PARK": f"@{directory / 'barrier'}"}
+        if self._cramped:
+            self.disk = enter(_small_file_system(directory / "disk"))
+            daemon.run = self.disk / "run"
+        enter(taken_down([daemon]))
+        with watched([daemon]):
+            daemon.start()
+        start = enter(clients(self._program, daemon))
+        return Stage(daemon, start(), start(), directory, start)
+
+    def close(self) -> None:
+        """Everything goes."""
+        stage, self._stage = self._stage, None
+        failed = stage is not None and not stage.left
+        with contextlib.suppress(BaseException) if failed else contextlib.nullcontext():
+            self._stack.close()
+        self._stack = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _small_file_system(place: Path) -> Iterator[Path]:
+    place.mkdir()
+    syscalls.mount("small", str(place), "tmpfs", 0, "size=4m,mode=755")
+    try:
+        yield place
+    finally:
+        syscalls.umount(str(place), syscalls.MNT_DETACH)
+
+
+def series_for(program: Path, *, cramped: bool) -> Iterator[Series]:
+    """For a module."""
+    made = Series(program, cramped=cramped)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module", name="series")
+def series_fixture(client_program: Path) -> Iterator[Series]:
+    yield from series_for(client_program, cramped=False)
+
+
+@pytest.fixture(name="step")
+def step_fixture(series: Series) -> Iterator[Stage]:
+    made = series.step()
+    with watched([made.daemon]):
+        yield made
+
+
+def arm(daemon: Daemon, barrier: str) -> None:
+    """It runs, and will stop there."""
+    file = daemon.directory / "barrier"
+    file.with_suffix(".new").write_text(barrier)
+    file.with_suffix(".new").rename(file)
+
+
+def reached(daemon: Daemon) -> None:
+    """Wait until it is there; it would not stop there again."""
+    eventually(lambda: any(map(stopped, daemon.processes())), "the barrier")
+    (daemon.directory / "barrier").unlink()
+
+
+def kill_and_arm(daemon: Daemon, barrier: str) -> None:
+    """The next daemon is one that will stop there: who calls meets it by waiting for it."""
+    daemon.kill()
+    arm(daemon, barrier)
+    daemon.launch()
+
+
+def reached_and_killed(daemon: Daemon) -> None:
+    """Kill it there."""
+    reached(daemon)
+    daemon.kill()
+
+
 def test_everything_is_adopted(stage: Stage) -> None:
     daemon = stage.daemon
     before = {name: daemon.info("r", name) for name in ("info", "maps", "sharers")}
@@ -260,16 +363,16 @@ MATRIX: dict[str, Scene] = {
 
 
 @pytest.mark.parametrize("barrier", MATRIX)
-def test_the_daemon_dies_at(stage: Stage, barrier: str) -> None:
-    dies_at(stage, barrier, MATRIX[barrier])
+def test_the_daemon_dies_at(step: Stage, barrier: str) -> None:
+    dies_at(step, barrier, MATRIX[barrier])
 
 
 def dies_at(
     stage: Stage,
     barrier: str,
     scene: Scene,
-    end: Callable[[Daemon], None] = parked,
-    arm: Callable[[Daemon, str], None] = launch_armed,
+    end: Callable[[Daemon], None] = reached_and_killed,
+    arm: Callable[[Daemon, str], None] = kill_and_arm,
     may_refuse: str = "",
 ) -> None:
     """It dies there, and everything is right with the next one.
@@ -373,12 +476,14 @@ MORE: dict[str, Scene] = {
 
 
 @pytest.mark.parametrize("barrier", [*MATRIX, *MORE])
-def test_the_daemon_dies_while_a_reader_touches_everything(stage: Stage, barrier: str) -> None:
-    stage.daemon.expected.append("where none belong")
-    end = touch_everything(stage.daemon)
-    dies_at(stage, barrier, {**MATRIX, **MORE}[barrier])
-    assert stage.daemon.metric("intruded_pages_total") > 0
-    end()
+def test_the_daemon_dies_while_a_reader_touches_everything(step: Stage, barrier: str) -> None:
+    step.daemon.expected.append("where none belong")
+    end = touch_everything(step.daemon)
+    try:
+        dies_at(step, barrier, {**MATRIX, **MORE}[barrier])
+        assert step.daemon.metric("intruded_pages_total") > 0
+    finally:
+        end()
 
 
 def test_a_protection_that_outlives_its_object_is_no_obstacle(stage: Stage) -> None:

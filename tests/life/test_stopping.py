@@ -8,13 +8,14 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, BIN, Client, Daemon, alive, clients, eventually
+from conftest import ALIGNMENT, BASE, BIN, SUPPORT, Client, Daemon, alive, clients, eventually
 
 from msharefsd.linux import mounts, processes, syscalls
 from msharefsd.mount import mounting
@@ -202,6 +203,48 @@ def test_two_signals_lose_nothing(
     first.ok("msync", FILE, 4 * PAGE, 4)
     written = (directory / "file").read_bytes()
     assert written == (b"\5" + b"f" * (PAGE - 1)) * 4
+
+
+def test_what_a_slow_file_has_not_taken_is_not_thrown_away(
+    daemon: Daemon, spawn: Spawn, directory: Path
+) -> None:
+    """A second signal does not wait for it, and the next daemon writes it back again."""
+    place = directory / "slow"
+    place.mkdir()
+    server = subprocess.Popen(
+        [sys.executable, SUPPORT / "hung.py", place], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None and server.stdout.readline() == "ready\n"
+        client = spawn()
+        client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        flags = READ | WRITE, SHARED_FIXED
+        client.ok("mmap", BASE, 4 * PAGE, *flags, place / "slow", os.O_RDWR, 0)
+        client.ok("store", BASE, 9)
+        pager = daemon.pager()
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "stopping" in daemon.log(), "that it stops")
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(20) == 0
+        daemon.process = None
+        assert "files are not waited for" in daemon.log()
+        server.send_signal(signal.SIGUSR1)  # who is in the kernel for it ends
+        eventually(lambda: not alive(pager), "the end of the pager")
+        client.send("store", BASE + 1, 8)  # it waits: the page was being written back
+        daemon.expected.append("does not end")
+        daemon.start()
+        assert client.result() == "0"
+        client.ok("msync", BASE, PAGE, 4)
+        with (place / "slow").open("rb", buffering=0) as file:
+            assert file.read(3) == b"\x09\x08\x01"
+        client.ok("munmap", BASE, 4 * PAGE)
+    finally:
+        server.kill()
+        server.wait()
+        syscalls.umount(str(place), syscalls.MNT_DETACH)
+        if server.stdout is not None:
+            server.stdout.close()
 
 
 # -- purging --
