@@ -26,7 +26,7 @@ from setproctitle import setproctitle
 
 from msharefsd.control.receiving import CREDENTIALS_ROOM
 from msharefsd.front.starter import Kind, Starter
-from msharefsd.linux import processes, syscalls
+from msharefsd.linux import priority, processes, syscalls
 from msharefsd.linux.syscalls import FileIdentity
 from msharefsd.security import privileges
 
@@ -176,6 +176,7 @@ def main(uid: int, channel: socket.socket) -> NoReturn:
         with contextlib.suppress(KeyError):
             name = pwd.getpwuid(uid).pw_name
         setproctitle(f"msharefsd: looker {name}")
+        priority.give_back()
         privileges.drop(())
         while True:
             data, connections, _, _ = socket.recv_fds(channel, 1, 1)

@@ -439,7 +439,8 @@ class FileSystem(_GuardedOperations):
             changes["atime_ns"] = _storable(attr.st_atime_ns)
         if fields.update_mtime:
             changes["mtime_ns"] = _storable(attr.st_mtime_ns)
-        self._names.change(region, **changes)
+        async with self._turns.turn(ctx.uid):
+            self._names.change(region, **changes)
         return self._attributes(inode)
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pyfuse3
 import pytest
+import trio
+import trio.testing
 from pyfuse3 import FUSEError, RequestContext
 
 from msharefsd.mount.asking import Asking
@@ -169,6 +171,29 @@ async def test_attributes_that_cannot_be_set(files: Any, regions: Names) -> None
     )  # fmt: skip
     await fails(errno.EPERM, files.setattr(region_inode(region), None, fields, None, CONTEXT))
     await fails(errno.EPERM, files.setattr(ROOT, None, fields, None, CONTEXT))
+
+
+async def test_who_changes_attributes_all_the_time_waits_for_a_turn(regions: Names) -> None:
+    """Each change is written down, which takes longer than most requests."""
+    turns = Turns()
+    files: Any = FileSystem(regions, Asking(NoPagers()), turns, Controls())
+    region = regions.create(b"r", 0o600, 0, 0)
+    fields = SimpleNamespace(
+        update_size=False, update_mode=True, update_uid=False, update_gid=False,
+        update_atime=False, update_mtime=False,
+    )  # fmt: skip
+    wanted = SimpleNamespace(st_mode=0o644)
+    await files.setattr(region_inode(region), wanted, fields, None, CONTEXT)
+    turns.spent(CONTEXT.uid, 1.0)
+    wanted.st_mode = 0o600
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(files.setattr, region_inode(region), wanted, fields, None, CONTEXT)
+        await trio.testing.wait_all_tasks_blocked()
+        assert region.mode == 0o644
+        nursery.start_soon(turns.run)
+        await trio.testing.wait_all_tasks_blocked()
+        assert region.mode == 0o600
+        nursery.cancel_scope.cancel()
 
 
 def test_the_context_of_a_request_is_what_the_tests_think() -> None:
