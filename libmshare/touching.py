@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import threading
 from typing import Final
 
-from libmshare import errors
+from libmshare import errors, waiting
 
 _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
@@ -79,7 +80,7 @@ def _why(code: int, address: int, length: int, root: str, name: str) -> OSError:
     """A page cannot be had: because of what is mapped there, or because there is no memory."""
     if code not in (errno.EFAULT, _EHWPOISON, errno.ENOMEM):
         return errors.of(code, "", name)
-    whose = _mapped(address, length, root, name)
+    whose = waiting.interruptible(lambda: _mapped(address, length, root))
     if whose == "nothing":
         return errors.MshareError(errno.EFAULT, "nothing is mapped in a part of it", name)
     if whose == "file":
@@ -89,24 +90,49 @@ def _why(code: int, address: int, length: int, root: str, name: str) -> OSError:
     )
 
 
-def _mapped(address: int, length: int, root: str, name: str) -> str:
+def _lines(path: str) -> list[str]:
+    with open(path, errors="surrogateescape") as file:
+        return file.read().split("\n")
+
+
+def _directory(address: int, root: str) -> str | None:
+    """Where the mount tells of the region, whether or not it has its name still."""
+    memory = ""
+    for line in _lines("/proc/self/maps"):
+        low, high = (
+            (int(word, 16) for word in line.partition(" ")[0].split("-")) if line else (0, 0)
+        )
+        if low <= address < high:
+            memory = os.path.basename(line.split(None, 5)[-1]).removesuffix(" (deleted)")
+    for each in os.listdir(f"{root}/.regions"):
+        with contextlib.suppress(OSError):
+            for line in _lines(f"{root}/.regions/{each}/info"):
+                words = line.split()
+                if words[:1] == ["backing:"] and os.path.basename(words[-1]) == memory:
+                    return f"{root}/.regions/{each}"
+    return None
+
+
+def _mapped(address: int, length: int, root: str) -> str:
     """What is mapped in the range, as far as that can be told: memory, a file, or nothing."""
     try:
-        with open(f"{root}/.regions/{name}/maps", "rb") as maps:
-            lines = maps.read().split(b"\n")
+        directory = _directory(address, root)
+        lines = _lines(f"{directory}/maps") if directory else None
     except OSError:
+        lines = None
+    if lines is None:
         return "memory"
     at, end, kind = address, address + length, "memory"
     for line in lines:
         if not line:
             continue
         words = line.split(None, 5)
-        low, high = (int(word, 16) for word in words[0].split(b"-"))
+        low, high = (int(word, 16) for word in words[0].split("-"))
         if high <= at or low >= end:
             continue
         if low > at:
             return "nothing"
-        if words[4] != b"0":
+        if words[4] != "0":
             kind = "file"
         at = high
     return kind if at >= end else "nothing"

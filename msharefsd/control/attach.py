@@ -87,7 +87,11 @@ class Attaching:
             raise Refused(errno.ENOENT, "the region is gone")
         if region is None:
             raise Refused(errno.EPERM, "the descriptor is of no region on this mount")
-        if region is not self._state.region:
+        begun = self._state.region
+        if begun is not None and begun is not region and begun.id == region.id:
+            # It ended since, and the front, which had not heard of that, sent somebody else.
+            raise Refused(errno.ENOENT, "the region is gone")
+        if region is not begun:
             raise Refused(errno.EINVAL, "one connection, one region: this one began with another")
         return region, writes(flags)
 

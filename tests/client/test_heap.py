@@ -290,6 +290,18 @@ def test_killed_processes_leave_a_whole_heap(region: Region, program: Path) -> N
     region.free(region.full(1000, 1))
 
 
+def test_killed_at_any_store_it_leaves_a_whole_heap(tmp_path: Path) -> None:
+    """The heap's sources, and every store a place to die at; see killed.c."""
+    core = SUPPORT.parent.parent / "libmshare"
+    flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover"]
+    flags += [f"-I{core}/include", f"-I{core}/core"]
+    program = tmp_path / "killed"
+    source = str(SUPPORT / "killed.c")
+    subprocess.run(["cc", *flags, source, "-o", str(program), "-pthread"], check=True)
+    done = subprocess.run([program, "5"], check=False, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_an_allocation_is_done_by_whoever_comes_next(region: Region) -> None:
     """What a process wrote down, and did not live to do."""
     take, header = 1, 24 + 44
