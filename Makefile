@@ -7,6 +7,8 @@
 # make kills   kill the daemon under load, KILLS times
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
+# make deb     Debian packages, with Debian's tools, into dist/
+# make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
 
@@ -21,7 +23,8 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench bench-postgres fuzz kills oracle soak lock clean
+.PHONY: setup demo test lint check bench bench-postgres fuzz kills oracle soak deb \
+	test-packages lock clean
 
 setup: $(VENV)/.project
 
@@ -88,6 +91,12 @@ HOURS ?= 1
 soak: setup
 	MSHARE_SOAK_SECONDS=$(or $(SECONDS),$(shell expr $(HOURS) '*' 3600)) MSHARE_SOAK_SEED=$(SEED) MSHARE_SOAK_RESTARTS=$(RESTARTS) \
 		$(BIN)/pytest -o faulthandler_timeout=0 tests/scale/test_soak.py
+
+deb: $(VENV)/.system
+	scripts/deb
+
+test-packages: setup
+	MSHARE_TEST_DEBOOTSTRAP=1 $(BIN)/pytest tests/packages/test_packages.py
 
 # uv, because it finds one answer for all Pythons and processors (pip-compile: for the one
 # that it runs on). What is in requirements/ stays as it is as long as it fits. Each file

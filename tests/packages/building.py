@@ -13,7 +13,7 @@ from machine import LackingError, Machine
 PROJECT = TESTS.parent
 DEBOOTSTRAP = bool(os.environ.get("MSHARE_TEST_DEBOOTSTRAP"))
 """A Debian with nothing but what is said here, instead of this machine's files."""
-NEEDED = "systemd,python3,gcc,libc6-dev,pkg-config,man-db,bash-completion,procps"
+NEEDED = "systemd,python3,libfuse3-3,gcc,libc6-dev,pkg-config,man-db,bash-completion,procps"
 
 
 def script(name: str, *words: object, **environment: str) -> str:

@@ -1,0 +1,143 @@
+"""The Debian packages: built, installed under a systemd, used, upgraded, removed."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from building import DEBOOTSTRAP, PROJECT, Debian, later, script
+from conftest import Client
+from machine import LackingError, Service, started
+
+pytestmark = [pytest.mark.shm_only, pytest.mark.timeout(3600 if DEBOOTSTRAP else 1200)]
+
+NAMES = ("libmshare0", "libmshare-dev", "python3-libmshare", "msharefs")
+MOUNT = "/sys/fs/mshare"
+HOLDER = """
+import sys
+from libmshare import Region
+region = Region.attach("numbers")
+for line in sys.stdin:
+    print(eval(line), flush=True)
+"""
+"""A sharer that does as it is told, about `region`."""
+
+
+@pytest.fixture(scope="module")
+def packages() -> dict[str, Path]:
+    """What `make deb` builds, by name; lintian has looked at it."""
+    paths = [PROJECT / line for line in script("deb").splitlines()]
+    found = {path.name.split("_")[0]: path for path in paths}
+    assert set(NAMES) <= set(found)
+    return {name: found[name] for name in NAMES}
+
+
+@pytest.fixture
+def debian(packages: dict[str, Path]) -> Iterator[Debian]:
+    directory = Path(tempfile.mkdtemp(prefix="mshare-test-"))
+    try:
+        with started(Debian(directory)) as made:
+            yield made
+    except LackingError as lacking:
+        pytest.skip(f"no systemd as PID 1 can be had here, for want of {lacking}")
+    finally:
+        shutil.rmtree(directory)
+
+
+def python(debian: Debian) -> Client:
+    return debian.client(None, ("/usr/bin/python3", "-c", HOLDER))
+
+
+def end(sharer: Client) -> None:
+    assert sharer.process.stdin is not None
+    sharer.process.stdin.close()
+    assert sharer.process.wait(20) == 0
+
+
+def install(debian: Debian, files: list[Path]) -> None:
+    given = [debian.give(file, file.name) for file in files]
+    debian.manage("dpkg", "--force-unsafe-io", "--install", *given)
+
+
+def test_from_installing_to_purging(
+    debian: Debian, packages: dict[str, Path], tmp_path: Path
+) -> None:
+    before, mounts = debian.files(), debian.mounts()
+    service = Service(debian)
+    install(debian, list(packages.values()))
+
+    # It waits for being told.
+    assert service.show("ActiveState") == "inactive"
+    assert service.show("UnitFileState") == "disabled"
+    assert "0.1.0" in debian.run("mshare", "--version").stdout
+    service.systemctl("enable")
+    service.systemctl("start")
+    first = service.pid
+    assert debian.run("cat", f"{MOUNT}/mshare_info").stdout == f"{512 << 30}\n"
+
+    collapser = Service(debian, "mshare-collapse.service")
+    collapser.systemctl("start")
+
+    # From the shell, from Python and from C.
+    debian.run("mshare", "create", "numbers", "--size", "64M", "--anonymous")
+    assert "numbers" in debian.run("mshare", "ls").stdout
+    holder = python(debian)
+    assert holder.do("region.buf[:3].hex()") == "000000"
+    assert holder.do("region.buf.__setitem__(0, 7)") == "None"
+    source = debian.give(PROJECT / "examples/counter.c", "counter.c")
+    build = f"cc -o /srv/counter {source} $(pkg-config --cflags --libs libmshare)"
+    debian.run("sh", "-c", build)
+    assert debian.run("/srv/counter").stdout.startswith("run 1 ")
+    assert debian.run("mshare", "info", "numbers").stdout
+    assert debian.run("mshare", "run", "--no-watch", "--", "true").stderr == ""
+
+    check_help(debian)
+
+    # An upgrade keeps everything, and whoever has it.
+    install(debian, [later(file, tmp_path) for file in packages.values()])
+    assert service.show("ActiveState") == "active"
+    assert service.pid != first
+    assert collapser.show("ActiveState") == "active"
+    assert holder.do("region.buf[0]") == "7"
+    assert holder.do("region.buf[32 << 20]") == "0"  # a page that was never touched
+    other = python(debian)
+    assert other.do("region.buf[0]") == "7"
+    assert debian.run("/srv/counter").stdout.startswith("run 2 ")
+
+    # What is in use is not removed; then it is.
+    refused = debian.manage("dpkg", "--remove", "msharefs", check=False)
+    assert refused.returncode != 0
+    assert "in use: " in refused.stderr
+    assert "--purge --force" in refused.stderr
+    assert service.show("ActiveState") == "active"
+    assert holder.do("region.buf[40 << 20]") == "0"
+    for each in (holder, other):
+        end(each)
+    debian.manage("dpkg", "--remove", "msharefs")
+    assert debian.run("ls", "/etc/msharefs.toml", "/etc/default/msharefsd").stdout
+    assert debian.mounts() == mounts
+    debian.manage("dpkg", "--purge", *NAMES)
+    assert debian.files() == before
+    assert debian.run("find", "/dev/shm", "/run", "-name", "*mshare*").stdout == ""
+    left = debian.run("ps", "-eo", "args").stdout
+    assert "mshare" not in left
+
+
+def check_help(debian: Debian) -> None:
+    """Pages, and what the shell completes."""
+    for page in ("mshare", "msharefsd", "mshare_attach", "mshare_reason"):
+        assert debian.run("man", "--where", page).stdout
+    evil = "x;id>evil 1"
+    debian.run("mshare", "create", evil, "--size", "2M")
+    complete = """
+        . /usr/share/bash-completion/completions/mshare
+        COMP_WORDS=(mshare rm "$1") COMP_CWORD=2
+        _mshare mshare
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    for begun, whole in (("nu", "numbers"), ("x", r"x\;id\>evil\ 1")):
+        assert debian.run("bash", "-c", complete, "bash", begun).stdout == f"{whole}\n"
+    debian.run("mshare", "rm", evil)
