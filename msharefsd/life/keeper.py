@@ -1,8 +1,7 @@
 """Holds descriptors for a daemon that may die: a process of its own that does no more.
 
 The daemon starts it as a script, `keeper.py LISTENER`, with a listening socket as that
-descriptor, and connects to it.  Where systemd keeps descriptors this is not needed; see
-fdstore.py, which speaks to both.
+descriptor, and connects to it (keeping.py).
 
 One daemon at a time is served.  Its messages are one byte and a key of eight; STORE
 carries a descriptor.  Only TAKE is answered: a daemon that is killed must not find its

@@ -24,7 +24,7 @@ _NOBODY: Final = -1
 
 
 class Store(Protocol):
-    """Holds descriptors by their keys, and outlives us: see life/fdstore.py."""
+    """Holds descriptors by their keys, and outlives us: see life/keeping.py."""
 
     async def put(self, key: int, fd: int, *, stays: bool = True) -> None:
         """Store a duplicate of `fd`; returns when it would survive us.  Raises OSError.
