@@ -66,23 +66,47 @@ class _Looker:
     pid: int
     channel: socket.socket
     used: float
+    closes: bool = False
+    """It has answered, and has not said yet that it has closed what it looked at."""
 
     async def ask(self, sock: socket.socket) -> FileIdentity | None:
         """None if it has ended.  Raises OSError."""
         try:
+            while not self.has_closed():
+                await trio.lowlevel.wait_readable(self.channel)
             socket.send_fds(self.channel, [b"x"], [sock.fileno()])
             await trio.lowlevel.wait_readable(self.channel)
             data = self.channel.recv(_ANSWER.size)
         except ConnectionError:
             return None
-        self.used = trio.current_time()
+        self.used, self.closes = trio.current_time(), True
         return FileIdentity(*_ANSWER.unpack(data)) if data else None
+
+    def has_closed(self) -> bool:
+        """Whether it is done with what it was asked last.  Raises ConnectionError."""
+        if self.closes:
+            with contextlib.suppress(BlockingIOError):
+                self.channel.recv(_ANSWER.size)
+                self.closes = False
+        return not self.closes
+
+    def is_idle(self) -> bool:
+        """Whether nobody has needed it for a while."""
+        with contextlib.suppress(ConnectionError):
+            return self.has_closed() and trio.current_time() - self.used > IDLE_SECONDS
+        return True
 
 
 @dataclass(slots=True)
 class _User:
     turn: trio.Lock = field(default_factory=trio.Lock)
     looker: _Looker | None = None
+
+    def end(self) -> None:
+        """It ends, when it can."""
+        if self.looker is not None:
+            self.looker.channel.close()
+            self.looker = None
 
 
 class Lookers:
@@ -94,20 +118,20 @@ class Lookers:
         self._needed = trio.Event()
 
     async def run(self) -> None:
-        """End those that nobody needs; forever."""
-        while True:
-            await self._needed.wait()
-            await trio.sleep(IDLE_SECONDS)
-            for uid, user in list(self._users.items()):
-                looker = user.looker
-                if user.turn.locked():
-                    continue
-                if looker is None or trio.current_time() - looker.used > IDLE_SECONDS:
-                    del self._users[uid]
-                    if looker is not None:
-                        looker.channel.close()
-            if not self._users:
-                self._needed = trio.Event()
+        """End those that nobody needs; forever, and in the end all."""
+        try:
+            while True:
+                await self._needed.wait()
+                await trio.sleep(IDLE_SECONDS)
+                for uid, user in list(self._users.items()):
+                    if not user.turn.locked() and (user.looker is None or user.looker.is_idle()):
+                        del self._users[uid]
+                        user.end()
+                if not self._users:
+                    self._needed = trio.Event()
+        finally:
+            for user in self._users.values():
+                user.end()
 
     @staticmethod
     def first_now(sock: socket.socket, uid: int) -> FileIdentity | None:
@@ -139,8 +163,7 @@ class Lookers:
                     nursery.cancel_scope.cancel()
                 if identity_or_none is not None:
                     return identity_or_none
-                user.looker.channel.close()
-                user.looker = None
+                user.end()
 
     async def _start(self, uid: int) -> _Looker:
         while True:
@@ -160,6 +183,8 @@ class Lookers:
     @staticmethod
     async def _tell_of(uid: int, looker: _Looker) -> None:
         await trio.sleep(SILENT_SECONDS)
+        while processes.state(looker.pid) != "D":  # it may have to wait for a processor
+            await trio.sleep(SILENT_SECONDS)
         log.warning(
             "user %d makes no connections: process %d hangs in the kernel (%s), where it closes "
             "a file that came with one",
@@ -190,6 +215,7 @@ def main(uid: int, channel: socket.socket) -> NoReturn:
                 for fd in fds:
                     with contextlib.suppress(OSError):
                         os.close(fd)
+            channel.send(b"x")
     finally:
         os._exit(0)
 

@@ -632,7 +632,11 @@ def closing(evil: Evil) -> int:
     return os.open(evil.hung / "closes", os.O_RDWR)
 
 
-@attack("files whose server does not answer when they are closed", needs_hung=True)
+@attack(
+    "files whose server does not answer when they are closed",
+    f"user {MALLORY} makes no connections",
+    needs_hung=True,
+)
 def hung_close(evil: Evil) -> None:
     file, null = closing(evil), os.open("/dev/null", os.O_RDONLY)
     for data in (b"hello", message(Op.ATTACH), message(Op.USERFAULTFD), b""):
