@@ -223,7 +223,7 @@ def php(directory: Path, plan: Plan) -> Row:
     config.write_text(SETTINGS.format(directory=directory, workers=plan.php_workers))
     command = [
         *(found[-1], "--nodaemonize", "--allow-to-run-as-root", "--fpm-config", config),
-        *("-d", "apc.enabled=1", "-d", f"apc.shm_size={plan.php_entries * 5 // 4 + 8}M"),
+        *("-d", "apc.enabled=1", "-d", f"apc.shm_size={_room(plan.php_entries)}M"),
         *("-d", "memory_limit=512M"),
     ]
     results = []
@@ -239,6 +239,11 @@ def php(directory: Path, plan: Plan) -> Row:
                 results.append(tables(server.pid))
         (directory / "socket").unlink(missing_ok=True)
     return Row(f"php-fpm, {plan.php_workers} workers, {plan.php_entries} MiB", *results)
+
+
+def _room(entries: int) -> int:
+    """MiB for so many entries of 1 MiB; a multiple of a huge page, as such settings are."""
+    return -(-entries * 6 // 5 // 64) * 64
 
 
 def _wait_for(path: Path) -> None:

@@ -436,5 +436,6 @@ def hurry() -> None:
     of a processor and waits for it in the middle of that holds up everybody who touches the
     chunk, the more the busier the machine is.
     """
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, -10)
+    for thread in os.listdir("/proc/self/task"):  # each has its own, and one asks: patience.py
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, int(thread), -10)

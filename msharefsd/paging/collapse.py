@@ -62,6 +62,8 @@ MOST_SAID: Final = 1024
 MOST_NAMES: Final = 8
 """In how many sharers' names one chunk is tried in one look."""
 
+_ALL: Final = int.from_bytes(b"\1" * (HUGE_PAGE // syscalls.PAGE), "big")
+
 # It has no huge pages, or what it has mapped has changed meanwhile; it is gone.
 _NOT_THIS_ONE: Final = frozenset({Outcome.REFUSED, Outcome.GONE})
 
@@ -269,7 +271,7 @@ def _whole(fd: int, chunks: Iterable[int]) -> list[int]:
                 syscalls.mincore(address, HUGE_PAGE, present)
             finally:
                 syscalls.munmap(address, HUGE_PAGE)
-            if all(page & 1 for page in present):
+            if int.from_bytes(present, "big") & _ALL == _ALL:  # at once: this has the GIL
                 found.append(chunk)
     return found
 

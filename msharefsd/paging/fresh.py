@@ -33,11 +33,14 @@ class Fresh:
         self._some = trio.Event()
 
     def add(self, region: Region, start: int, end: int) -> None:
-        """Something of [start, end) has been populated."""
+        """[start, end) has been populated.
+
+        Memory is filled upwards, mostly: a chunk whose end has come is likely to be whole.
+        """
         if not self.wanted:
             return
         now = trio.current_time()
-        for chunk in range(start - start % HUGE_PAGE, end, HUGE_PAGE):
+        for chunk in range(start - start % HUGE_PAGE, end - end % HUGE_PAGE, HUGE_PAGE):
             self._chunks.pop((region.id, chunk), None)
             self._chunks[region.id, chunk] = region, now
         while len(self._chunks) > MOST:

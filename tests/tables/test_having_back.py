@@ -111,6 +111,18 @@ def test_a_running_program_gets_its_page_tables_back(sharers: Sharers, code: str
     assert collapse("--pid", program.pid).stdout == "nothing to be had back\n"
 
 
+def test_all_threads_hurry() -> None:
+    """Also the one that asks, which has been there before."""
+    code = (
+        "import os\nfrom msharetables import collapse, patience\n"
+        "asking = patience.Patience(10)\nasking.call(int)\ncollapse.hurry()\n"
+        "threads = [int(each) for each in os.listdir('/proc/self/task')]\n"
+        "print([os.getpriority(os.PRIO_PROCESS, each) for each in threads])\nasking.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[-10, -10]\n"
+
+
 def test_what_is_mostly_empty_is_left_alone(sharers: Sharers) -> None:
     program = sharers(
         f"at = shared({SIZE})\n"
