@@ -94,6 +94,41 @@ static enum had hold(struct attachment *beginning, const unsigned char identity[
 	return had;
 }
 
+static int connect_to(struct attachment *attachment, const struct root *root)
+{
+	if (attachment->connection.fd < 0)
+		held_take(&attachment->connection, connection_open(root));
+	return attachment->connection.fd < 0 ? -1 : 0;
+}
+
+/* Whether the mount that answered has no daemon by now: then it has said nothing of a region. */
+static bool has_gone(struct attachment *attachment, const struct root *root)
+{
+	if (connect_to(attachment, root) < 0)
+		return daemon_is_gone(errno);
+	return connection_noted(attachment->connection.fd) == CONNECTION_LOST;
+}
+
+/* Which region that is, from the reply to ATTACH, or its file. */
+static int learn(struct attachment *attachment, const struct mshare_wire_reply *reply, int region)
+{
+	static const unsigned char unknown[MSHARE_IDENTITY];
+	struct mshare_wire_details told;
+	struct details details;
+
+	memcpy(&told, reply->message, sizeof told);
+	if (memcmp(told.identity, unknown, sizeof unknown) != 0) {
+		attachment->length = told.length;
+		attachment_learn(attachment, told.identity);
+		return 0;
+	}
+	if (details_read(region, &details) < 0)
+		return errno == EPROTO ? 0 : -1;
+	attachment->length = details.length;
+	attachment_learn(attachment, details.identity);
+	return 0;
+}
+
 /* For one that holds nothing that is there already: it fails later, if there is one. */
 static void claim(struct attachment *attachment, const struct details *details)
 {
@@ -106,12 +141,14 @@ static void claim(struct attachment *attachment, const struct details *details)
 /*
  * Everything that can fail without a trace comes before the file is created; what
  * comes later is undone.  If it takes the daemon to have a userfaultfd, that comes later:
- * the file is what gives the right to it.
+ * the file is what gives the right to it.  Who creates nothing connects when there is
+ * something to say: then the daemon takes notice of both at one time.
  *
  * An attachment without a size takes the region where it lies, which the reply says.
  */
-static int attach(struct attachment *attachment, int root, int oflags, mode_t mode, uint32_t kind,
-		  const struct wish *wish, struct mshare_region *described, enum had *had)
+static int attach(struct attachment *attachment, const struct root *root, int oflags, mode_t mode,
+		  uint32_t kind, const struct wish *wish, struct mshare_region *described,
+		  enum had *had)
 {
 	struct mshare_wire_request request = {
 		.op = MSHARE_WIRE_ATTACH,
@@ -123,7 +160,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	struct mshare_wire_reply reply;
 	int region = -1, mapped = -1, backing = -1, result, saved, fds[2] = { -1, -1 };
 	bool made = false, building = false, complete = false;
-	bool as_it_lies = attachment->size == 0, placed = false, again;
+	bool as_it_lies = attachment->size == 0, placed = false, only = false, again;
 	struct details details = { 0 };
 
 	if (!as_it_lies) {
@@ -138,27 +175,27 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		if (mapped || wish->zeros)
 			request.flags = MSHARE_WIRE_HAS_MAPPINGS;
 	}
-	held_take(&attachment->connection, connection_open(root));
-	if (attachment->connection.fd < 0)
+	if ((oflags & O_CREAT) && connect_to(attachment, root) < 0)
 		goto fail;
 	fds[1] = uffd_open_unaided();
 	if (fds[1] < 0 && fds[1] != UFFD_ASK)
 		goto fail;
 	if (wish->open && wish->open->identity)
-		region = name_open_identity(root, wish->open->identity, oflags);
+		region = name_open_identity(root->fd, wish->open->identity, oflags);
 	else
-		region = name_open(root, attachment->name, oflags, mode, attachment->repeated,
-				   &made);
+		region = name_open(root->fd, attachment->name, oflags, mode,
+				   attachment->repeated, &made);
 	if (region < 0) {
 		saved = errno;
-		/* The mount may be gone: that is no word about the region. */
-		if (saved == ENOENT && connection_noted(attachment->connection.fd) == CONNECTION_LOST)
+		if (saved == ENOENT && has_gone(attachment, root))
 			saved = ENOTCONN;
 		errno = saved;
 		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
 	}
-	attachment->file = name_number(region);
+	only = attachment_is_only(attachment, name_number(region), !wish->placed);
+	if (connect_to(attachment, root) < 0)
+		goto fail;
 	if (fds[1] == UFFD_ASK) {
 		fds[1] = uffd_ask(attachment->connection.fd, region);
 		if (fds[1] < 0) {
@@ -167,12 +204,12 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 		}
 	}
 	/* (If the place is still to be found, that reads them.) */
-	if (!(wish->placed && made) && details_read(region, &details) < 0 &&
+	if (!only && !(wish->placed && made) && details_read(region, &details) < 0 &&
 	    (wish->open || errno != EPROTO)) {
 		attachment->repeated |= daemon_is_gone(errno);
 		goto fail;
 	}
-	if (wish->open && !made) {
+	if (wish->open && !made && !only) {
 		*had = hold(attachment, details.identity, oflags, described);
 		if (*had != NOT_HAD)
 			goto fail;
@@ -195,7 +232,8 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	} else if (!mapped && !made && wish->zeros && has_range(region)) {
 		request.flags &= ~MSHARE_WIRE_HAS_MAPPINGS;
 	}
-	claim(attachment, &details);
+	if (!only)
+		claim(attachment, &details);
 	if (made)
 		request.flags |= MSHARE_WIRE_MADE_FILE;
 	if (attachment->repeated)
@@ -209,10 +247,12 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	if (result < 0)
 		goto fail;
 	attachment->created = reply.flags & MSHARE_WIRE_CREATED;
-	close(region);
-	region = -1;
 	building = reply.flags & MSHARE_WIRE_DONATE;
 	complete = !building && (reply.flags & MSHARE_WIRE_CREATED);
+	if (only && learn(attachment, &reply, region) < 0)
+		goto fail;
+	close(region);
+	region = -1;
 	if (backing < 0) {
 		errno = EMFILE; /* the kernel drops what there is no room for: recvmsg(2) */
 		goto fail;
@@ -229,7 +269,7 @@ static int attach(struct attachment *attachment, int root, int oflags, mode_t mo
 	}
 	/* Before it is complete: whoever dies from now on leaves nothing. */
 	if (attachment->created && wish->open && (wish->open->flags & MSHARE_EPHEMERAL) &&
-	    name_unlink_identity(root, attachment->identity) < 0)
+	    name_unlink_identity(root->fd, attachment->identity) < 0)
 		goto fail;
 	if (building) {
 		result = wish->zeros ? donate_zeros(attachment, wish->length, &complete) :
@@ -254,7 +294,7 @@ fail:
 	else if (building)
 		unmake(attachment->connection.fd, MSHARE_WIRE_DETACH);
 	else if (made && region >= 0 && !daemon_is_gone(saved))
-		name_unmake(root, attachment->name, region);
+		name_unmake(root->fd, attachment->name, region);
 	close_keeping_errno(region);
 	if (attachment->uffd.fd < 0)
 		close_keeping_errno(fds[1]);
@@ -294,7 +334,7 @@ static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint3
 	if ((oflags & O_CREAT) && !wish->placed)
 		result = check_alignment(attachment, root.fd);
 	if (result == 0)
-		result = attach(attachment, root.fd, oflags, mode, kind, wish, region, had);
+		result = attach(attachment, &root, oflags, mode, kind, wish, region, had);
 	root_close(&root);
 	return result;
 }

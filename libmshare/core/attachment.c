@@ -211,7 +211,51 @@ void attachment_begin(struct attachment *attachment)
 	attachment_unlock();
 }
 
-/* Who waits here has no identity itself meanwhile, so nobody waits for who waits. */
+static bool is_region_of(const struct attachment *each, const struct attachment *attachment)
+{
+	return each != attachment && each->file && attachment->file &&
+	       each->file / REGION_INODES == attachment->file / REGION_INODES;
+}
+
+/* By its number alone: another mount may have the same, and then it is asked which it is. */
+static const struct attachment *find_number(const struct attachment *list,
+					    const struct attachment *attachment)
+{
+	while (list && !is_region_of(list, attachment))
+		list = list->next;
+	return list;
+}
+
+bool attachment_is_only(struct attachment *attachment, ino_t file, bool may_be)
+{
+	attachment_lock();
+	attachment->file = file;
+	attachment->asking = may_be && file && !find_number(attachments, attachment) &&
+			     !find_number(changing, attachment);
+	attachment_unlock();
+	return attachment->asking;
+}
+
+void attachment_learn(struct attachment *attachment, const unsigned char identity[MSHARE_IDENTITY])
+{
+	attachment_lock();
+	memcpy(attachment->identity, identity, sizeof attachment->identity);
+	attachment_unlock();
+}
+
+static bool is_being_asked_for(const struct attachment *attachment)
+{
+	const struct attachment *each = find_number(changing, attachment);
+
+	while (each && !each->asking)
+		each = find_number(each->next, attachment);
+	return each;
+}
+
+/*
+ * Who waits here has no identity itself meanwhile, nor is it asking, so nobody waits for who
+ * waits.
+ */
 struct attachment *attachment_claim(struct attachment *attachment,
 				    const unsigned char identity[MSHARE_IDENTITY])
 {
@@ -222,7 +266,7 @@ struct attachment *attachment_claim(struct attachment *attachment,
 	pthread_cond_broadcast(&settled);
 	if (memcmp(identity, unknown, sizeof unknown) == 0)
 		return NULL;
-	while (find(changing, attachment, identity))
+	while (find(changing, attachment, identity) || is_being_asked_for(attachment))
 		pthread_cond_wait(&settled, &lock);
 	found = attachment_of(identity);
 	if (!found)

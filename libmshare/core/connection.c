@@ -34,28 +34,28 @@ MSHARE_EXPORT const char *mshare_reason(void)
 	return told;
 }
 
-#define CONTROL "/.control"
 #define MOST_FDS 2
 
 /* connect(2) has no directory to begin from, and 107 bytes for a path. */
-int connection_open(int root)
+int connection_open(const struct root *root)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int connection, result;
+	int connection = -1, result = -1, control = root_control(root);
 
-	path_of(root, address.sun_path);
-	strcat(address.sun_path, CONTROL);
+	if (control < 0)
+		return -1;
+	path_of(control, address.sun_path);
 	connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	if (connection < 0)
-		return -1;
-	do
-		result = connect(connection, (struct sockaddr *)&address, sizeof address);
-	while (result < 0 && errno == EINTR);
-	if (result < 0) {
-		close_keeping_errno(connection);
-		return -1;
+	if (connection >= 0) {
+		do
+			result = connect(connection, (struct sockaddr *)&address, sizeof address);
+		while (result < 0 && errno == EINTR);
 	}
-	return connection;
+	close_keeping_errno(control);
+	if (result == 0)
+		return connection;
+	close_keeping_errno(connection);
+	return -1;
 }
 
 static int send_request(int connection, const struct mshare_wire_request *request,

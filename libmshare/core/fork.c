@@ -24,7 +24,7 @@ static void after_fork_in_parent(void)
 }
 
 /* One try: 0, or -1.  Async-signal-safe. */
-static int attach_by(struct attachment *attachment, int root, bool repeated)
+static int attach_by(struct attachment *attachment, const struct root *root, bool repeated)
 {
 	struct mshare_wire_request request = {
 		.op = MSHARE_WIRE_ATTACH,
@@ -40,7 +40,7 @@ static int attach_by(struct attachment *attachment, int root, bool repeated)
 	held_take(&attachment->connection, connection_open(root));
 	if (attachment->connection.fd < 0)
 		return -1;
-	fds[0] = attachment_proof(attachment, root, &opened);
+	fds[0] = attachment_proof(attachment, root->fd, &opened);
 	if (fds[0] < 0)
 		return -1;
 	fds[1] = uffd_open(attachment->connection.fd, fds[0]);
@@ -77,7 +77,7 @@ static void attach_again(struct attachment *attachment)
 		int result = root_use_again(attachment->root, &root);
 
 		if (result == 0) {
-			result = attach_by(attachment, root.fd, repeated);
+			result = attach_by(attachment, &root, repeated);
 			root_close(&root);
 		}
 		if (result == 0)

@@ -70,6 +70,8 @@ int root_use(struct root *root);
 int root_use_again(const char *path, struct root *root);
 /* Keep nothing open. */
 void root_forget(void);
+/* Its .control, by O_PATH; asks the daemon only if it is not kept.  Async-signal-safe. */
+int root_control(const struct root *root);
 /* Nobody has what is kept in hands: for fork(). */
 void root_lock(void);
 void root_unlock(void);
@@ -77,7 +79,7 @@ void root_unlock(void);
 size_t root_alignment(int root);
 
 /* connection.c: all async-signal-safe. */
-int connection_open(int root);
+int connection_open(const struct root *root);
 /*
  * Send one request and wait for its reply.  *reply_fd gets the descriptor that
  * came with it, or -1.  Returns 0, or -1 with the daemon's errno, or CONNECTION_LOST
@@ -138,6 +140,7 @@ struct attachment {
 	unsigned char identity[MSHARE_IDENTITY]; /* zeros: an older daemon does not tell */
 	size_t length;                           /* of what its creator wanted; or 0 */
 	ino_t file;                              /* of the region, in the mount */
+	bool asking; /* for the identity, by ATTACH itself */
 	struct held connection; /* its end tells the daemon that this sharer is gone */
 	struct held uffd;       /* kept for life: if the daemon dies, faults wait */
 	struct held backing;    /* the proof of a child after fork, and to the next daemon */
@@ -171,6 +174,13 @@ struct attachment *attachment_take(struct attachment *attachment);
  */
 struct attachment *attachment_claim(struct attachment *beginning,
 				    const unsigned char identity[MSHARE_IDENTITY]);
+/*
+ * Its file is that.  Whether nobody else here has that region, or is about to, and it may be
+ * left to ATTACH to tell which it is: attachment_learn().  Who comes later waits for that.
+ */
+bool attachment_is_only(struct attachment *attachment, ino_t file, bool may_be);
+void attachment_learn(struct attachment *attachment,
+		      const unsigned char identity[MSHARE_IDENTITY]);
 /* It is in the list no more, and who wants the same waits until it is settled. */
 void attachment_end(struct attachment *attachment);
 /* From here on the lock is not held. */
@@ -233,6 +243,7 @@ int name_unlink(const char *name);
 
 /* details.c: what a region's file tells and takes at DETAILS_OFFSET, beyond its end. */
 #define DETAILS_OFFSET 4096
+#define REGION_INODES 8 /* numbers in the mount that belong to one region */
 struct details {
 	unsigned char identity[MSHARE_IDENTITY];
 	uint64_t length;

@@ -34,7 +34,7 @@ static bool was_purged(const struct attachment *attachment)
 }
 
 /* One try: 0, or CONNECTION_LOST if there was no daemon, or -1. */
-static int rejoin_by(struct attachment *attachment, int root)
+static int rejoin_by(struct attachment *attachment, const struct root *root)
 {
 	struct mshare_wire_request request = { .op = MSHARE_WIRE_REJOIN };
 	struct mshare_wire_reply reply;
@@ -44,7 +44,7 @@ static int rejoin_by(struct attachment *attachment, int root)
 	held_take(&attachment->connection, connection_open(root));
 	if (attachment->connection.fd < 0)
 		return daemon_is_gone(errno) || errno == ENOENT ? CONNECTION_LOST : -1;
-	proof = attachment_proof(attachment, root, &opened);
+	proof = attachment_proof(attachment, root->fd, &opened);
 	if (proof < 0) {
 		result = daemon_is_gone(errno) ? CONNECTION_LOST : -1;
 	} else {
@@ -79,7 +79,7 @@ static int rejoin(struct attachment *attachment)
 		if (result < 0 && (daemon_is_gone(errno) || errno == ENOENT))
 			continue;
 		if (result == 0) {
-			result = rejoin_by(attachment, root.fd);
+			result = rejoin_by(attachment, &root);
 			root_close(&root);
 		}
 		if (result != CONNECTION_LOST)

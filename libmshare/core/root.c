@@ -57,6 +57,7 @@
 #include <unistd.h>
 
 #define USUAL_ROOT "/sys/fs/mshare"
+#define CONTROL ".control"
 #define FSTYPE "fuse.msharefs"
 
 size_t root_alignment(int root)
@@ -297,11 +298,17 @@ static bool leads_to(const struct root *root, int at, const char *path, int flag
 	       inode == root->inode;
 }
 
+/* Its number may be the program's by now: closefrom(3), and an open(2) after it. */
+static bool is_kept(int fd, dev_t device, ino_t inode)
+{
+	struct root kept = { .device = device, .inode = inode };
+
+	return fd >= 0 && leads_to(&kept, fd, "", AT_EMPTY_PATH) && (fcntl(fd, F_GETFL) & O_PATH);
+}
+
 void root_close(struct root *root)
 {
-	/* Its number may be the program's by now: closefrom(3), and an open(2) after it. */
-	if (root->fd >= 0 && leads_to(root, root->fd, "", AT_EMPTY_PATH) &&
-	    (fcntl(root->fd, F_GETFL) & O_PATH))
+	if (is_kept(root->fd, root->device, root->inode))
 		close(root->fd);
 	root->fd = -1;
 }
@@ -311,7 +318,7 @@ static int check_control(int root)
 {
 	struct stat status;
 
-	if (fstatat(root, ".control", &status, AT_SYMLINK_NOFOLLOW) < 0)
+	if (fstatat(root, CONTROL, &status, AT_SYMLINK_NOFOLLOW) < 0)
 		return -1;
 	if (S_ISSOCK(status.st_mode))
 		return 0;
@@ -394,6 +401,23 @@ int root_find(struct root *root)
 static struct root current = { .fd = -1 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of that; for moments only */
 
+/*
+ * The current root's .control, of the user who looked it up: each has one of its own
+ * (mount/controls.py), and the daemon is asked with each lookup.
+ */
+static struct {
+	int fd;
+	ino_t inode;
+	uid_t user;
+} control = { .fd = -1 };
+
+static void forget_control(void)
+{
+	if (is_kept(control.fd, current.device, control.inode))
+		close(control.fd);
+	control.fd = -1;
+}
+
 void root_lock(void)
 {
 	pthread_mutex_lock(&lock);
@@ -415,6 +439,7 @@ static int lend(struct root *root)
 static void keep(const struct root *root)
 {
 	root_lock();
+	forget_control();
 	root_close(&current);
 	current = *root;
 	current.fd = fcntl(root->fd, F_DUPFD_CLOEXEC, 0);
@@ -436,6 +461,7 @@ static bool is_current(const char *path)
 void root_forget(void)
 {
 	root_lock();
+	forget_control();
 	root_close(&current);
 	root_unlock();
 }
@@ -485,4 +511,46 @@ int root_use_again(const char *path, struct root *root)
 		return -1;
 	keep(root);
 	return 0;
+}
+
+static bool is_current_root(const struct root *root)
+{
+	return current.fd >= 0 && root->device == current.device && root->inode == current.inode;
+}
+
+/* Who shares a socket with others, for want of one, looks for one the next time. */
+#define SHARED_INODES ((ino_t)1 << 48)
+
+static void keep_control(const struct root *root, int fd)
+{
+	dev_t device;
+	ino_t inode;
+
+	if (identify(fd, "", AT_EMPTY_PATH, &device, &inode) < 0 || inode < SHARED_INODES)
+		return;
+	root_lock();
+	if (is_current_root(root) && device == current.device) {
+		forget_control();
+		control.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+		control.inode = inode;
+		control.user = geteuid();
+	}
+	root_unlock();
+}
+
+int root_control(const struct root *root)
+{
+	int fd = -1;
+
+	root_lock();
+	if (is_current_root(root) && control.user == geteuid() &&
+	    is_kept(control.fd, current.device, control.inode))
+		fd = fcntl(control.fd, F_DUPFD_CLOEXEC, 0);
+	root_unlock();
+	if (fd >= 0)
+		return fd;
+	fd = openat(root->fd, CONTROL, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	if (fd >= 0)
+		keep_control(root, fd);
+	return fd;
 }

@@ -122,7 +122,13 @@ struct mshare_wire_reply {
 	uint32_t flags;
 	uint64_t start;
 	uint64_t size;
-	char message[96]; /* what is wrong and what to do, for people */
+	char message[96]; /* what is wrong and what to do, for people; or the details */
+};
+
+/* In place of a message in what ATTACH is answered with; zeros: an older daemon does not tell. */
+struct mshare_wire_details {
+	uint64_t length; /* bytes that its creator wanted, if it left the place to the daemon */
+	unsigned char identity[16];
 };
 
 #endif

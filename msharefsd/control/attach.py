@@ -61,8 +61,9 @@ def _code(error: OSError) -> int:
 class Attaching:
     """The calls by which a connection becomes a sharer."""
 
-    def __init__(self, state: Sharing) -> None:
+    def __init__(self, state: Sharing, details: bytes) -> None:
         self._state = state
+        self._details = details
         self._control = state.control
         self._peer = state.peer
 
@@ -171,7 +172,14 @@ class Attaching:
         # A donor of a read-only region writes its memory into it and hands the
         # descriptor back for a read-only one at COMMIT.
         fd = backing.descriptor(writable=writable or ReplyFlag.DONATE in flags)
-        return Reply(request.op, flags=flags, start=region.start, size=region.size), fd
+        reply = Reply(
+            request.op,
+            flags=flags,
+            start=region.start,
+            size=region.size,
+            details=self._details,
+        )
+        return reply, fd
 
     async def _keep_guarded(self, sharer: Sharer) -> Backing:
         """Before it is told of its memory, which it is given only then."""

@@ -47,13 +47,18 @@ _NUMBERED = frozenset({Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.DISCARD, Op.COMMIT})
 class Connection:
     """A connection that the front has handed over."""
 
-    def __init__(self, control: Control, sock: socket.socket, region: Region | None) -> None:
-        """`sock` is taken over.  Raises OSError when there is no room for a pidfd."""
+    def __init__(
+        self, control: Control, sock: socket.socket, region: Region | None, details: bytes
+    ) -> None:
+        """`sock` is taken over; `details` are for who attaches the region (wire.py).
+
+        Raises OSError when there is no room for a pidfd.
+        """
         self._control = control
         self._sock = sock
         self._peer = peer_of(sock)
         self._state = Sharing(control, self._peer, region, self._send_note)
-        self._attaching = Attaching(self._state)
+        self._attaching = Attaching(self._state, details)
         self._calls = Calls(self._state)
         self._noted = False
 

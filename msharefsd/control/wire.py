@@ -23,6 +23,8 @@ REQUEST: Final = struct.Struct("=IHHQQIIIIII")
 OBJECT: Final = struct.Struct("=QQQII")
 REPLY: Final = struct.Struct("=IHHiIQQ96s")
 MESSAGE_FIELD: Final = 96
+DETAILS: Final = struct.Struct("=Q16s")
+"""In place of a message in what ATTACH is answered with: length and identity."""
 
 MAX_REQUEST_BYTES: Final = REQUEST.size + MAX_OBJECTS * OBJECT.size
 MAX_FDS: Final = 2
@@ -121,10 +123,12 @@ class Reply:
     start: int = 0
     size: int = 0
     message: str = ""
+    details: bytes = b""
+    """In place of a message: see DETAILS."""
 
     def pack(self) -> bytes:
         """The bytes that go over the socket."""
-        text = self.message.encode(errors="replace")[: MESSAGE_FIELD - 1]
+        text = self.details or self.message.encode(errors="replace")[: MESSAGE_FIELD - 1]
         return REPLY.pack(
             MAGIC, VERSION, self.op, self.error, int(self.flags), self.start, self.size, text
         )

@@ -26,6 +26,7 @@ from typing import Final
 
 import trio
 
+from msharefsd.control.wire import DETAILS
 from msharefsd.errors import Refused, StartError, StateError, leaves
 from msharefsd.front.starter import Starter
 from msharefsd.link import board
@@ -345,12 +346,14 @@ class Pager:
 
     def _message(self, handed: _Handed) -> Connection:
         number = next(self._numbers)
-        record = None if handed.name is None else handed.name.record()
+        name, record, details = handed.name, None, b""
+        if name is not None:
+            record, details = name.record(), DETAILS.pack(name.length, name.identity)
         code, reason = 0, ""
         if handed.refused is not None:
             code, reason = handed.refused.code, handed.refused.message
         self._connections[number] = handed
-        return Connection(number, record, code, reason)
+        return Connection(number, record, code, reason, details)
 
     def serve_now(self, handed: _Handed) -> bool:
         """As `serve`, if that is possible at once; else False, and the connection is ours."""

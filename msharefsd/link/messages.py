@@ -103,6 +103,8 @@ class Connection(_Message, frozen=True):
     name: NameRecord | None
     error: int = 0
     reason: str = ""
+    details: bytes = b""
+    """What the answer to ATTACH says of the region (control/wire.py)."""
 
 
 class Go(_Message, frozen=True):

@@ -235,7 +235,7 @@ class Dialog:
         region = None if first.name is None else control.regions.learn(first.name)
         try:
             try:
-                connection = ClientConnection(control, sock, region)
+                connection = ClientConnection(control, sock, region, first.details)
             except OSError as error:
                 log.error("no room for a sharer: %s", error.strerror)
                 await ours.wait()

@@ -28,6 +28,7 @@ STRUCTS = {
     ),
     "object": (wire.OBJECT, "offset length file_offset prot flags"),
     "reply": (wire.REPLY, "magic version op error flags start size message"),
+    "details": (wire.DETAILS, "length identity"),
 }
 CONSTANTS = {
     "MAGIC": wire.MAGIC,

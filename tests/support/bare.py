@@ -54,7 +54,8 @@ class Bare:
                 raise ConnectionResetError("it hung up")
             _, _, op, error, flags, start, size, message = wire.REPLY.unpack(data)
             if op != wire.NOTE:
-                text = message.rstrip(b"\0").decode()
+                # Where nothing is wrong it is no text (wire.DETAILS).
+                text = message.rstrip(b"\0").decode() if error else ""
                 return Answer(error, flags, start, size, text, fds[0] if fds else -1)
 
     def call(
