@@ -31,15 +31,18 @@ class Service:
 
 
 @contextlib.contextmanager
-def running(directory: Path, alignment: int, *arguments: str) -> Iterator[Service]:
+def running(
+    directory: Path, alignment: int, *arguments: str, daemon: str | None = None
+) -> Iterator[Service]:
     """A daemon that mounts in `directory`, with regions aligned to `alignment` bytes.
 
     `directory` is for this daemon alone; `arguments` are further ones of its command
-    line.  Raises ServiceError.
+    line; `daemon` is its program, if that is not the one beside our Python.
+    Raises ServiceError.
     """
     mountpoint, run, log_file = directory / "mshare", directory / "run", directory / "log"
     command = [
-        str(Path(sys.executable).parent / "msharefsd"),
+        daemon or str(Path(sys.executable).parent / "msharefsd"),
         f"--mountpoint={mountpoint}",
         f"--run-directory={run}",
         f"--alignment={alignment}",

@@ -19,13 +19,13 @@ BENCHMARKS = TESTS.parent / "benchmarks"
 FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 
-def run(script: str, results: Path) -> tuple[str, str]:
+def run(script: str, results: Path, *words: str) -> tuple[str, str]:
     """Run it to see that everything runs; its standard output and error."""
     # A /dev/shm of its own, in the tests' mount namespace: what is left there is its.
     syscalls.mount("shm", "/dev/shm", "tmpfs", 0, "mode=1777")
     try:
         done = subprocess.run(
-            [sys.executable, BENCHMARKS / script, "--smoke", f"--results={results}"],
+            [sys.executable, BENCHMARKS / script, "--smoke", f"--results={results}", *words],
             capture_output=True,
             text=True,
             check=False,
@@ -48,6 +48,19 @@ def test_the_benchmarks_run_and_leave_nothing(tmp_path: Path) -> None:
     for row in rows:
         assert row["measure"] in printed
         assert row["peer_value"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_the_paths_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
+    """Ours against ours: what `--against` names is another version, or the same."""
+    environment = Path(sys.executable).parent.parent
+    printed, _ = run("paths.py", tmp_path, f"--against={environment}")
+    (results,) = tmp_path.iterdir()
+    rows = json.loads(results.read_text())["rows"]
+    assert len(rows) == 7
+    for row in rows:
+        assert row["measure"] in printed
+        assert {"ours", "before"} <= row["medians"].keys()
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,374 @@
+"""What it takes to attach, fork, create and fault: a table, and JSON in benchmarks/results.
+
+    .venv/bin/python benchmarks/paths.py
+    .venv/bin/python benchmarks/paths.py --against /other/checkout/.venv
+
+As root.  Each measure runs in many short rounds: ours, SharedMemory, and ours of another
+version if there is one, in turns; the numbers are medians.  So what else the machine does
+falls on all of them, and the ratios tell more than the times.  It does not fall on all
+alike: who waits for nobody waits for no processor either.  So beside the ratio of the
+medians is that of the fastest tenths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+# Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import service
+
+RESULTS: Final = Path(__file__).resolve().parent / "results"
+WORKER: Final = Path(__file__).with_name("paths_worker.py")
+ALIGNMENT: Final = 2 << 20
+MiB: Final = 1 << 20
+USERS: Final = (64101, 64102)
+"""Who are no users of any machine."""
+PEER, BEFORE = "SharedMemory", "before"
+END_SECONDS: Final = 10.0
+WATCHDOG_SECONDS: Final = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure."""
+
+    rounds: int
+    count: int
+    """Of what is timed in a round."""
+    touched: int
+    """Bytes."""
+
+
+FULL: Final = Plan(rounds=40, count=20, touched=64 * MiB)
+QUICK: Final = Plan(rounds=10, count=10, touched=32 * MiB)
+SMOKE: Final = Plan(rounds=2, count=2, touched=4 * MiB)
+
+
+class Process:
+    """A worker; see paths_worker.py."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, *words: object) -> None:
+        """Give a command."""
+        assert self._process.stdin is not None
+        print(*words, file=self._process.stdin, flush=True)
+
+    def answer(self) -> list[int]:
+        """What came of the last one, in nanoseconds."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise service.ServiceError(f"a worker ended ({self._process.wait()})")
+        found: list[int] = json.loads(line)
+        return found
+
+    def do(self, *words: object) -> list[int]:
+        """Both."""
+        self.ask(*words)
+        return self.answer()
+
+
+@dataclass
+class Side:
+    """One of those that are compared."""
+
+    name: str
+    python: Path
+    mountpoint: Path | None
+    stack: contextlib.ExitStack
+
+    def start(self, uid: int = 0) -> Process:
+        """A worker of a user's, which lives as long as the side does."""
+        command = [str(self.python), str(WORKER), f"--uid={uid}"]
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        environment.pop("MSHARE_ROOT", None)
+        if self.mountpoint is None:
+            command.append("--peer")
+        else:
+            environment["MSHARE_ROOT"] = str(self.mountpoint)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd="/",
+        )
+        self.stack.callback(_end, process)
+        return Process(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+
+
+@dataclass(slots=True)
+class Row:
+    """One measure; samples in microseconds."""
+
+    measure: str
+    most_of_peer: float | None = None
+    """How many times the peer's it may take."""
+    most_of_before: float | None = None
+    """How many times it may take what it took before."""
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, side: str) -> float:
+        """What stands for a side."""
+        return statistics.median(self.samples[side])
+
+    def fastest(self, side: str) -> float:
+        """What the fastest tenth takes at most: those that did not wait for a processor."""
+        return statistics.quantiles(self.samples[side], n=10)[0]
+
+    def cells(self) -> list[str]:
+        """As text."""
+        cells = [self.measure, f"{self.median('ours'):,.1f}"]
+        for side, most in ((PEER, self.most_of_peer), (BEFORE, self.most_of_before)):
+            if side not in self.samples:
+                cells += [""] * 4
+                continue
+            ratio = self.median("ours") / self.median(side)
+            verdict = "met" if most is None or ratio <= most else "MISSED"
+            cells += [
+                f"{self.median(side):,.1f}",
+                f"{ratio:.2f}",
+                f"({self.fastest('ours') / self.fastest(side):.2f})",
+                "" if most is None else f"<= {most:g} {verdict}",
+            ]
+        return cells
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for machines."""
+        return {
+            "measure": self.measure,
+            "unit": "us",
+            "medians": {side: self.median(side) for side in self.samples},
+            "fastest_tenths": {side: self.fastest(side) for side in self.samples},
+            "counts": {side: len(samples) for side, samples in self.samples.items()},
+            "most_of_peer": self.most_of_peer,
+            "most_of_before": self.most_of_before,
+        }
+
+
+def render(rows: list[Row]) -> str:
+    """The table."""
+    head = ["measure", "ours us"]
+    for side in (PEER, BEFORE):
+        head += [side, "ratio", "(fastest)", ""]
+    cells = [head, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place in (0, 5, 9) else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+class Bench:
+    """The sides, and what is measured of them."""
+
+    def __init__(self, sides: list[Side], plan: Plan) -> None:
+        self._sides = sides
+        self._ours = [side for side in sides if side.name != PEER]
+        self._plan = plan
+
+    def _in_turns(
+        self, row: Row, sides: list[Side], do: Callable[[Side, int], list[int]], per: float = 1e3
+    ) -> Row:
+        for number in range(1 + self._plan.rounds):
+            for side in sides if number % 2 else reversed(sides):
+                times = [each / per for each in do(side, number)]
+                if number:  # the first round imports, starts, fills caches
+                    row.samples.setdefault(side.name, []).extend(times)
+        return row
+
+    def rows(self) -> Iterator[Row]:
+        """Everything."""
+        count = self._plan.count
+        workers = {side.name: side.start() for side in self._sides}
+        makers = {side.name: side.start() for side in self._sides}
+        for maker in makers.values():
+            maker.do("make", "paths", 64 * MiB, "666")
+        yield self._in_turns(
+            Row("attach", 20.0, 1.2),
+            self._sides,
+            lambda side, _: workers[side.name].do("attach", "paths", count),
+        )
+        yield self._in_turns(
+            Row("create, unlink, close", 40.0, None),
+            self._sides,
+            lambda side, _: workers[side.name].do("create", MiB, count),
+        )
+        for worker in workers.values():
+            worker.do("hold", "paths")
+        yield self._in_turns(
+            Row("fork with one attached, and exit", None, 1.0),
+            self._sides,
+            lambda side, _: workers[side.name].do("fork", count),
+        )
+        for worker in workers.values():
+            worker.do("drop", "paths")
+        yield self._in_turns(
+            Row("first touch at a random place", 8.0, 1.0),
+            self._sides,
+            lambda side, number: self._faults(workers[side.name], workers[side.name], number),
+        )
+        strangers = {side.name: side.start(USERS[0]) for side in self._ours}
+        yield self._in_turns(
+            Row("the same, of another user's region", None, 1.0),
+            self._ours,
+            lambda side, number: self._faults(makers[side.name], strangers[side.name], number),
+        )
+        yield self._in_turns(
+            Row("attach another user's region", None, 1.2),
+            self._ours,
+            lambda side, _: strangers[side.name].do("attach", "paths", count),
+        )
+        pairs = {side.name: [side.start(uid) for uid in USERS] for side in self._ours}
+        yield self._in_turns(
+            Row("two users touch all at once, a page", None, 1 / 1.6),
+            self._ours,
+            lambda side, number: self._storm(pairs[side.name], number),
+            per=1e3 * self._plan.touched / 4096,
+        )
+
+    def _faults(self, maker: Process, toucher: Process, number: int) -> list[int]:
+        name, size = f"faults-{number}", 64 * MiB
+        maker.do("make", name, size, "666")
+        if toucher is not maker:
+            toucher.do("hold", name)
+        times = toucher.do("faults", name, size, min(self._plan.count * 10, 500), number)
+        if toucher is not maker:
+            toucher.do("drop", name)
+        maker.do("remove", name)
+        return times
+
+    def _storm(self, pair: list[Process], number: int) -> list[int]:
+        name, size = f"storm-{number}", self._plan.touched
+        for which, process in enumerate(pair):
+            process.do("make", f"{name}-{which}", size, "600")
+        since = time.perf_counter_ns()
+        for which, process in enumerate(pair):
+            process.ask("touch", f"{name}-{which}", size)
+        for process in pair:
+            process.answer()
+        taken = time.perf_counter_ns() - since
+        for which, process in enumerate(pair):
+            process.do("remove", f"{name}-{which}")
+        return [taken // len(pair)]
+
+
+def _python_of(environment: Path) -> Path:
+    return environment / "bin" / "python"
+
+
+@contextlib.contextmanager
+def _sides(directory: Path, against: Path | None) -> Iterator[list[Side]]:
+    with contextlib.ExitStack() as stack:
+        own = Path(sys.executable).parent.parent
+        sides = [Side(PEER, Path(sys.executable), None, stack)]
+        for name, environment in (("ours", own), (BEFORE, against)):
+            if environment is None:
+                continue
+            place = directory / name
+            place.mkdir()
+            daemon = environment / "bin" / "msharefsd"
+            usage = subprocess.run([daemon, "--help"], check=True, capture_output=True)
+            words = ("--userfaultfd=all",) if b"--userfaultfd" in usage.stdout else ()
+            running = stack.enter_context(
+                service.running(place, ALIGNMENT, *words, daemon=str(daemon))
+            )
+            workers = stack.enter_context(contextlib.ExitStack())
+            sides.append(Side(name, _python_of(environment), running.mountpoint, workers))
+        timer = threading.Timer(WATCHDOG_SECONDS, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+        stack.callback(timer.cancel)
+        yield sides
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="fewer rounds")
+    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
+    parser.add_argument(
+        "--against", type=Path, metavar="VENV", help="the virtual environment of another version"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON")
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
+    # As an exception, so that everything is taken down.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    directory = Path(tempfile.mkdtemp(prefix="mshare-paths-"))
+    directory.chmod(0o755)
+    rows = []
+    try:
+        with _sides(directory, arguments.against) as sides:
+            for row in Bench(sides, plan).rows():
+                rows.append(row)
+                print(f"{row.measure}: {row.median('ours'):,.1f} us", file=sys.stderr, flush=True)
+    except service.ServiceError as error:
+        sys.exit(f"paths: {error}")
+    finally:
+        # Never through a mount that could not be taken down.
+        if not any(os.path.ismount(path / "mshare") for path in directory.iterdir()):
+            shutil.rmtree(directory)
+    now = datetime.now(UTC)
+    document = {
+        "time": now.isoformat(timespec="seconds"),
+        "msharefs": version("msharefs"),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "load": os.getloadavg(),
+        "rows": [row.as_json() for row in rows],
+    }
+    arguments.results.mkdir(exist_ok=True)
+    path = arguments.results / f"paths-{now:%Y%m%dT%H%M%SZ}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"{render(rows)}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()
