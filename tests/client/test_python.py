@@ -88,6 +88,27 @@ def run_as(user: int, function: Callable[[], None]) -> None:
     assert status == 0
 
 
+def test_who_becomes_another_user_stands_in_that_users_line() -> None:
+    """What a process keeps of the mount it keeps as the user that it was."""
+    another = 64123
+
+    def has_a_line() -> bool:
+        sockets = Path("/proc/net/unix").read_text().splitlines()
+        return any(line.endswith(f"/{another}") for line in sockets)
+
+    def attach_twice() -> None:
+        for user in (0, another):
+            os.seteuid(user)
+            with Region.attach("r") as memory:
+                assert memory.buf[0] == 1
+            assert has_a_line() == (user == another)
+
+    with create() as memory:
+        memory.buf[0] = 1
+        os.chmod(Path(os.environ["MSHARE_ROOT"]) / "r", 0o666)
+        run_as(0, attach_twice)
+
+
 @pytest.mark.parametrize("user", [0, 65534])
 @pytest.mark.parametrize("consumer", ["C", "Python"])
 @pytest.mark.parametrize("donor", ["C", "Python"])
