@@ -8,6 +8,7 @@
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
 # make deb     Debian packages, with Debian's tools, into dist/
+# make dist    the sdist and the wheel, into dist/
 # make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
@@ -21,9 +22,9 @@ export PYTHONSAFEPATH := 1
 export PATH := $(BIN):$(PATH)
 
 SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
-	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
+	$(shell find msharefsd libmshare msharetables docs completions -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench bench-postgres fuzz kills oracle soak deb \
+.PHONY: setup demo test lint check bench bench-postgres fuzz kills oracle soak deb dist \
 	test-packages lock clean
 
 setup: $(VENV)/.project
@@ -94,6 +95,9 @@ soak: setup
 
 deb: $(VENV)/.system
 	scripts/deb
+
+dist: $(VENV)/.dependencies
+	scripts/dist
 
 test-packages: setup
 	MSHARE_TEST_DEBOOTSTRAP=1 $(BIN)/pytest tests/packages/test_packages.py
