@@ -10,6 +10,7 @@
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
 # make stress  regions come and go in threads and processes, with signals, ROUNDS times
 # make deb     Debian packages, with Debian's tools, into dist/
+# make dist    the sdist and the wheel, into dist/
 # make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
@@ -23,10 +24,10 @@ export PYTHONSAFEPATH := 1
 export PATH := $(BIN):$(PATH)
 
 SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
-	$(shell find msharefsd libmshare msharetables -type f -not -path '*/__pycache__/*')
+	$(shell find msharefsd libmshare msharetables docs completions -type f -not -path '*/__pycache__/*')
 
 .PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak \
-	stress deb test-packages lock clean
+	stress deb dist test-packages lock clean
 
 setup: $(VENV)/.project
 
@@ -103,6 +104,9 @@ stress: setup
 
 deb: $(VENV)/.system
 	scripts/deb
+
+dist: $(VENV)/.dependencies
+	scripts/dist
 
 test-packages: setup
 	MSHARE_TEST_DEBOOTSTRAP=1 $(BIN)/pytest tests/packages/test_packages.py
