@@ -184,6 +184,7 @@ def test_what_ends_between_open_and_attach_is_gone(daemon: Daemon) -> None:
     region = Region.create(size="1M", ephemeral=True)
     file = os.open(daemon.mount / f".identity-{region.identity.id}", os.O_RDONLY)
     region.close()
+    eventually(lambda: daemon.shm_objects() == [], "the daemon has noticed")
     one = Bare(daemon.mount)
     try:
         assert one.call(Op.USERFAULTFD, file).error == errno.ENOENT
