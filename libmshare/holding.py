@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ _here = _Here()
 
 def _dropped(_: object) -> None:
     """The last one that showed the memory has died."""
-    if not _here.leaves_it:
+    if not _here.leaves_it and not sys.is_finalizing():  # (the end of a process detaches)
         _give_back()
 
 

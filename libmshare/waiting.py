@@ -7,6 +7,7 @@ long is done in slices, or, where it cannot be cut, by another thread.
 from __future__ import annotations
 
 import _thread
+import atexit
 import errno
 import threading
 import time
@@ -19,7 +20,7 @@ _T = TypeVar("_T")
 
 SLICE: Final = 0.05
 """The longest wait in one piece, in seconds."""
-_LETTING_GO: Final = 3.0
+_LETTING_GO: Final = 10.0
 """How long who lets go of a region waits for a daemon that does not answer (seconds)."""
 _UNDOING: Final = 0.5
 """How long a handler's error waits until what it ended is undone (seconds)."""
@@ -42,6 +43,19 @@ def until(call: Callable[[int], _T], timeout: float | None) -> _T:
                 raise
             if deadline is not None and time.monotonic() >= deadline:
                 raise
+
+
+class _Interpreter:
+    """Whether threads can be started: not when it ends."""
+
+    ends = False
+
+
+def _end() -> None:
+    _Interpreter.ends = True
+
+
+atexit.register(_end)
 
 
 class _Call:
@@ -86,12 +100,12 @@ class _Call:
 
 def _start(function: Callable[[], object], undo: Callable[[], object]) -> _Call | None:
     """Have another thread call it; None if this one may do so itself."""
-    if threading.current_thread() is not threading.main_thread():
+    if _Interpreter.ends or threading.current_thread() is not threading.main_thread():
         return None
     call = _Call(function, undo)
     try:
         _thread.start_new_thread(call.run, ())
-    except RuntimeError:  # the interpreter ends, or there are too many
+    except RuntimeError:  # there are too many
         return None
     return call
 

@@ -6,6 +6,9 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 
@@ -88,7 +91,7 @@ def test_a_handlers_error_ends_every_call(daemon: Daemon) -> None:
     with frozen(daemon):
         for number, call in enumerate(calls):
             assert is_ended(call) == (number not in at_once), number
-        region.close()
+    region.close()
     calls.clear()
     # What a call had not done when it was ended is undone when the daemon answers.
     eventually(lambda: not (daemon.mount / "new").exists(), "no name is left")
@@ -150,6 +153,31 @@ def test_a_thread_that_waits_holds_up_no_fork(daemon: Daemon) -> None:
     thread.join()
     with found.pop() as region:
         region.unlink()
+
+
+def test_the_end_of_the_interpreter_waits_for_nobody(daemon: Daemon) -> None:
+    """What is alive then is detached by the end of the process."""
+    program = """
+        import os, signal
+        from libmshare import Region
+        regions = [Region.create(size="64K", ephemeral=True) for _ in range(5)]
+        arrays = [region.buf for region in regions]
+        closed = regions.pop()
+        for region in regions[:2]:
+            region.close()
+        for pid in map(int, os.environ["PIDS"].split()):
+            os.kill(pid, signal.SIGSTOP)
+    """
+    pids = " ".join(map(str, daemon.processes()))
+    try:
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            check=True,
+            timeout=60,
+            env={**os.environ, "PIDS": pids},
+        )
+    finally:
+        daemon.thaw()
 
 
 def test_letting_go_waits_for_nobody_for_long(daemon: Daemon) -> None:

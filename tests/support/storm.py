@@ -126,8 +126,8 @@ class Storm:
         for thread in threads:
             thread.join()
 
-    def is_clean(self) -> str:
-        """What is left, or nothing."""
+    def left(self, descriptors: int) -> str:
+        """What is there that was not before, as so many descriptors; or nothing."""
         gc.collect()
         if held := holding.held():
             return f"held: {held}"
@@ -135,7 +135,8 @@ class Storm:
             starts = [int(line.partition("-")[0], 16) for line in maps]
         if left := [hex(at) for at in starts if AREA[0] <= at < AREA[1]]:
             return f"mapped: {left}"
-        return ""
+        now = len(os.listdir("/proc/self/fd"))
+        return f"{now} descriptors, and {descriptors} before" if now > descriptors else ""
 
 
 def ignore(what: Any) -> None:
@@ -158,10 +159,10 @@ def main() -> None:
     before = len(os.listdir("/proc/self/fd"))
     storm.run()
     deadline = time.monotonic() + 30  # for what is undone when the daemon comes to it
-    while (left := storm.is_clean()) and time.monotonic() < deadline:
+    while (left := storm.left(before)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    if left or (fds := len(os.listdir("/proc/self/fd"))) > before:
-        print(left or f"{fds} descriptors, and {before} before", file=sys.stderr)
+    if left:
+        print(left, file=sys.stderr)
         storm.wrong = True
     # What was made, and then the signal came: it is there, and whole.
     for name in os.listdir(os.environ["MSHARE_ROOT"]):
