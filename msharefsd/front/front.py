@@ -136,7 +136,7 @@ class _Front:
         barrier("start.mounted")
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
-        pagers = asked.pagers = Pagers(self.starter, names, mount.device)
+        pagers = asked.pagers = Pagers(self.starter, names, mount.device, config.idle_seconds)
         looking = lookers.Lookers(self.starter)
         router = Router(names, pagers, limits, turns, mount.device, looking)
         async with trio.open_nursery() as pagers_nursery:

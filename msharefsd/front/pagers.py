@@ -65,7 +65,6 @@ from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS: Final = 10.0
 """How long a pager without memory and connections stays."""
 SILENT_SECONDS: Final = 30.0
 """After how long without an answer a pager is killed."""
@@ -473,9 +472,12 @@ async def adopt(pagers: Pagers, whose: list[int], seconds: float) -> list[Pager]
 class Pagers:
     """All of them, by user."""
 
-    def __init__(self, starter: Starter, names: Names, device: tuple[int, int]) -> None:
+    def __init__(
+        self, starter: Starter, names: Names, device: tuple[int, int], idle_seconds: float = 10.0
+    ) -> None:
         """`device`: of the mount."""
         self._device = device
+        self._idle_seconds = idle_seconds
         self._starter = starter
         self._names = names
         self._pagers: dict[int, Pager] = {}
@@ -501,7 +503,7 @@ class Pagers:
 
     def _look_after(self, pager: Pager) -> None:
         assert self._nursery is not None
-        idle = trio.current_time() - pager.used > IDLE_SECONDS
+        idle = trio.current_time() - pager.used > self._idle_seconds
         if pager.idle and idle:
             self._nursery.start_soon(pager.stop)
         elif pager.state is State.READY and pager.silent > SILENT_SECONDS:

@@ -250,6 +250,7 @@ class _Pager:
         pages = PageServer(
             found, self._metrics, config.region_memory_bytes, threads, self._journal, self._uid
         )
+        pages.lanes.idle_seconds = config.idle_seconds
         writeback = Writeback(threads, self._metrics, self._journal)
         regions.release = writeback.release
         spaces = AddressSpaces(found, pages, writeback, self._journal)

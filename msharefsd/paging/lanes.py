@@ -475,6 +475,7 @@ class Lanes:
         self._users: dict[int, User] = {}
         self._seldom = Seldom()
         self._fetching = FETCH_ALL_SECONDS
+        self.idle_seconds = IDLE_SECONDS
 
     def needs_one(self, uid: int) -> bool:
         """Whether calls on that user's processes are made by a lane."""
@@ -599,7 +600,7 @@ class Lanes:
 
     async def end_if_idle(self, user: User) -> None:
         """End a lane that nobody needs any more, when it has nothing to do."""
-        await trio.sleep(IDLE_SECONDS)
+        await trio.sleep(self.idle_seconds)
         while not user.fars:
             if not (user.lane.is_late or user.lane.hung or user.lane.unclosed):
                 del self._users[user.uid]
@@ -607,5 +608,5 @@ class Lanes:
                 user.kept.append(user.zeros.withdraw())
                 user.unmap_kept()
                 return
-            await trio.sleep(IDLE_SECONDS)
+            await trio.sleep(self.idle_seconds)
         user.needed()

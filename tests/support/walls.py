@@ -219,10 +219,10 @@ def make_walls_fixture(
     def make(
         *arguments: str, config: str = "", launch: Callable[[Daemon], object] | None = None
     ) -> Walls:
+        # What an attack has left goes soon, and is waited for.
+        (directory / "config").write_text(f"idle_seconds = 0.5\n{config}")
         words = [f"--alignment={ALIGNMENT}", *userfaultfd_for_all(), *arguments]
-        if config:
-            (directory / "config").write_text(config)
-            words.append(f"--config={directory / 'config'}")
+        words.append(f"--config={directory / 'config'}")
         daemon = make_daemon(*words)
         made.append(Walls(daemon, programs, directory, launch or Daemon.launch))
         made[-1].started()
