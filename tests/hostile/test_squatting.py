@@ -55,8 +55,10 @@ def _full_directory(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
+    short = path.with_name(f"s{os.getpid()}")  # an address has 107 bytes
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(path))
+        sock.bind(str(short))
+    short.rename(path)
 
 
 KINDS: dict[str, Callable[[Path], object]] = {
