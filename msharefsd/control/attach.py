@@ -93,6 +93,11 @@ class Attaching:
             raise Refused(errno.ENOENT, "the region is gone")
         if region is not begun:
             raise Refused(errno.EINVAL, "one connection, one region: this one began with another")
+        if region.state is State.FILE and not region.linked:
+            if self._control.regions.is_going(region.id):
+                # As if there were no daemon: the library begins anew, by the name.
+                raise Refused(errno.ENOTCONN, "its name is being taken away: try again")
+            raise Refused(errno.ENOENT, "the region is gone")
         return region, writes(flags)
 
     # -- ATTACH --

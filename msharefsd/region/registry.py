@@ -59,6 +59,7 @@ class Regions:
         self._name_memory = name_memory
         self._make_backing = make_backing
         self._tell = tell
+        self._going: set[int] = set()
         self.board = board
         self._sharer_numbers = itertools.count(self.journal.next_sharer())
         self._by_id: dict[int, Region] = {}
@@ -92,7 +93,7 @@ class Regions:
                 record.mode,
                 record.uid,
                 record.gid,
-                linked=record.linked,
+                linked=record.linked and not self.is_going(record.id),
                 creator=record.creator,
             )
             self.adopt(region)
@@ -112,6 +113,8 @@ class Regions:
 
     def changed(self, record: NameRecord) -> None:
         """A name has changed; if it has gone, so does a region that nobody uses."""
+        if not record.linked:
+            self._going.discard(record.id)
         region = self._by_id.get(record.id)
         if region is not None:
             self.learn(record)
@@ -149,7 +152,15 @@ class Regions:
 
     def _unlink_soon(self, region: Region) -> None:
         region.linked = False
+        self._going.add(region.id)
         self._tell(Unlink(0, region.id))
+
+    def is_going(self, number: int) -> bool:
+        """Whether the front has been asked to take that name away, and may not have yet.
+
+        What it hands over meanwhile may be for a name that nobody will find.
+        """
+        return number in self._going
 
     # -- life --
 

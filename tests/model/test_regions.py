@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from msharefsd.errors import Refused
+from msharefsd.link.messages import Emptied, Gone, Unlink
 from msharefsd.mount.names import check_name
 from msharefsd.region.region import Region, Sharer, State
 
@@ -114,6 +115,25 @@ def test_a_donor_that_gives_up(regions: Both, backings: Backings, drop: bool) ->
     assert backings.open == set()
     assert region.state is (State.GONE if drop else State.FILE)
     assert (regions.find(b"r") is None) == drop
+
+
+def test_a_name_that_is_being_taken_away_is_given_to_nobody(
+    regions: Both, backings: Backings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the front hands over crosses with what it is asked to do."""
+    region = regions.create(b"r", 0o600, 0, 0)
+    regions.make(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=True)
+    record, told = region.record(), list[Emptied | Gone | Unlink]()
+    monkeypatch.setattr(regions, "_tell", told.append)
+    regions.abandon(region)
+    again = regions.learn(record)
+    assert regions.is_going(again.id)
+    assert not again.linked
+    for message in told:
+        regions._hear(message)
+    assert not regions.is_going(again.id)
+    assert regions.find(b"r") is None
+    assert backings.open == set()
 
 
 def test_a_name_that_was_removed_while_the_region_was_built(
