@@ -381,10 +381,12 @@ class Daemon:
         """Of all its processes, and of those threads that have a table of their own."""
         tables: set[tuple[int, frozenset[str]]] = set()
         for pid in self.processes():
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-                    table = frozenset(os.listdir(f"/proc/{pid}/task/{thread}/fd"))
-                    tables.add((pid, table))
+            gone = contextlib.suppress(FileNotFoundError, ProcessLookupError)
+            with gone:
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    with gone:
+                        table = frozenset(os.listdir(f"/proc/{pid}/task/{thread}/fd"))
+                        tables.add((pid, table))
         return sum(len(table) for _, table in tables)
 
     def has_open(self, file: Path) -> bool:
