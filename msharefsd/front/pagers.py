@@ -65,7 +65,6 @@ from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-"""How long a pager without memory and connections stays."""
 SILENT_SECONDS: Final = 30.0
 """After how long without an answer a pager is killed."""
 LOOK_SECONDS: Final = 2.0
@@ -475,7 +474,7 @@ class Pagers:
     def __init__(
         self, starter: Starter, names: Names, device: tuple[int, int], idle_seconds: float = 10.0
     ) -> None:
-        """`device`: of the mount."""
+        """`device`: of the mount; how long a pager stays without memory and connections."""
         self._device = device
         self._idle_seconds = idle_seconds
         self._starter = starter

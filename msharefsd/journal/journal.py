@@ -133,15 +133,6 @@ class Journal(Database):
         with self.at_any_rate():
             self._database.execute("DELETE FROM regions WHERE id = ?", (region,))
 
-    def empty_region(self, region: int) -> None:
-        """It has no objects any more."""
-        with self.transaction():
-            for table in ("objects", "clearing", "dirty", "watched", "put", "stashing"):
-                self._database.execute(
-                    f"DELETE FROM {table} WHERE region = ?",  # noqa: S608 - the names above
-                    (region,),
-                )
-
     def save_objects(
         self,
         region: int,

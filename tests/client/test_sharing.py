@@ -508,7 +508,7 @@ def test_du_and_ls_tell_the_memory(spawn: Spawn, daemon: Daemon) -> None:
     donate(client)
     assert (daemon.mount / "r").stat().st_blocks == 0
     client.ok("fill", BASE, SIZE, 1)
-    # It may be counted while it is made of huge pages.
+    # Who waits is woken by the kernel, and only then does the pager write down what has come.
     eventually(lambda: (daemon.mount / "r").stat().st_blocks * 512 == SIZE, "all is counted")
     eventually(lambda: int(daemon.field("r", "memory")) == SIZE, "all is told")
 
