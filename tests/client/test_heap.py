@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ALIGNMENT, SUPPORT, Daemon, compile_c, eventually
+from inside import root_fixture as _root_fixture  # noqa: F401 - of every test here
 from numpy.typing import NDArray
 
 import libmshare
@@ -42,15 +43,6 @@ def daemon_fixture() -> Iterator[Daemon]:
             made.check_log()
         finally:
             made.clean_up()
-
-
-@pytest.fixture(autouse=True)
-def root(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process is a client, too; it must have detached when a test is over."""
-    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
-    yield
-    gc.collect()
-    assert holding.held() == []
 
 
 @pytest.fixture(name="region")

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from bare import Bare
 from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
+from inside import root_fixture as _root_fixture  # noqa: F401 - of every test here
 from numpy.typing import NDArray
 
 import libmshare
@@ -31,15 +32,6 @@ from msharefsd.control.wire import Op
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
 Spawn = Callable[..., Client]
-
-
-@pytest.fixture(autouse=True)
-def root(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process is a client, too; it must have detached when a test is over."""
-    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
-    yield
-    gc.collect()
-    assert holding.held() == []
 
 
 @pytest.fixture(name="pool")

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gc
 import itertools
 import mmap
 import os
 import threading
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
+from inside import root_fixture as _root_fixture  # noqa: F401 - of every test here
 
 import libmshare
-from libmshare import Region, core, errors, holding
+from libmshare import Region, core, errors
 from msharefsd.mount import places
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
 Spawn = Callable[..., Client]
-
-
-@pytest.fixture(autouse=True)
-def root(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process is a client, too; it must have detached when a test is over."""
-    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
-    yield
-    gc.collect()
-    assert holding.held() == []
 
 
 def test_no_two_regions_meet(spawn: Spawn) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gc
 import mmap
 import multiprocessing
 import os
@@ -15,29 +14,21 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
+from inside import root_fixture as _root_fixture  # noqa: F401 - of every test here
 
 import libmshare
-from libmshare import Region, core, holding
+from libmshare import Region, core
 
 SIZE = 2 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
 Spawn = Callable[..., Client]
-
-
-@pytest.fixture(autouse=True)
-def root(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process is a client, too; it must have detached when a test is over."""
-    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
-    yield
-    gc.collect()
-    assert holding.held() == []
 
 
 def create(name: str = "r") -> Region:
