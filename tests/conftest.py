@@ -137,7 +137,7 @@ def _collect() -> Iterator[None]:
     gc.collect()
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 45.0) -> None:
     """Wait until something holds; the time limit is for defects only."""
     deadline = time.monotonic() + seconds
     while not condition():

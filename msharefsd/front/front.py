@@ -43,6 +43,7 @@ from msharefsd.life.selfcheck import SelfCheck
 from msharefsd.life.signals import Signals
 from msharefsd.linux import cgroups, features, priority
 from msharefsd.linux.mounts import Mount, top_mount
+from msharefsd.memory.hugetlb import HugetlbBacking
 from msharefsd.mount import graft, mounting
 from msharefsd.mount.asking import Asking
 from msharefsd.mount.controls import Controls
@@ -80,7 +81,9 @@ def run(config: Config, signals: Signals) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
         end = End()
-        stack.enter_context(huge_pages(config, found, directory))
+        pool = stack.enter_context(huge_pages(config, found, directory))
+        if pool and config.backing == HugetlbBacking.kind and pool.total() == 0:
+            log.warning("no huge pages are reserved: %s", pool.command())
         setting = Setting(config, found, directory, identified(directory))
         mains: dict[Kind, Main] = {
             Kind.PAGER: partial(pager_main, setting),

@@ -106,12 +106,12 @@ def raise_descriptor_limit() -> None:
 
 
 @contextlib.contextmanager
-def huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator[None]:
+def huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator[Pool | None]:
     """Where the hugetlb backing has its names, if there can be one.  Raises StartError."""
     if not found.hugetlb:
         if config.backing == HugetlbBacking.kind:
             raise StartError(LACKING["hugetlb"])
-        yield
+        yield None
         return
     pool = Pool(directory / "huge", config.huge_page_bytes)
     try:
@@ -119,9 +119,7 @@ def huge_pages(config: Config, found: Capabilities, directory: Path) -> Iterator
     except OSError as error:
         raise StartError(f"cannot mount hugetlbfs: {error}") from error
     try:
-        if config.backing == HugetlbBacking.kind and pool.total() == 0:
-            log.warning("no huge pages are reserved: %s", pool.command())
-        yield
+        yield pool
     finally:
         # What lies in it stays, and the next daemon finds it.
         if pool.empty():

@@ -71,6 +71,15 @@ def free_pages() -> int:
     return Pool(Path("/nowhere"), HUGE).free()
 
 
+def test_who_removes_everything_is_not_told_to_reserve_huge_pages(daemon: Daemon) -> None:
+    with no_free_huge_pages():
+        daemon.start()
+        assert "no huge pages are reserved" in daemon.log()
+        daemon.kill()
+        done = daemon.purge()
+    assert (done.returncode, "reserved" in done.stderr) == (0, False), done.stderr
+
+
 def test_without_any_huge_page_a_region_is_refused_with_the_command(
     daemon: Daemon, client_program: Path
 ) -> None:

@@ -39,7 +39,7 @@ _RESTS: Final = 4
 BOARD_BYTES: Final = _HEAD.size + len(Kind) * SAMPLES * 4
 ENOUGH: Final = {Kind.TOUCH: 100, Kind.CALL: 10, Kind.FORK: 3, Kind.STAT: 10, Kind.LIST: 3}
 """What she does in a fraction of a second, if nobody keeps her from it."""
-HANG_SECONDS: Final = float(os.environ.get("MSHARE_HANG_SECONDS", "20"))
+HANG_SECONDS: Final = float(os.environ.get("MSHARE_HANG_SECONDS", "45"))
 """No load explains that she does not get that far in this time."""
 
 
