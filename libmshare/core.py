@@ -90,6 +90,49 @@ class OpenRegion(ctypes.Structure):
     root: bytes
 
 
+class Apart(ctypes.Structure):
+    """struct mshare_apart of core/internal.h: a call that another thread makes.
+
+    It must stay as long as that thread needs it, and what it is about, too.
+    """
+
+    _fields_ = (
+        ("request", ctypes.POINTER(OpenRequest)),
+        ("region", ctypes.POINTER(OpenRegion)),
+        ("state", ctypes.c_int),
+        ("result", ctypes.c_int),
+        ("error", ctypes.c_int),
+        ("reason", ctypes.c_char * 96),
+        ("rest", ctypes.c_ulonglong * 48),  # more than the library's own takes anywhere
+    )
+    state: int
+    result: int
+    error: int
+    reason: bytes
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it runs, or did."""
+        return self.state != 0
+
+    def make(self) -> None:
+        """Make it here; `check()` says what came of it."""
+        _library.mshare_apart_make(ctypes.byref(self))
+
+    def begin(self) -> bool:
+        """Whether there is a thread that makes it."""
+        return bool(_library.mshare_apart_begin(ctypes.byref(self)) == 0)
+
+    def wait(self, milliseconds: int) -> bool:
+        """Whether it is over; after so long, and when a signal has come, it may not be."""
+        return bool(_library.mshare_apart_wait(ctypes.byref(self), milliseconds) == 0)
+
+    def check(self, name: str) -> None:
+        """Raise what it has failed with, if it is over and has."""
+        if self.result != 0:
+            raise _error(self.error, os.fsdecode(self.reason), name)
+
+
 class _HeapInfo(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_ulonglong),
@@ -126,6 +169,10 @@ _library.mshare_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_i
 _library.mshare_open.argtypes = [ctypes.POINTER(OpenRequest), ctypes.POINTER(OpenRegion)]
 _library.mshare_close.argtypes = [ctypes.POINTER(OpenRegion)]
 _library.mshare_forget_name.argtypes = [ctypes.POINTER(OpenRegion)]
+_library.mshare_apart_begin.argtypes = [ctypes.POINTER(Apart)]
+_library.mshare_apart_make.argtypes = [ctypes.POINTER(Apart)]
+_library.mshare_apart_make.restype = None
+_library.mshare_apart_wait.argtypes = [ctypes.POINTER(Apart), ctypes.c_int]
 _library.mshare_heap.argtypes = [ctypes.POINTER(OpenRegion)]
 _library.mshare_alloc.argtypes = [
     ctypes.POINTER(OpenRegion),
@@ -230,8 +277,10 @@ def _check(result: int, name: str) -> None:
 
 def _failure(name: str | None) -> OSError:
     """What the last call's errno stands for."""
-    code = ctypes.get_errno()
-    reason = os.fsdecode(_library.mshare_reason())
+    return _error(ctypes.get_errno(), os.fsdecode(_library.mshare_reason()), name)
+
+
+def _error(code: int, reason: str, name: str | None) -> OSError:
     if code == errno.ENOENT and not _is_mounted():
         return errors.NotMounted(code, errors.not_mounted(os.environ.get("MSHARE_ROOT")), name)
     return errors.of(code, reason, name)
@@ -245,18 +294,14 @@ def _is_mounted() -> bool:
     return True
 
 
-def mshare_open(request: OpenRequest, region: OpenRegion, name: str) -> None:
-    """Attach or create, and hold; *region* says what, and that it is held, before this returns.
-
-    `name` is what errors call it.  Raises OSError (errors.py) with the errno that mshare(3)
-    lists.
-    """
-    _check(_library.mshare_open(ctypes.byref(request), ctypes.byref(region)), name)
+def opening(request: OpenRequest, region: OpenRegion) -> Apart:
+    """mshare_open(): attach or create, and hold; *region* says that before it is over."""
+    return Apart(ctypes.pointer(request), ctypes.pointer(region))
 
 
-def mshare_close(region: OpenRegion) -> None:
-    """Hold it no longer; what is not held does no harm.  Raises OSError."""
-    _check(_library.mshare_close(ctypes.byref(region)), "")
+def closing(region: OpenRegion) -> Apart:
+    """mshare_close(): hold it no longer; what is not held does no harm."""
+    return Apart(None, ctypes.pointer(region))
 
 
 def mshare_forget_name(region: OpenRegion, name: str) -> None:

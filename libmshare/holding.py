@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from typing import Final
 
 from libmshare import core, waiting
 
@@ -48,18 +49,25 @@ _holds: dict[int, Hold] = {}
 """By the hold's id(); one whose owner is dead is to be given back."""
 
 
+_LETTING_GO: Final = 10.0
+"""How long who lets go of a region waits for a daemon that does not answer (seconds)."""
+
+
 def _close(key: int, hold: Hold) -> None:
     # Called twice, it does nothing the second time; and it is unmapped whatever it says.
-    with contextlib.suppress(OSError):
-        core.mshare_close(hold.region)
+    waiting.apart(core.closing(hold.region), _nothing, hold, _LETTING_GO)
     _holds.pop(key, None)
+
+
+def _nothing() -> None:
+    """What is closed is closed."""
 
 
 def _give_back() -> None:
     for key in list(_holds):  # (of items() it would make tuples, and collect garbage meanwhile)
         hold = _holds.get(key)
         if hold is not None and hold() is None:
-            waiting.shortly(partial(_close, key, hold))
+            _close(key, hold)
 
 
 class _Here(threading.local):
@@ -89,13 +97,6 @@ def letting_go() -> Iterator[None]:
     _give_back()
 
 
-def _open(owner: _Owner, request: core.OpenRequest, region: core.OpenRegion, name: str) -> Memory:
-    core.mshare_open(request, region, name)
-    memory = (ctypes.c_ubyte * region.length).from_address(region.start)
-    memory.owner = owner  # type: ignore[attr-defined] # every buffer of it keeps it
-    return memory
-
-
 def _unmake(region: core.OpenRegion, name: str) -> None:
     if region.created:
         with contextlib.suppress(OSError):
@@ -112,15 +113,18 @@ def open_region(request: core.OpenRequest, name: str) -> tuple[Hold, Memory]:
     hold = Hold(owner, _dropped)
     hold.name, hold.region = name, region
     _holds[id(hold)] = hold
-    call = partial(_open, owner, request, region, name)
-    del owner  # the call has it, and then the memory
     try:
-        return hold, waiting.interruptible(call, partial(_unmake, region, name))
+        call = core.opening(request, region)
+        waiting.apart(call, partial(_unmake, region, name), (owner, hold))
+        call.check(name)
+        memory: Memory = (ctypes.c_ubyte * region.length).from_address(region.start)
+        memory.owner = owner  # type: ignore[attr-defined] # every buffer of it keeps it
     except BaseException:
         _unmake(region, name)
         raise
     finally:
-        del call
+        del owner  # the memory has it
+    return hold, memory
 
 
 def holding(low: int, high: int) -> tuple[Hold, _Owner] | None:

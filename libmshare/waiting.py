@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import contextlib
 import errno
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from libmshare import errors
 
@@ -20,10 +22,11 @@ _T = TypeVar("_T")
 
 SLICE: Final = 0.05
 """The longest wait in one piece, in seconds."""
-_LETTING_GO: Final = 10.0
-"""How long who lets go of a region waits for a daemon that does not answer (seconds)."""
+_SLICE_MS: Final = round(SLICE * 1000)
 _UNDOING: Final = 0.5
 """How long a handler's error waits until what it ended is undone (seconds)."""
+_LONG: Final = 60_000
+"""As long as need be, in milliseconds."""
 PATIENCE: Final = 60.0
 """How long a call waits for others that are in a heap, which takes microseconds (seconds)."""
 
@@ -125,10 +128,110 @@ def interruptible(function: Callable[[], _T], undo: Callable[[], object] = lambd
     return call.result.pop()  # type: ignore[return-value] # what the function returned
 
 
-def shortly(function: Callable[[], object]) -> None:
-    """Call it, and if it takes long, let it go on by itself.  What it raises is lost."""
-    call = _start(function, lambda: None)
-    if call is None:
-        function()
-    else:
-        call.wait(_LETTING_GO)
+# -- calls of the C library --
+
+
+class Call(Protocol):
+    """One, which a thread of the library makes: core.Apart.  That costs less than one of ours."""
+
+    @property
+    def result(self) -> int:
+        """0 if it has succeeded."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it runs, or did."""
+
+    def make(self) -> None:
+        """Make it here."""
+
+    def begin(self) -> bool:
+        """Have it made; False if there is no thread for it."""
+
+    def wait(self, milliseconds: int) -> bool:
+        """Whether it is over, after so long at most; sooner if a signal has come."""
+
+
+class _Waiter:
+    """Lives as long as somebody waits for a call."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Running(weakref.ref[_Waiter]):
+    """A call, what undoes it, and what must live as long as it runs.
+
+    Whatever ends its waiter, between whichever two instructions: it is taken care of.
+    """
+
+    __slots__ = ("call", "keeps", "over", "undo")
+    call: Call
+    keeps: object
+    over: _thread.LockType
+    """Released when what nobody waits for is undone."""
+    undo: Callable[[], object]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+_running: dict[int, _Running] = {}
+
+
+def _left(running: _Running) -> None:
+    """Its waiter is gone; unless that was told of the end, somebody else has to wait."""
+    if _running.pop(id(running), None) is None:
+        return
+    if running.call.has_begun:
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            _thread.start_new_thread(_finish, (running,))
+
+
+def _finish(running: _Running) -> None:
+    while not running.call.wait(_LONG):
+        pass
+    if running.call.result == 0:
+        running.undo()
+    running.keeps = None
+    running.over.release()
+
+
+def apart(
+    call: Call,
+    undo: Callable[[], object],
+    keeps: object,
+    seconds: float | None = None,
+) -> None:
+    """Have the call made; a signal handler may raise something before it is over.
+
+    In that case it is undone, by itself if that takes long.  `keeps` is kept until it is over.
+    After so many `seconds` nobody waits any more, as if something had been raised.
+    """
+    if _Interpreter.ends or threading.current_thread() is not threading.main_thread():
+        call.make()
+        return
+    waiter, running = _Waiter(), None
+    try:
+        running = _Running(waiter, _left)
+        running.call, running.undo, running.keeps = call, undo, keeps
+        running.over = _thread.allocate_lock()
+        running.over.acquire()
+        _running[id(running)] = running
+        if call.begin():
+            deadline = None if seconds is None else time.monotonic() + seconds
+            while not call.wait(_SLICE_MS):
+                if deadline is not None and time.monotonic() > deadline:
+                    return
+            _running.pop(id(running), None)
+        else:
+            _running.pop(id(running), None)
+            call.make()
+    except BaseException:
+        # Now, and not when the last has died that keeps this frame: the traceback does.
+        del waiter
+        if running is not None and call.has_begun:
+            running.over.acquire(timeout=_UNDOING)
+        raise

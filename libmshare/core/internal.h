@@ -11,6 +11,8 @@
 
 #include <limits.h>
 #include <pthread.h>
+#include <sched.h>
+#include <semaphore.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -94,6 +96,30 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 		    struct mshare_wire_reply *reply, int *reply_fd);
 /* Whether a note has come: 1, or 0, or CONNECTION_LOST. */
 int connection_noted(int connection);
+
+/* apart.c: for the Python package, which has the same struct (core.py). */
+enum { APART_NEVER, APART_RUNS, APART_DONE };
+struct mshare_apart {
+	const struct mshare_request *request; /* mshare_open(), or mshare_close() without */
+	struct mshare_region *region;
+	int state;
+	int result;
+	int error; /* errno */
+	char reason[sizeof((struct mshare_wire_reply *)0)->message];
+	bool here; /* the thread begins on one processor */
+	cpu_set_t allowed;
+	pthread_t thread;
+	sem_t done;
+};
+/* Have a thread make the call; -1 if there is none to be had (EAGAIN). */
+int mshare_apart_begin(struct mshare_apart *apart);
+/* Make it here. */
+void mshare_apart_make(struct mshare_apart *apart);
+/*
+ * 1 if the call goes on, after so many milliseconds, or because a signal has come; else 0.
+ * By one thread at a time.
+ */
+int mshare_apart_wait(struct mshare_apart *apart, int milliseconds);
 
 /* waiting.c */
 /* For one call of a program, however many daemons die in it; begins as zeros. */
