@@ -22,7 +22,11 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 SLICE_SECONDS: Final = 0.002
-"""How long one user goes on while others may wait (processor time of the thread)."""
+"""How long one user goes on while others may wait.
+
+Time as it passes: to ask for the thread's own would be a system call at each step.  Whose step
+loses the processor meanwhile stands in line for it once.
+"""
 
 
 class _Turn:
@@ -38,10 +42,10 @@ class _Turn:
     async def __aenter__(self) -> None:
         if not self._turns.may_begin(self._uid):
             await self._turns.wait(self._uid)
-        self._since = time.thread_time()
+        self._since = time.perf_counter()
 
     async def __aexit__(self, *_: object) -> None:
-        self._turns.spent(self._uid, time.thread_time() - self._since)
+        self._turns.spent(self._uid, time.perf_counter() - self._since)
 
 
 @coroutine
@@ -52,14 +56,14 @@ def _stepwise(
     answer: object = None
     failure: BaseException | None = None
     while True:
-        since = time.thread_time()
+        since = time.perf_counter()
         try:
             question = work.send(answer) if failure is None else work.throw(failure)
         except StopIteration as end:
             result: R = end.value
             return result
         finally:
-            spent(time.thread_time() - since)
+            spent(time.perf_counter() - since)
         answer = failure = None
         try:
             answer = yield question
@@ -83,11 +87,11 @@ class Turns:
     @contextlib.contextmanager
     def counted(self, uid: int) -> Iterator[None]:
         """As `turn`, for who has found out that it may begin."""
-        since = time.thread_time()
+        since = time.perf_counter()
         try:
             yield
         finally:
-            self.spent(uid, time.thread_time() - since)
+            self.spent(uid, time.perf_counter() - since)
 
     async def work(
         self,
@@ -95,7 +99,7 @@ class Turns:
         function: Callable[[*Ts], Coroutine[object, object, R]],
         *args: *Ts,
     ) -> R:
-        """Await `function(*args)` when it is the user's turn; all its processor time counts.
+        """Await `function(*args)` when it is the user's turn; all its time counts.
 
         It may await: others' time is not counted.
         """
