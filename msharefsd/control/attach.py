@@ -62,9 +62,8 @@ def _code(error: OSError) -> int:
 class Attaching:
     """The calls by which a connection becomes a sharer."""
 
-    def __init__(self, state: Sharing, details: bytes) -> None:
+    def __init__(self, state: Sharing) -> None:
         self._state = state
-        self._details = details
         self._control = state.control
         self._peer = state.peer
 
@@ -191,7 +190,7 @@ class Attaching:
             flags=flags,
             start=region.start,
             size=region.size,
-            details=self._details,
+            details=wire.DETAILS.pack(region.length, region.identity),
         )
         return reply, fd
 

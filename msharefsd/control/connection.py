@@ -9,8 +9,8 @@ Unless it is we who end.  A client whose pager has died connects to the next one
 which attachment it goes on with (REJOIN), and makes its call again.  A call that must
 not be done twice has a number, and the number of the last one that was done is known.
 
-What came with the connection is which region its first message proves a right to; the
-front has looked at that message and left it in the socket (front/router.py).
+What comes with the connection is which region its first message proves a right to; somebody
+has looked at that message and left it in the socket (pager/accepting.py, front/router.py).
 """
 
 from __future__ import annotations
@@ -54,20 +54,15 @@ _NUMBERED = frozenset({Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.DISCARD, Op.COMMIT})
 
 
 class Connection:
-    """A connection that the front has handed over."""
+    """A connection, and what it is about."""
 
-    def __init__(
-        self, control: Control, sock: socket.socket, region: Region | None, details: bytes
-    ) -> None:
-        """`sock` is taken over; `details` are for who attaches the region (wire.py).
-
-        Raises OSError when there is no room for a pidfd.
-        """
+    def __init__(self, control: Control, sock: socket.socket, region: Region | None) -> None:
+        """`sock` is taken over.  Raises OSError when there is no room for a pidfd."""
         self._control = control
         self._sock = sock
         self._peer = peer_of(sock)
         self._state = Sharing(control, self._peer, region, self._send_note)
-        self._attaching = Attaching(self._state, details)
+        self._attaching = Attaching(self._state)
         self._calls = Calls(self._state)
         self._noted = False
         self._is_far = control.pages.lanes.needs_one(self._peer.uid)

@@ -30,7 +30,7 @@ class Front(Protocol):
     """What a connection needs of the front; both return when it is written down there."""
 
     async def established(self, region: Region) -> None:
-        """A name has its range and memory."""
+        """A name has its range and memory.  Raises Refused if it is another user's now."""
 
     async def unlink(self, region: Region) -> None:
         """Its last sharer wants the name to go."""
@@ -90,7 +90,7 @@ class Control:
         if device != self.mount_device:
             return self.regions.of_backing(*device, identity.inode)
         number = region_of_file(identity.inode)
-        return None if number is None else self.regions.with_id(number)
+        return None if number is None else self.regions.named(number)
 
     def is_of_region(self, identity: syscalls.FileIdentity) -> bool:
         """Whether it is the file of a region, which may be gone by now."""

@@ -22,7 +22,6 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from msharefsd.barriers import barrier
 from msharefsd.config import Config
 from msharefsd.errors import StartError
-from msharefsd.front import lookers
 from msharefsd.front.ending import Ending, rest, sentence, what_is_kept
 from msharefsd.front.pagers import Pager, Pagers, adopt, homes
 from msharefsd.front.router import Router
@@ -35,7 +34,7 @@ from msharefsd.front.setting_up import (
     open_root,
     raise_descriptor_limit,
 )
-from msharefsd.front.starter import Kind, Main, Starter
+from msharefsd.front.starter import Starter
 from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
@@ -85,11 +84,7 @@ def run(config: Config, signals: Signals) -> None:
         if pool and config.backing == HugetlbBacking.kind and pool.total() == 0:
             log.warning("no huge pages are reserved: %s", pool.command())
         setting = Setting(config, found, directory, identified(directory))
-        mains: dict[Kind, Main] = {
-            Kind.PAGER: partial(pager_main, setting),
-            Kind.LOOKER: lookers.main,
-        }
-        starter = Starter(mains, cgroups.delegated())
+        starter = Starter(partial(pager_main, setting), cgroups.delegated())
         stack.callback(starter.close)
         journal = NamesJournal(directory)
         end.empty = not journal.names()
@@ -140,8 +135,7 @@ class _Front:
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
         pagers = asked.pagers = Pagers(self.starter, names, mount.device, config.idle_seconds)
-        looking = lookers.Lookers(self.starter)
-        router = Router(names, pagers, limits, turns, mount.device, looking)
+        router = Router(names, pagers, limits, turns, mount.device)
         async with trio.open_nursery() as pagers_nursery:
             await pagers_nursery.start(pagers.run)
             with contextlib.ExitStack() as serving:

@@ -26,7 +26,6 @@ from typing import Final
 
 import trio
 
-from msharefsd.control.wire import DETAILS
 from msharefsd.errors import Refused, StartError, StateError, leaves
 from msharefsd.front.starter import Starter
 from msharefsd.link import board
@@ -43,11 +42,14 @@ from msharefsd.link.messages import (
     Ended,
     Established,
     Extent,
+    Forward,
     FromPager,
     Go,
     Gone,
     Held,
     Kind,
+    Listen,
+    Moved,
     Question,
     Ready,
     Stop,
@@ -91,6 +93,12 @@ class _Handed:
     name: Name | None
     over: Callable[[], None]
     refused: Refused | None = None
+    look: bool = False
+
+
+Forwarded = Callable[[socket.socket, "Forward"], None]
+"""Take a connection that a pager has passed on."""
+_News = Changed | Done | Go | Listen | Moved
 
 
 @dataclass(eq=False, slots=True)
@@ -106,10 +114,21 @@ class _Asked:
 class Pager:
     """One pager."""
 
-    def __init__(self, uid: int, names: Names, device: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        uid: int,
+        names: Names,
+        device: tuple[int, int],
+        forwarded: Forwarded = lambda sock, _: sock.close(),
+    ) -> None:
         self.uid = uid
         self._device = device
+        self._forwarded = forwarded
         self.state = State.STARTING
+        self._begun = False
+        """Whether it has been sent the names that there were: nothing may come before."""
+        self.listens = False
+        """Whether it accepts its user's connections."""
         self.pid = 0
         self.pidfd = -1
         self.ready = trio.Event()
@@ -126,7 +145,8 @@ class Pager:
         self._connections: dict[int, _Handed] = {}
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
-        self._outgoing: deque[Changed | Done | Go] = deque()
+        self._served = 0
+        self._outgoing: deque[tuple[_News, tuple[int, ...]]] = deque()
         self._work = trio.Event()
         self._gave = trio.Event()
         self.extents: set[int] = set()
@@ -143,6 +163,7 @@ class Pager:
                 self.pid, self.pidfd = await starter.start(self.uid, theirs)
             log.debug("pager of user %d: process %d", self.uid, self.pid)
             await self._begin()
+            self._begun = True
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send_changes)
                 nursery.start_soon(self._say_go)
@@ -216,7 +237,12 @@ class Pager:
     @property
     def idle(self) -> bool:
         """Whether it has nothing to do and nothing to keep."""
-        return not self._connections and not self.extents and self.state is State.READY
+        if self._connections or self.extents or self.state is not State.READY:
+            return False
+        there, ever = (0, 0) if self._board is None else self._board.connections()
+        if ever != self._served:
+            self._served, self.used = ever, trio.current_time()
+        return there == 0
 
     # -- what it says --
 
@@ -235,12 +261,16 @@ class Pager:
                     os.close(fd)
             await breath.take()
 
-    def _heard(self, message: FromPager, fds: list[int]) -> None:  # noqa: C901 - a case each
+    def _heard(  # noqa: C901, PLR0912 - a case each
+        self, message: FromPager, fds: list[int]
+    ) -> None:
         match message:
             case Ready():
                 self._is_ready(message)
             case Held():
                 self.failed = message
+            case Forward():
+                self._forward(message, fds)
             case Ended():
                 for number in message.numbers:
                     handed = self._connections.pop(number, None)
@@ -265,20 +295,32 @@ class Pager:
 
     def _is_its(self, number: int) -> bool:
         name = self._names.with_id(number)
-        if name is not None and name.home != self.uid:
+        if name is None or name.home == self.uid:
+            return name is not None
+        if name.size:
             raise ChannelError(f"speaks of a region of user {name.home}")
-        return name is not None
+        return False  # chown(2), which it has not heard of
+
+    def _forward(self, message: Forward, fds: list[int]) -> None:
+        error = 0 if fds else errno.EMFILE
+        if fds:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds.pop())
+            sock.setblocking(False)
+            self._forwarded(sock, message)
+        self.tell(Done(message.number, error))
 
     def _is_ready(self, message: Ready) -> None:
         for extent in message.extents:
             if self._names.with_id(extent.id) is None:
-                if self._names.recover(extent, self.uid) is None:
+                name = self._names.recover(extent, self.uid)
+                if name is None:
                     continue
                 log.warning(
                     "region %d of user %d was in no list of names: it has its name again",
                     extent.id,
                     self.uid,
                 )
+                self.tell(Changed(name.record()))
             if self._is_its(extent.id):
                 self._has_memory(extent)
         if message.last:
@@ -297,8 +339,9 @@ class Pager:
         self._names.established(extent)
 
     def _established(self, message: Established) -> None:
-        error = 0
+        error = errno.ENOTCONN
         if self._is_its(message.extent.id):
+            error = 0
             try:
                 self._has_memory(message.extent)
             except Refused as refused:
@@ -319,15 +362,15 @@ class Pager:
 
     # -- what it is told --
 
-    def tell(self, message: Changed | Done | Go) -> None:
-        """Send it when it can be sent; nobody waits."""
+    def tell(self, message: _News, *fds: int) -> None:
+        """Send it when it can be sent; nobody waits.  Descriptors have to stay open."""
         if self.state is State.GONE or self._channel is None:
             return
-        if not self._outgoing:
+        if self._begun and not self._outgoing:
             with contextlib.suppress(OSError):
-                if self._channel.send_now(message):
+                if self._channel.send_now(message, fds):
                     return
-        self._outgoing.append(message)
+        self._outgoing.append((message, fds))
         self._work.set()
 
     async def _send_changes(self) -> None:
@@ -337,21 +380,25 @@ class Pager:
             self._work = trio.Event()
             while self._outgoing:
                 try:
-                    await self._channel.send(self._outgoing[0])
+                    await self._channel.send(*self._outgoing[0])
                 except OSError:
                     return  # it has ended, which _listen() sees
                 self._outgoing.popleft()
 
+    def listen(self, listener: socket.socket) -> None:
+        """Have it accept from that socket, if it is ready and does not yet."""
+        if self.state is State.READY and not self.listens:
+            self.listens = True
+            self.tell(Listen(), listener.fileno())
+
     def _message(self, handed: _Handed) -> Connection:
         number = next(self._numbers)
-        name, record, details = handed.name, None, b""
-        if name is not None:
-            record, details = name.record(), DETAILS.pack(name.length, name.identity)
+        record = None if handed.name is None else handed.name.record()
         code, reason = 0, ""
         if handed.refused is not None:
             code, reason = handed.refused.code, handed.refused.message
         self._connections[number] = handed
-        return Connection(number, record, code, reason, details)
+        return Connection(number, record, code, reason, handed.look)
 
     def serve_now(self, handed: _Handed) -> bool:
         """As `serve`, if that is possible at once; else False, and the connection is ours."""
@@ -485,9 +532,13 @@ class Pagers:
         self._stopping = False
         self.adopting = False
         """Whether somebody takes over what was left, and says what comes of it."""
+        self._listeners: dict[int, socket.socket] = {}
+        self.forwarded: Forwarded = lambda sock, _: sock.close()
+        """Told of connections that a pager has passed on."""
         self.departed: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         """What pagers had counted that have ended."""
         names.changed = self._changed
+        names.moved = self._moved
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look after them, forever."""
@@ -529,9 +580,36 @@ class Pagers:
         pager = self._pagers.get(uid)
         if pager is None or pager.state is State.GONE:
             assert self._nursery is not None, "run() is not running"
-            pager = self._pagers[uid] = Pager(uid, self._names, self._device)
+            pager = self._pagers[uid] = Pager(uid, self._names, self._device, self._forwarded)
             self._nursery.start_soon(self._run, pager)
+            self._nursery.start_soon(self._give_listener, pager)
         return pager
+
+    async def listen(self, uid: int, listener: socket.socket) -> None:
+        """Have a user's pager accept from that socket; forever.
+
+        Who connects waits in its line until there is a pager.  Each gets it when it is ready
+        and accepts as long as it lives, and nobody else does.
+        """
+        self._listeners[uid] = listener
+        try:
+            lives = self._pagers.get(uid)
+            if lives is not None:
+                lives.listen(listener)
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                pager = self.start(uid)
+                await pager.gone.wait()
+                if not pager.listens:
+                    await trio.sleep(AGAIN_SECONDS)
+        finally:
+            del self._listeners[uid]
+
+    async def _give_listener(self, pager: Pager) -> None:
+        await pager.ready.wait()
+        listener = self._listeners.get(pager.uid)
+        if listener is not None:
+            pager.listen(listener)
 
     async def _run(self, pager: Pager) -> None:
         try:
@@ -566,22 +644,42 @@ class Pagers:
             # Nobody has ever had memory for it.
             self._names.gone(name.id)
 
+    def _forwarded(self, sock: socket.socket, message: Forward) -> None:
+        self.forwarded(sock, message)
+
+    def _moved(self, name: Name, home: int) -> None:
+        pager = self._pagers.get(home)
+        if pager is not None:
+            pager.tell(Moved(name.id))
+
     async def hand_over(
-        self, sock: socket.socket, home: int, name: Name | None, over: Callable[[], None]
+        self,
+        sock: socket.socket,
+        home: int,
+        name: Name | None,
+        over: Callable[[], None],
+        *,
+        look: bool = False,
     ) -> None:
         """Have a user's pager serve a connection; `over` is called when it ends.
 
-        Waits for a pager that starts, or that cannot start yet: that user's clients wait,
-        and nobody else.
+        With `look` it sees for itself what the connection is about.  Waits for a pager that
+        starts, or that cannot start yet: that user's clients wait, and nobody else.
         """
-        await self._serve(home, _Handed(sock, name, over))
+        await self._serve(home, _Handed(sock, name, over, look=look))
 
     def hand_over_now(
-        self, sock: socket.socket, home: int, name: Name | None, over: Callable[[], None]
+        self,
+        sock: socket.socket,
+        home: int,
+        name: Name | None,
+        over: Callable[[], None],
+        *,
+        look: bool = False,
     ) -> bool:
         """As `hand_over`, if nothing has to be waited for; else False, and nothing is done."""
         pager = self._pagers.get(home)
-        return pager is not None and pager.serve_now(_Handed(sock, name, over))
+        return pager is not None and pager.serve_now(_Handed(sock, name, over, look=look))
 
     async def _serve(self, uid: int, handed: _Handed) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""How much memory each region holds, and how many have it: for the front to see.
+"""How much memory each region holds, how many have it, and who connects: for the front to see.
 
 Every open(2) and stat(2) of a region's file shows it, and asking a pager for each would cost
 as much as all the rest.  So a pager writes it down in memory that both have mapped, whenever
@@ -18,7 +18,9 @@ from typing import Final
 
 SLOTS: Final = 1 << 16
 _NUMBERS: Final = 2
-_BYTES: Final = 8 * _NUMBERS
+_SERVED: Final = SLOTS * _NUMBERS
+"""After the slots: connections that there are, and those that there ever were."""
+_SIZE: Final = 8 * (_SERVED + 2)
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 NOWHERE: Final = -1
 
@@ -27,7 +29,7 @@ def make() -> int:
     """A descriptor of a board's memory.  Raises OSError."""
     fd = os.memfd_create("msharefsd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, SLOTS * _BYTES)
+        os.ftruncate(fd, _SIZE)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except OSError:
         os.close(fd)
@@ -40,7 +42,7 @@ class Board:
 
     def __init__(self, fd: int) -> None:
         """`fd` stays the caller's.  Raises OSError."""
-        self._memory = mmap.mmap(fd, SLOTS * _BYTES)
+        self._memory = mmap.mmap(fd, _SIZE)
         self._slots = memoryview(self._memory).cast("Q")
         self._next = 0
         self._free: list[int] = []
@@ -78,6 +80,15 @@ class Board:
     def sharers(self, slot: int) -> int:
         """As `get`, of sharers."""
         return self._slots[slot * _NUMBERS + 1] if 0 <= slot < SLOTS else 0
+
+    def connected(self, by: int) -> None:
+        """A client has connected (1), or is done (-1)."""
+        self._slots[_SERVED] += by
+        self._slots[_SERVED + 1] += max(by, 0)
+
+    def connections(self) -> tuple[int, int]:
+        """How many there are of those that the pager has accepted, and how many there were."""
+        return self._slots[_SERVED], self._slots[_SERVED + 1]
 
     def close(self) -> None:
         """Let go of it."""

@@ -13,7 +13,9 @@ happened.  Where one has to wait for the other the message has a number, and `Do
                  front                                     pager
     Begin (names), ...   ------------------------------->        first of all
                          <-------------------------------   Ready (what has memory)
-    Connection + fd, Go  ------------------------------->        a client to serve
+    Listen + fd          ------------------------------->        its user's clients
+                         <-------------------------------   Forward + fd
+    Connection + fd, Go  ------------------------------->        another client to serve
                          <-------------------------------   Ended
     Changed              ------------------------------->        chmod, chown, unlink
     Question             ------------------------------->
@@ -58,6 +60,10 @@ class NameRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
     linked: bool
     creator: int
     """The process that made the file; 0 if that is not known."""
+    length: int
+    """How much of it its creator wanted, in bytes, if they left its place to us; else 0."""
+    identity: bytes
+    """What no other region has; b"" if that is not known."""
 
 
 class Extent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -91,20 +97,25 @@ class Begin(_Message, frozen=True):
     device: tuple[int, int]
 
 
+class Listen(_Message, frozen=True):
+    """The user's own control socket (the descriptor): accept from it, as long as you live."""
+
+
 class Connection(_Message, frozen=True):
     """A client's connection (the descriptor), whose first message is still in it.
 
-    `name`: what that message proves a right to, if anything.  `error`, `reason`: why it
-    is turned down, if it is.  It may be used at once, and closed when the next message has
-    come: the front has closed its own descriptor then, so the last close is never the front's.
+    `name`: what that message proves a right to, if anything; with `look` nobody knows yet,
+    and the pager is to see, as if it had accepted the connection itself.  `error`, `reason`:
+    why it is turned down, if it is.  It may be used at once, and closed when the next message
+    has come: the front has closed its own descriptor then, so the last close is never the
+    front's.
     """
 
     number: int
     name: NameRecord | None
     error: int = 0
     reason: str = ""
-    details: bytes = b""
-    """What the answer to ATTACH says of the region (control/wire.py)."""
+    look: bool = False
 
 
 class Go(_Message, frozen=True):
@@ -116,9 +127,15 @@ class Go(_Message, frozen=True):
 
 
 class Changed(_Message, frozen=True):
-    """A name is not what it was: chmod(2), chown(2), unlink(2)."""
+    """A name is new, or not what it was: chmod(2), chown(2), unlink(2)."""
 
     name: NameRecord
+
+
+class Moved(_Message, frozen=True):
+    """A name without memory is another user's now, and another pager's."""
+
+    id: int
 
 
 class Question(_Message, frozen=True):
@@ -148,7 +165,7 @@ class Done(_Message, frozen=True):
     error: int = 0
 
 
-FromFront = Begin | Connection | Go | Changed | Question | Stop | Done
+FromFront = Begin | Listen | Connection | Go | Changed | Moved | Question | Stop | Done
 
 
 # -- from a pager --
@@ -169,8 +186,23 @@ class Held(_Message, frozen=True):
     """Whether it makes no sense to try again."""
 
 
+class Forward(_Message, frozen=True):
+    """A connection (the descriptor) that is for another pager, or that the front knows better.
+
+    Its first message is still in it, and begins with a descriptor of the file with these
+    numbers; `looked` is False if nobody has looked, since it is another user's.  The sender
+    keeps its own descriptor until Done has come: the last close is never the front's.
+    """
+
+    number: int
+    looked: bool
+    major: int = 0
+    minor: int = 0
+    inode: int = 0
+
+
 class Ended(_Message, frozen=True):
-    """Connections have ended."""
+    """Connections that were handed over have ended."""
 
     numbers: list[int]
 
@@ -211,4 +243,4 @@ class Answer(_Message, frozen=True):
     size: int = 0
 
 
-FromPager = Ready | Held | Ended | Established | Emptied | Unlink | Gone | Answer
+FromPager = Ready | Held | Forward | Ended | Established | Emptied | Unlink | Gone | Answer

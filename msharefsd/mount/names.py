@@ -109,7 +109,15 @@ class Name:
     def record(self) -> NameRecord:
         """What the pager has to know."""
         return NameRecord(
-            self.id, self.name, self.mode, self.uid, self.gid, self.linked, self.creator
+            self.id,
+            self.name,
+            self.mode,
+            self.uid,
+            self.gid,
+            self.linked,
+            self.creator,
+            self.length,
+            self.identity,
         )
 
 
@@ -171,7 +179,9 @@ class Names:
         self._by_identity: dict[bytes, Name] = {}
         self._by_backing: dict[tuple[int, int, int], Name] = {}
         self.changed: Callable[[Name], None] = lambda _: None
-        """Told when a name has changed in a way that concerns its pager."""
+        """Told when a name is new, or has changed in a way that concerns its pager."""
+        self.moved: Callable[[Name, int], None] = lambda _name, _home: None
+        """Told when a name without memory has another pager, and whose it was."""
         for row in self._journal.names():
             self._add(_from_row(row))
 
@@ -240,18 +250,21 @@ class Names:
         )
         self._journal.save(_row(made))
         self._add(made)
+        self.changed(made)
         return made
 
     def change(self, name: Name, **fields: int) -> None:
         """chmod, chown, utimes.  Raises Refused, and nothing is changed."""
-        before = {key: getattr(name, key) for key in fields}
+        before, home = {key: getattr(name, key) for key in fields}, name.home
         self._set(name, fields)
         try:
             self._journal.save(_row(name))
         except Refused:
             self._set(name, before)
             raise
-        if not fields.keys() <= {"atime_ns", "mtime_ns", "ctime_ns", "length"}:
+        if name.home != home:
+            self.moved(name, home)
+        if not fields.keys() <= {"atime_ns", "mtime_ns", "ctime_ns"}:
             self.changed(name)
 
     def _set(self, name: Name, fields: dict[str, int]) -> None:
@@ -312,6 +325,8 @@ class Names:
         name.start, name.size = extent.start, extent.size
         name.backing = extent.major, extent.minor, extent.inode
         self._by_backing[name.backing] = name
+        if before.length != name.length:
+            self.changed(name)
         if before != _row(name):
             self._journal.save(_row(name))
 

@@ -7,18 +7,15 @@ import errno
 import fcntl
 import itertools
 import logging
-import math
 import os
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Final, NoReturn
+from dataclasses import dataclass, field
+from typing import Final, NoReturn, Protocol
 
 import trio
 
-from msharefsd.control.connection import Connection as ClientConnection
-from msharefsd.control.control import Control
-from msharefsd.control.receiving import drain
 from msharefsd.errors import Refused
 from msharefsd.link.board import Board
 from msharefsd.link.channel import Channel
@@ -33,15 +30,19 @@ from msharefsd.link.messages import (
     Emptied,
     Ended,
     Established,
+    Forward,
     FromFront,
     Go,
     Gone,
+    Listen,
+    Moved,
     NameRecord,
     Question,
     Ready,
     Stop,
     Unlink,
 )
+from msharefsd.linux.syscalls import FileIdentity
 from msharefsd.paging.pagetables import PageTables
 from msharefsd.region import texts
 from msharefsd.region.region import Region
@@ -49,7 +50,6 @@ from msharefsd.region.registry import Regions
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.breath import Breath
-from msharefsd.threads.disposal import Disposal
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,42 @@ class FrontEndedError(Exception):
     """The front is gone: there is nobody to serve for."""
 
 
+@dataclass(slots=True)
+class _Waiting:
+    done: trio.Event = field(default_factory=trio.Event)
+    error: int = 0
+
+
+class Door(Protocol):
+    """Where clients come in: accepting.py."""
+
+    async def accept(self, listener: socket.socket) -> None:
+        """Serve who connects there; forever."""
+
+    async def look(self, sock: socket.socket, ours: trio.Event) -> None:
+        """See what a connection is about, and serve it or pass it on."""
+
+    async def serve(
+        self,
+        sock: socket.socket,
+        region: Region | None,
+        refused: Refused | None,
+        ours: trio.Event,
+    ) -> None:
+        """Serve a connection, or turn it down, to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkFor:
+    """Those whom what the front says concerns."""
+
+    nursery: trio.Nursery
+    door: Door
+    regions: Regions
+    metrics: Metrics
+    finish: Callable[[], Awaitable[None]]
+
+
 class Dialog:
     """The channel to the front."""
 
@@ -71,8 +107,11 @@ class Dialog:
         self._outgoing: deque[Ended | Emptied | Gone | Unlink] = deque()
         self._work = trio.Event()
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, trio.Event] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._page_tables = PageTables()
+        self._work_for: _WorkFor
+        self._shared: list[trio.Event] = []
+        """Of connections that the front may still have, too."""
         self._purge = False
         self._ended: list[int] = []
         self._end = trio.Event()
@@ -142,22 +181,56 @@ class Dialog:
             with contextlib.suppress(OSError):
                 await self._channel.send(self._outgoing.popleft())
 
-    async def _wait(self, number: int, message: Established | Unlink) -> None:
-        done = self._waiting[number] = trio.Event()
+    async def _wait(self, number: int, message: Established | Unlink) -> int:
+        waiting = self._waiting[number] = _Waiting()
         # What was to be told before goes before.
         with trio.CancelScope(shield=True):
             await self.flush()
             with contextlib.suppress(OSError):
                 await self._channel.send(message)
+        return await self._done_with(number, waiting)
+
+    async def _done_with(self, number: int, waiting: _Waiting) -> int:
         try:
-            await done.wait()
+            await waiting.done.wait()
         finally:
             self._waiting.pop(number, None)
+        return waiting.error
+
+    def _done(self, message: Done) -> None:
+        waiting = self._waiting.get(message.number)
+        if waiting is not None:
+            waiting.error = message.error
+            waiting.done.set()
 
     async def established(self, region: Region) -> None:
-        """A name has its range and memory; the front has written that down."""
+        """A name has its range and memory; the front has written that down.
+
+        Raises Refused(ENOTCONN) if the name is another user's meanwhile.
+        """
         number = next(self._numbers)
-        await self._wait(number, Established(number, region.extent()))
+        if await self._wait(number, Established(number, region.extent())) == errno.ENOTCONN:
+            raise Refused(errno.ENOTCONN, "the region's file has another owner now: try again")
+
+    async def forward(self, sock: socket.socket, identity: FileIdentity | None) -> None:
+        """Pass on a connection, with the file that its message is about, if we have looked.
+
+        Returns when the front has it: whoever closes it then, it is not the front.  Raises
+        OSError when the front has no room for it.
+        """
+        number = next(self._numbers)
+        message = Forward(number, looked=False)
+        if identity is not None:
+            message = Forward(number, True, identity.major, identity.minor, identity.inode)
+        waiting = self._waiting[number] = _Waiting()
+        try:
+            await self._channel.send(message, [sock.fileno()])
+        except BaseException:
+            del self._waiting[number]
+            raise
+        error = await self._done_with(number, waiting)
+        if error:
+            raise OSError(error, os.strerror(error))
 
     async def unlink(self, region: Region) -> None:
         """The name is gone, for the front too."""
@@ -166,9 +239,9 @@ class Dialog:
 
     # -- what we are told --
 
-    async def run(  # noqa: C901 - a case each
+    async def run(
         self,
-        control: Control,
+        door: Door,
         regions: Regions,
         metrics: Metrics,
         finish: Callable[[], Awaitable[None]],
@@ -182,88 +255,82 @@ class Dialog:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.send_news)
             nursery.start_soon(self._tell_ended)
-            shared: list[trio.Event] = []  # of connections that the front may still have, too
+            self._work_for = _WorkFor(nursery, door, regions, metrics, finish)
             breath = Breath()
             try:
                 while (got := await self._channel.receive()) is not None:
-                    message, fds = got
-                    while shared:
-                        shared.pop().set()
-                    match message:
-                        case Connection() if not fds:
-                            self._no_room(message.number)
-                        case Connection():
-                            sock = socket.socket(
-                                socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds.pop()
-                            )
-                            ours = trio.Event()
-                            nursery.start_soon(self._serve, control, sock, message, ours)
-                            shared.append(ours)
-                        case Changed():
-                            regions.changed(message.name)
-                        case Question():
-                            nursery.start_soon(self._answer, regions, metrics, message)
-                        case Done():
-                            self._waiting.get(message.number, trio.Event()).set()
-                        case Stop():
-                            self._purge = message.purge
-                            nursery.start_soon(self._finish, finish, nursery.cancel_scope)
-                        case Go() | Begin():
-                            pass
+                    self._heard(*got)
                     await breath.take()
             finally:
-                while shared:  # who ends waits for these, whatever has ended us
-                    shared.pop().set()
+                self._nobody_shares()  # who ends waits for these, whatever has ended us
             leave()
         return self._purge
 
-    @staticmethod
-    async def _finish(finish: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
-        await finish()
-        scope.cancel()
+    def catch_up(self) -> None:
+        """Hear what the front has said until now: a name is known before its maker connects."""
+        while (got := self._channel.receive_now()) is not None and got[0] is not None:
+            self._heard(*got)
 
-    def _no_room(self, number: int) -> None:
+    def _nobody_shares(self) -> None:
+        while self._shared:
+            self._shared.pop().set()
+
+    def _heard(self, message: FromFront, fds: list[int]) -> None:
+        to = self._work_for
+        self._nobody_shares()
+        match message:
+            case Connection() | Listen() if not fds:
+                self._no_room(message)
+            case Connection():
+                region = None if message.name is None else to.regions.learn(message.name)
+                ours = trio.Event()
+                to.nursery.start_soon(self._serve, _socket(fds), message, region, ours)
+                self._shared.append(ours)
+            case Listen():
+                to.nursery.start_soon(to.door.accept, _socket(fds))
+            case Changed():
+                to.regions.changed(message.name)
+            case Moved():
+                to.regions.moved(message.id)
+            case Question():
+                to.nursery.start_soon(self._answer, message)
+            case Done():
+                self._done(message)
+            case Stop():
+                self._purge = message.purge
+                to.nursery.start_soon(self._finish)
+            case Go() | Begin():
+                pass
+
+    async def _finish(self) -> None:
+        await self._work_for.finish()
+        self._work_for.nursery.cancel_scope.cancel()
+
+    def _no_room(self, message: Connection | Listen) -> None:
         """A connection came without its descriptor, and so is hung up on."""
         if self._seldom.now("no room"):
             log.error("turning clients away: %s", os.strerror(errno.EMFILE))
-        self._has_ended(number)
+        if isinstance(message, Connection):
+            self._has_ended(message.number)
 
     async def _serve(
-        self, control: Control, sock: socket.socket, first: Connection, ours: trio.Event
+        self, sock: socket.socket, first: Connection, region: Region | None, ours: trio.Event
     ) -> None:
         """One client's connection, to its end; `ours`: nobody else has it."""
-        region = None if first.name is None else control.regions.learn(first.name)
+        door = self._work_for.door
         try:
-            try:
-                connection = ClientConnection(control, sock, region, first.details)
-            except OSError as error:
-                log.error("no room for a sharer: %s", error.strerror)
-                await ours.wait()
-                await _turn_away(sock, control.disposal)
+            if first.look:
+                await door.look(sock, ours)
                 return
-            try:
-                if first.error:
-                    await connection.refuse(Refused(first.error, first.reason))
-                else:
-                    await connection.run()
-            finally:
-                # If it is we who end, what it would undo is the next pager's.
-                if trio.current_effective_deadline() != -math.inf:
-                    connection.leave()
-                    with trio.CancelScope(shield=True):
-                        await ours.wait()
-                        await connection.close()
-        except* OSError as group:
-            # Reset by the peer, or the like: its own affair.
-            log.debug("connection ended: %s", group.exceptions)
-        except* Exception:
-            log.exception("a connection failed")
+            refused = Refused(first.error, first.reason) if first.error else None
+            await door.serve(sock, region, refused, ours)
         finally:
             self._has_ended(first.number)
 
     # -- what we are asked --
 
-    async def _answer(self, regions: Regions, metrics: Metrics, question: Question) -> None:
+    async def _answer(self, question: Question) -> None:
+        regions, metrics = self._work_for.regions, self._work_for.metrics
         answer, text = Answer(question.number), b""
         try:
             if question.kind == "metrics":
@@ -302,6 +369,10 @@ class Dialog:
         return b"".join(lines)
 
 
+def _socket(fds: list[int]) -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds.pop())
+
+
 def _sealed(text: bytes) -> int:
     """Memory with that in it, which nobody changes or cuts any more.  Raises OSError."""
     fd = os.memfd_create("msharefsd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -312,8 +383,3 @@ def _sealed(text: bytes) -> int:
         os.close(fd)
         raise
     return fd
-
-
-async def _turn_away(sock: socket.socket, disposal: Disposal) -> None:
-    await drain(sock, disposal.close_fds)
-    sock.close()

@@ -48,6 +48,7 @@ from msharefsd.memory.kept import Files
 from msharefsd.memory.names import Mark, MemoryNames
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.pager import purging
+from msharefsd.pager.accepting import Accepting
 from msharefsd.pager.dialog import Dialog, FrontEndedError
 from msharefsd.paging.addressspace import AddressSpaces
 from msharefsd.paging.collapse import Collapser
@@ -234,6 +235,7 @@ class _Pager:
         """Adopt what is there, serve, and end."""
         known, device, board = await self._dialog.names()
         self._regions.board = board
+        self._regions.know(known)
         kept, guarded = split(self._keeper.take())
         guards = Guards(self._keeper)
         saver = Saver(self._keeper, kept)
@@ -291,7 +293,8 @@ class _Pager:
                     collapser = Collapser(self._metrics, pages.fresh, config.collapse_seconds)
                     nursery.start_soon(collapser.run, regions.alive)
                 finish = partial(writeback.finish, regions.alive)
-                purge = await self._dialog.run(control, regions, self._metrics, finish, _leave)
+                door = Accepting(self._uid, control, self._dialog)
+                purge = await self._dialog.run(door, regions, self._metrics, finish, _leave)
                 runs.over()
                 nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):

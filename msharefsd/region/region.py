@@ -125,6 +125,10 @@ class Region:
     """Where it shows how much memory it holds."""
     creator: int = 0
     """The process that made the file, so that it and nobody else may say so; 0 for nobody."""
+    length: int = 0
+    """How much of it its creator wanted, in bytes, if they left its place to us; else 0."""
+    identity: bytes = b""
+    """What no other region has, as far as it is known."""
     made_file: bool = False
     """BUILDING: the donor made the file, which goes if it does not finish."""
     closed: Callable[[Region], None] = lambda _: None
@@ -170,7 +174,15 @@ class Region:
     def record(self) -> NameRecord:
         """What is known of the name."""
         return NameRecord(
-            self.id, self.name, self.mode, self.uid, self.gid, self.linked, self.creator
+            self.id,
+            self.name,
+            self.mode,
+            self.uid,
+            self.gid,
+            self.linked,
+            self.creator,
+            self.length,
+            self.identity,
         )
 
     def extent(self) -> Extent:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import trio
@@ -62,6 +62,8 @@ class Regions:
         self._going: set[int] = set()
         self.board = board
         self._sharer_numbers = itertools.count(self.journal.next_sharer())
+        self._named: dict[int, NameRecord] = {}
+        """Names of which nobody has wanted anything yet."""
         self._by_id: dict[int, Region] = {}
         self._by_backing: dict[tuple[int, int, int], Region] = {}
 
@@ -83,8 +85,30 @@ class Regions:
 
     # -- names --
 
+    def know(self, records: Iterable[NameRecord]) -> None:
+        """Names as the front knows them now; of most of them nobody ever wants anything."""
+        for record in records:
+            if record.id in self._by_id:
+                self.learn(record)
+            elif record.linked:
+                self._named[record.id] = record
+
+    def named(self, number: int) -> Region | None:
+        """The region with that id, if it has a name or memory."""
+        record = self._named.get(number)
+        return self._by_id.get(number) if record is None else self.learn(record)
+
+    def moved(self, number: int) -> None:
+        """A name without memory is another pager's affair from now on."""
+        self._named.pop(number, None)
+        region = self._by_id.get(number)
+        if region is not None and region.state is State.FILE:
+            del self._by_id[number]
+            region.account.regions.discard(region)
+
     def learn(self, record: NameRecord) -> Region:
         """A name as the front knows it now."""
+        self._named.pop(record.id, None)
         region = self._by_id.get(record.id)
         if region is None:
             region = Region(
@@ -95,9 +119,12 @@ class Regions:
                 record.gid,
                 linked=record.linked and not self.is_going(record.id),
                 creator=record.creator,
+                length=record.length,
+                identity=record.identity,
             )
             self.adopt(region)
             return region
+        region.length, region.identity = record.length, record.identity
         linked = region.linked and record.linked
         if (region.mode, region.uid, region.gid, region.linked) != (
             record.mode,
@@ -112,14 +139,17 @@ class Regions:
         return region
 
     def changed(self, record: NameRecord) -> None:
-        """A name has changed; if it has gone, so does a region that nobody uses."""
+        """A name is new or has changed; if it has gone, so does a region that nobody uses."""
         if not record.linked:
+            self._named.pop(record.id, None)
             self._going.discard(record.id)
         region = self._by_id.get(record.id)
         if region is not None:
             self.learn(record)
             self.reap(region)
-        elif not record.linked:
+        elif record.linked:
+            self._named[record.id] = record
+        else:
             self._tell(Gone(record.id))
 
     def _give(self, region: Region, uid: int) -> None:

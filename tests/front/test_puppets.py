@@ -265,7 +265,7 @@ async def test_one_that_talks_garbage_is_given_up(garbage: bytes) -> None:
 async def test_what_a_pager_has_and_no_list_gets_its_name_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    record = NameRecord(41, b"kept", 0o640, ALICE, 5, linked=True, creator=0)
+    record = NameRecord(41, b"kept", 0o640, ALICE, 5, True, 0, 0, b"")
 
     async def has(channel: Channel[FromFront]) -> None:
         got = await channel.receive()

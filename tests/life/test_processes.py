@@ -5,15 +5,17 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bare import Bare, in_child
 from conftest import ALIGNMENT, BASE, BIN, Client, Daemon, alive, command_line, eventually
 
-from msharefsd.linux import processes, syscalls
+from msharefsd.linux import processes, syscalls, uffd
 from msharefsd.security import privileges
 
 pytestmark = pytest.mark.shm_only
@@ -143,7 +145,7 @@ def test_a_pager_that_hangs_keeps_its_user_waiting_and_nobody_else(
 def test_the_fronts_death_alone_ends_all_at_once(daemon: Daemon, spawn: Spawn) -> None:
     alice = create(spawn, ALICE, "alices")
     others = [pid for pid in daemon.processes() if pid != daemon.pid]
-    assert len(others) == 3, "the starter, a pager and a looker"
+    assert len(others) == 2, "the starter and a pager"
     assert daemon.process is not None
     os.kill(daemon.pid, signal.SIGKILL)
     daemon.process.wait()
@@ -185,6 +187,52 @@ def test_a_region_of_another_owner_keeps_its_pager_until_it_loses_its_memory(
     daemon.start()
     assert daemon.field("given", "owner") == f"{BOB}:{BOB}"
     assert client.do("load", BASE + 65536) == "1"
+
+
+def test_a_name_of_another_owner_has_its_memory_with_that_owners_pager(
+    daemon: Daemon, spawn: Spawn
+) -> None:
+    """The pager of who made the name is there, and knew of it."""
+    alice = create(spawn, ALICE, "alices", BASE + SIZE)
+    path = daemon.mount / "given"
+    path.touch()
+    os.chown(path, ALICE, ALICE)
+    path.chmod(0o666)
+    os.chown(path, BOB, BOB)
+    late = spawn(**as_user(ALICE))
+    late.ok("mshare", "given", BASE, SIZE, os.O_CREAT | os.O_RDWR, 0o600)
+    late.ok("mmap", BASE, SIZE, 3, FIXED_SHARED)
+    late.ok("store", BASE, 9)
+    bob = spawn(**as_user(BOB))
+    bob.ok("mshare", "given", BASE, SIZE, os.O_RDWR, 0)
+    assert bob.do("load", BASE) == "9"
+    assert daemon.pagers().keys() == {ALICE, BOB}
+    # Each by itself: whose memory it is shows when the other is gone.
+    os.kill(daemon.pager(ALICE), signal.SIGKILL)
+    daemon.expected.append("is given up")
+    bob.ok("store", BASE + 65536, 1)
+    assert alice.do("load", BASE + SIZE) == "7"
+
+
+def test_who_looked_the_socket_up_as_another_user_is_served_as_who_it_is(
+    daemon: Daemon, spawn: Spawn
+) -> None:
+    """The line is alice's, and so is the pager that accepts; what is asked for is bob's."""
+    create(spawn, BOB, "bobs")
+
+    def connects() -> None:
+        own = uffd.open_new()
+        os.setresuid(ALICE, ALICE, 0)
+        path = os.open(daemon.mount / ".control", os.O_PATH)
+        os.setresuid(0, 0, 0)
+        os.setresuid(BOB, BOB, BOB)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(f"/proc/self/fd/{path}")
+        bare = Bare.on(sock, daemon.mount)
+        answer = bare.attach("bobs", own=own)
+        assert (answer.message, answer.start) == ("", BASE)
+
+    assert in_child(connects).wait() == 0
 
 
 def test_memory_whose_names_were_lost_has_its_names_again(daemon: Daemon, spawn: Spawn) -> None:

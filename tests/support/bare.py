@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from msharefsd.control import wire
 from msharefsd.control.wire import Op
@@ -35,9 +36,20 @@ class Bare:
     """One connection.  Nothing here checks what it sends."""
 
     def __init__(self, mount: Path, seconds: float = 20.0) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.settimeout(seconds)
-        self.sock.connect(f"{mount}/.control")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.settimeout(seconds)
+        sock.connect(f"{mount}/.control")
+        self._begin(sock, mount)
+
+    @classmethod
+    def on(cls, sock: socket.socket, mount: Path) -> Self:
+        """One whose connection there is."""
+        made = cls.__new__(cls)
+        made._begin(sock, mount)
+        return made
+
+    def _begin(self, sock: socket.socket, mount: Path) -> None:
+        self.sock = sock
         self.mount = mount
         self.uffd = self.backing = -1
         self.start = self.size = 0
