@@ -37,6 +37,7 @@ from benchmarks import huge_pages as reserved
 
 # Whoever runs the tests with nohup(1) does not mean the daemons, which would ignore it, too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
 SUPPORT = TESTS / "support"

@@ -731,7 +731,7 @@ def test_a_donor_that_gives_up_leaves_no_name(stage: Stage, client_program: Path
         assert donor.do("scan", BASE + SIZE, SIZE) == "6", "it has what it had"
         daemon.start()
         assert "its donor is gone" in daemon.log()
-        assert not (daemon.mount / "given").exists()
+        eventually(lambda: not (daemon.mount / "given").exists(), "the name is gone")
         donor.ok("mshare", "given", BASE + SIZE, SIZE, CREATE, 0o600)
         donor.ok("unlink", "given")
     stage.check()
