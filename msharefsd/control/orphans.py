@@ -57,7 +57,7 @@ class Orphans:
         self._guards = guards
         self._pages = pages
         self._deaths = deaths
-        pages.inherited = self.inherit
+        pages.inherited, pages.room = self.inherit, self._room
         self._orphans: dict[Sharer, _Orphan] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -101,7 +101,7 @@ class Orphans:
         if window_of(sharer).far is not None:
             self._look(orphan)  # its process may have ended: that is how connections end
 
-    async def inherit(self, parent: Sharer, fd: int) -> None:
+    def inherit(self, parent: Sharer, fd: int) -> None:
         """A child has the window of `parent` and nothing else: it is a sharer as well.
 
         libmshare keeps children from that (MADV_DONTFORK), so it comes of a call past it.
@@ -122,11 +122,15 @@ class Orphans:
         self._pages.poison.marks.restore(window_of(sharer), poisoned)
         orphan = self._orphans[sharer] = _Orphan(sharer, None, inherited=True)
         self._nursery.start_soon(self._serve, orphan)
+        self._nursery.start_soon(self._keep, sharer, parent.pid)
+
+    async def _keep(self, sharer: Sharer, parent: int) -> None:
+        if sharer not in self._orphans:
+            return  # it is gone, and what would be kept of it would stay
         try:
             await self._guards.keep(sharer)
         except Refused as refused:
-            log.error("a child of process %d: %s", parent.pid, refused.message)
-        await self._room(parent)
+            log.error("a child of process %d: %s", parent, refused.message)
 
     @staticmethod
     async def _room(sharer: Sharer) -> None:

@@ -65,11 +65,15 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.5
 
 
-Heir = Callable[[Sharer, int], Awaitable[None]]
+Heir = Callable[[Sharer, int], None]
 
 
-async def _nobody(_sharer: Sharer, fd: int) -> None:
+def _nobody(_sharer: Sharer, fd: int) -> None:
     os.close(fd)
+
+
+async def _is_room(_sharer: Sharer) -> None:
+    pass
 
 
 class PageServer:
@@ -93,6 +97,8 @@ class PageServer:
         self._journal = journal
         self.inherited: Heir = _nobody
         """Told of a child that has a sharer's window, and its userfaultfd, which it takes."""
+        self.room: Callable[[Sharer], Awaitable[None]] = _is_room
+        """Waits until a sharer's user may have more of them."""
         self._reader = uffd.Reader(nowait=capabilities.nowait)
         self._seldom = Seldom()
         self._background = Background()
@@ -179,10 +185,16 @@ class PageServer:
                 if empty > PATIENCE:
                     await trio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
+            # First, and without an await: a child's userfaultfd is nobody's else.
+            children = [each for each in faults if isinstance(each, Inherited)]
+            for child in children:
+                self.inherited(window.sharer, child.uffd)
+            if children:
+                await self.room(window.sharer)
             for fault in faults:
-                if isinstance(fault, Inherited):
-                    await self.inherited(window.sharer, fault.uffd)
-                elif self._answered(window, fault) is Outcome.GONE:
+                if not isinstance(fault, Inherited) and (
+                    self._answered(window, fault) is Outcome.GONE
+                ):
                     return
                 await breath.take()
                 if window.detached:
