@@ -98,6 +98,13 @@ class _Handed:
 
 Forwarded = Callable[[socket.socket, "Forward"], None]
 """Take a connection that a pager has passed on."""
+
+
+def leave_open(sock: socket.socket, _: Forward) -> None:
+    """We end: its client begins anew with the next daemon, and nothing of it is closed here."""
+    sock.detach()
+
+
 _News = Changed | Done | Go | Listen | Moved
 
 
@@ -119,7 +126,7 @@ class Pager:
         uid: int,
         names: Names,
         device: tuple[int, int],
-        forwarded: Forwarded = lambda sock, _: sock.close(),
+        forwarded: Forwarded = leave_open,
     ) -> None:
         self.uid = uid
         self._device = device
@@ -533,7 +540,7 @@ class Pagers:
         self.adopting = False
         """Whether somebody takes over what was left, and says what comes of it."""
         self._listeners: dict[int, socket.socket] = {}
-        self.forwarded: Forwarded = lambda sock, _: sock.close()
+        self.forwarded: Forwarded = leave_open
         """Told of connections that a pager has passed on."""
         self.departed: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         """What pagers had counted that have ended."""

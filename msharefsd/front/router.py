@@ -24,7 +24,7 @@ from typing import Final
 import trio
 
 from msharefsd.errors import Refused
-from msharefsd.front.pagers import Pagers
+from msharefsd.front.pagers import Pagers, leave_open
 from msharefsd.link.messages import Forward
 from msharefsd.linux.credentials import credentials
 from msharefsd.mount.names import Name, Names
@@ -63,7 +63,10 @@ class Router:
         async with trio.open_nursery() as self._nursery:
             self._pagers.forwarded = self._forwarded
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._pagers.forwarded = leave_open
 
     def serve(self, listener: socket.socket, uid: int | None) -> None:
         """Serve who connects to a socket that does not block, and is a user's or everybody's."""

@@ -19,7 +19,9 @@ import array
 import contextlib
 import logging
 import math
+import os
 import socket
+import stat
 from typing import Final, Protocol
 
 import trio
@@ -167,10 +169,16 @@ class Accepting:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
             for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
         ]
+        identity = FileIdentity(0, 0, 0, 0)
         try:
-            return syscalls.identify(fds[0]) if fds else FileIdentity(0, 0, 0, 0)
+            if fds:
+                identity = syscalls.identify(fds[0])
         finally:
+            # A socket waits for its last close, and that is not ours: the message has it.
+            if fds and stat.S_ISSOCK(identity.mode):
+                os.close(fds.pop(0))
             self.control.close_all(fds, self._uid)
+        return identity
 
     async def _pass_on(self, sock: socket.socket, identity: FileIdentity | None) -> None:
         """The front has it then, and may be through with it: ours may be the last close."""
@@ -178,6 +186,9 @@ class Accepting:
             try:
                 await self._front.forward(sock, identity)
                 break
+            except ConnectionError:  # it is gone, and so are we in a moment
+                sock.detach()
+                return
             except OSError as error:
                 if self._seldom.now(error.errno):
                     log.error("cannot pass a connection on: %s", error.strerror)

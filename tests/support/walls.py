@@ -96,6 +96,8 @@ OF_OTHERS: Final = (
     # Hers may take its time on a busy machine; that she goes on is looked at.
     r"pager of user \d+, process \d+, is not ready yet",
     r"process \d+ has been killed and does not end: going on without it",
+    # On a busy machine a few threads are enough to keep the lock of their address space.
+    rf"process \d+ of user (?!{ALICE}\b)\d+ holds up calls on its address space",
     # Whoever fills their own pager with descriptors is turned away by it.
     rf"msharefsd\[(?!{ALICE}\b)\d+\]: ERROR: turning clients away: Too many open files",
 )
