@@ -53,6 +53,20 @@ def as_list(
     lines[:] = found
 
 
+def without_arguments(
+    _app: Sphinx,
+    what: str,
+    _name: str,
+    _of: object,
+    _options: object,
+    signature: str | None,
+    _returns: str | None,
+) -> tuple[str, None] | None:
+    """Nobody calls our classes: methods make their objects."""
+    return ("", None) if what == "class" and signature else None
+
+
 def setup(app: Sphinx) -> None:
     """What Sphinx calls."""
+    app.connect("autodoc-process-signature", without_arguments)
     app.connect("autodoc-process-docstring", as_list)

@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import Daemon, compile_c
-from pages import DOCS, PROJECT
+from pages import DOCS, PROJECT, blocks
 
+from libmshare.cli import collapsing
 from msharefsd import config
 
 pytestmark = pytest.mark.shm_only
@@ -101,15 +102,29 @@ def rows(page: Path) -> dict[str, str]:
     return {name: usual.strip("`") for name, usual in found}
 
 
+def usual(settings: object) -> dict[str, str]:
+    """What each of them is if nothing is said, as a configuration file has it."""
+    values: dict[str, Any] = msgspec.to_builtins(settings)
+    return {
+        name: "none" if value is None else msgspec.json.encode(value).decode()
+        for name, value in values.items()
+    }
+
+
 def test_the_page_of_settings_has_all_of_them_and_what_they_are() -> None:
-    usual: dict[str, Any] = msgspec.to_builtins(config.Config())
-    limits: dict[str, Any] = usual.pop("limits")
+    daemon, limits = usual(config.Config()), usual(config.LimitSettings())
     del limits["user"]
-    wanted = {}
-    for name, value in (usual | limits).items():
-        toml = value if value is None else msgspec.json.encode(value).decode()
-        wanted[name] = "none" if toml is None else toml
-    assert rows(DOCS / "configuration.md") == wanted | {"limits": "below"}
+    shown = rows(DOCS / "configuration.md")
+    assert shown.pop("limits") == "below"
+    del daemon["limits"]
+    assert shown == daemon | limits | usual(collapsing.Settings())
+
+
+def test_the_example_of_the_collapsers_settings_is_taken(tmp_path: Path) -> None:
+    (shown,) = [each.text for each in blocks(DOCS / "systemd.md") if each.language == "toml"]
+    file = tmp_path / "collapse.toml"
+    file.write_text(shown)
+    assert collapsing.load(str(file), {}).users == ["postgres"]
 
 
 def test_options_of_the_daemon_are_in_its_manual_page() -> None:
