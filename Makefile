@@ -25,7 +25,7 @@ export PYTHONSAFEPATH := 1
 export PATH := $(BIN):$(PATH)
 
 SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
-	docs/meson.build docs/msharefs.toml $(wildcard docs/*.[138]) \
+	docs/meson.build docs/function.3.in docs/msharefs.toml $(wildcard docs/*.[138]) \
 	$(shell find msharefsd libmshare msharetables completions -type f -not -path '*/__pycache__/*')
 
 .PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak \
