@@ -109,7 +109,7 @@ def test_what_they_have_make_do_it_can() -> None:
             found += re.findall(r"^make ([a-z-]+)", block.text, re.MULTILINE)
         assert set(found) <= set(targets.split()), page.name
         named |= set(found)
-    assert {"demo", "test", "deb", "docs"} <= named
+    assert {"setup", "demo", "test", "deb", "docs"} <= named
 
 
 def test_the_readme_is_short() -> None:
