@@ -9,6 +9,7 @@
 # make oracle  random programs in a region and in a plain process, PROGRAMS of them
 # make soak    mixed load for HOURS, or SECONDS, with SEED; RESTARTS=1 kills daemons too
 # make stress  regions come and go in threads and processes, with signals, ROUNDS times
+# make docs    the documentation as a site, into build/docs
 # make deb     Debian packages, with Debian's tools, into dist/
 # make dist    the sdist and the wheel, into dist/
 # make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
@@ -24,10 +25,11 @@ export PYTHONSAFEPATH := 1
 export PATH := $(BIN):$(PATH)
 
 SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
-	$(shell find msharefsd libmshare msharetables docs completions -type f -not -path '*/__pycache__/*')
+	docs/meson.build docs/function.3.in docs/msharefs.toml $(wildcard docs/*.[138]) \
+	$(shell find msharefsd libmshare msharetables completions -type f -not -path '*/__pycache__/*')
 
 .PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak \
-	stress deb dist test-packages lock clean
+	stress docs deb dist test-packages lock clean
 
 setup: $(VENV)/.project
 
@@ -39,13 +41,13 @@ $(VENV)/.system: scripts/system-packages
 # pyfuse3, too: it comes first, and the build uses what it finds (--no-build-isolation)
 # instead of fetching what no file of ours names.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
-LOCKS := requirements/build.txt requirements/runtime.txt requirements/dev.txt
+LOCKS := $(addprefix requirements/,build.txt runtime.txt dev.txt docs.txt)
 
 $(VENV)/.dependencies: $(VENV)/.system $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --requirement requirements/build.txt
 	$(INSTALL) --no-build-isolation --check-build-dependencies \
-		--requirement requirements/runtime.txt --requirement requirements/dev.txt
+		$(patsubst %,--requirement %,$(filter-out %/build.txt,$(LOCKS)))
 	@touch $@
 
 $(VENV)/.project: $(VENV)/.dependencies $(SOURCES)
@@ -102,6 +104,10 @@ ROUNDS ?= 10000
 stress: setup
 	MSHARE_STRESS_ROUNDS=$(ROUNDS) $(BIN)/pytest -o faulthandler_timeout=0 tests/client/test_storm.py
 
+docs: setup
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	@echo build/docs/index.html
+
 deb: $(VENV)/.system
 	scripts/deb
 
@@ -128,6 +134,8 @@ lock:
 		--output-file requirements/runtime.txt
 	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
 		--group dev --output-file requirements/dev.txt
+	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
+		--constraint requirements/dev.txt --group docs --output-file requirements/docs.txt
 
 clean:
 	rm -rf $(VENV) build dist benchmarks/results

@@ -41,7 +41,7 @@ def within(bind: str, source: Path, inside: Path) -> list[str]:
 def test_the_directory_above_goes_on_with_the_next_daemon(
     make_daemon: Callable[..., Daemon], above: Path, client_program: Path
 ) -> None:
-    """What docs/security.md recommends: the daemon's mount comes with propagation (rslave)."""
+    """What docs/containers.md recommends: the daemon's mount comes with propagation (rslave)."""
     inside = above.with_name("inside")
     before = within("rbind", above, inside)
     daemon = make_daemon(f"--alignment={ALIGNMENT}", mountpoint=above / "run" / "fs")

@@ -17,7 +17,7 @@ from packaging.version import Version
 pytestmark = pytest.mark.shm_only
 
 PROJECT = TESTS.parent
-LOCKS = ("build", "runtime", "dev", "lock")
+LOCKS = ("build", "runtime", "dev", "docs", "lock")
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
@@ -146,13 +146,13 @@ def is_hashed(words: list[str]) -> bool:
 
 
 def test_root_installs_nothing_without_its_hash() -> None:
-    readme = (PROJECT / "systemd" / "README.md").read_text()
-    section = readme.partition("## Installing")[2].partition("\n## ")[0]
+    page = (PROJECT / "docs" / "systemd.md").read_text()
+    section = page.partition("## Installing")[2].partition("\n## ")[0]
     commands = installations(section)
     assert all(is_hashed(words) for words in commands)
     files = [word for words in commands for word in words if word.endswith(".txt")]
     assert files == ["requirements/build.txt", "requirements/runtime.txt"]
-    assert readme.count("pip install") == len(commands)
+    assert page.count("pip install") == len(commands)
 
 
 def test_nor_does_make() -> None:

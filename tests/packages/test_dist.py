@@ -76,6 +76,8 @@ def test_the_names(made: tuple[Path, Path]) -> None:
         (metadata,) = (name for name in files if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
     assert {"libmshare/lib/libmshare.so.0", "libmshare/include/mshare.h"} <= set(files)
+    pages = {Path(name).name for name in files if "/share/man/man3/" in name}
+    assert {"mshare.3", "mshare_attach.3", "mshare_semaphore_post.3"} <= pages
     # A client needs nothing, and no compiler.
     needed = re.findall(r"^Requires-Dist: .*", text, re.MULTILINE)
     assert needed

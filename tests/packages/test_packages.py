@@ -11,6 +11,7 @@ import pytest
 from building import DEBOOTSTRAP, PROJECT, Debian, later, script
 from conftest import Client
 from machine import LackingError, Service, started
+from pages import DOCS, Shell
 
 pytestmark = [pytest.mark.shm_only, pytest.mark.timeout(3600 if DEBOOTSTRAP else 1200)]
 
@@ -124,6 +125,24 @@ def test_from_installing_to_purging(
     assert debian.run("find", "/dev/shm", "/run", "-name", "*mshare*").stdout == ""
     left = debian.run("ps", "-eo", "args").stdout
     assert "mshare" not in left
+
+
+def test_the_first_steps(debian: Debian, packages: dict[str, Path]) -> None:
+    """docs/tutorial.md, as it stands there, from the packages in dist/ to nothing."""
+    before = debian.files()
+    dist = Path("srv/steps/dist")
+    (debian.root / dist).mkdir(parents=True)
+    for package in packages.values():
+        shutil.copy(package, debian.root / dist / package.name)
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"}
+    user = debian.client(None, ("/bin/bash",), **environment)
+    shell = Shell(user.process)
+    status, said = shell.run(f"cd /{dist.parent}")
+    assert (status, said) == (0, "")
+    assert shell.follow(DOCS / "tutorial.md", debian.root / dist.parent) > 15
+    shell.close()
+    # logind makes that one when it comes to it.
+    assert debian.files() - {"/var/lib/systemd/linger"} == before
 
 
 def check_help(debian: Debian) -> None:

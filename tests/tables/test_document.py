@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from conftest import BIN, TESTS
+from pages import DOCS, blocks
 
 sys.path.append(str(TESTS.parent))
 
 from benchmarks.postgres import Postgres
 
-DOCUMENT = TESTS.parent / "docs/page-tables.md"
+DOCUMENT = DOCS / "page-tables.md"
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 pytestmark = pytest.mark.shm_only
@@ -24,11 +25,10 @@ pytestmark = pytest.mark.shm_only
 
 def commands(*kinds: str) -> list[str]:
     """The lines of its blocks of those kinds, in their order."""
-    blocks = re.compile(r"^ *```(sh[a-z ]*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
     found = []
-    for kind, block in blocks.findall(DOCUMENT.read_text()):
-        if kind.strip() in kinds:
-            found += [line.strip() for line in block.splitlines()]
+    for block in blocks(DOCUMENT):
+        if " ".join((block.language, *block.words)) in kinds:
+            found += block.text.splitlines()
     return found
 
 

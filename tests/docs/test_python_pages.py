@@ -1,4 +1,4 @@
-"""docs/python.md: what it shows is so."""
+"""The pages that show Python: what they show is so."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import TESTS, Daemon
-
-PROJECT = TESTS.parent
+import pytest
+from conftest import Daemon
+from pages import DOCS, PROJECT, README
 
 
 def snippets(text: str) -> str:
@@ -38,14 +38,16 @@ def run(code: str, directory: Path, daemon: Daemon) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
-def test_every_snippet_of_the_page_runs(daemon: Daemon, tmp_path: Path) -> None:
-    text = (PROJECT / "docs/python.md").read_text()
-    assert len(re.findall(r"^```python$", text, re.MULTILINE)) >= 10
-    run(snippets(text), tmp_path, daemon)
-
-
-def test_the_readmes_python_runs(daemon: Daemon, tmp_path: Path) -> None:
-    text = (PROJECT / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "count"),
+    [(DOCS / "python.md", 10), (DOCS / "numpy-workers.md", 5), (README, 1)],
+    ids=lambda value: value.name if isinstance(value, Path) else "",
+)
+def test_every_snippet_of_a_page_runs(
+    daemon: Daemon, tmp_path: Path, page: Path, count: int
+) -> None:
+    text = page.read_text()
+    assert len(re.findall(r"^```python$", text, re.MULTILINE)) >= count
     run(snippets(text), tmp_path, daemon)
 
 
