@@ -4,7 +4,7 @@
 `mshare()`, `mshare_unlink()` and their kin are the calls of the mshare patches, as in C.
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from libmshare.core import (
     MAP_FIXED,
@@ -83,7 +83,7 @@ __all__ = [
 ]
 
 
-if _TYPE_CHECKING:
+if TYPE_CHECKING:
     from libmshare.arrays import by_reference
 
     __version__: str
