@@ -12,6 +12,7 @@
 # make deb     Debian packages, with Debian's tools, into dist/
 # make dist    the sdist and the wheel, into dist/
 # make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
+# make pythons  what the tests of the client want in each other Python that is here
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
 
@@ -26,7 +27,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables docs completions -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak \
+.PHONY: setup pythons demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak \
 	stress deb dist test-packages lock clean
 
 setup: $(VENV)/.project
@@ -56,6 +57,13 @@ $(VENV)/.project: $(VENV)/.dependencies $(SOURCES)
 demo: setup
 	examples/demo
 
+# What the client is for besides the Python that all this runs on.
+pythons: $(VENV)/.pythons
+
+$(VENV)/.pythons: $(VENV)/.dependencies scripts/pythons requirements/client.txt
+	scripts/pythons $(VENV)
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -66,7 +74,7 @@ lint: setup
 CORPUS := $(addprefix tests/,client/test_sharing.py paging/test_mapping.py \
 	paging/test_read_ahead.py oracle/test_oracle.py fuzz/test_fuzz_races.py)
 
-check: setup
+check: setup pythons
 	$(BIN)/pytest $(TESTS)
 	MSHARE_TEST_BACKING=hugetlb $(BIN)/pytest $(CORPUS)
 
@@ -128,6 +136,8 @@ lock:
 		--output-file requirements/runtime.txt
 	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
 		--group dev --output-file requirements/dev.txt
+	$(COMPILE) --constraint requirements/dev.txt --group client \
+		--output-file requirements/client.txt
 
 clean:
 	rm -rf $(VENV) build dist benchmarks/results

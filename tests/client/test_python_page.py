@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 from conftest import TESTS, Daemon
+from inside import one_daemon_fixture as _one_daemon_fixture  # noqa: F401 - of every test here
+from pythons import OWN, Python
+from pythons import python_fixture as _python_fixture  # noqa: F401 - the same
 
 PROJECT = TESTS.parent
 
@@ -22,31 +25,31 @@ def snippets(text: str) -> str:
     return "\n".join(lines)
 
 
-def run(code: str, directory: Path, daemon: Daemon) -> None:
+def run(code: str, directory: Path, daemon: Daemon, python: Python) -> None:
     program = directory / "page.py"
     # A pool's workers import the program.
     body = code.replace("\n", "\n    ")
     program.write_text(f"if __name__ == '__main__':{body}\n")
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", str(program)],
+        [python.executable, "-X", "dev", "-W", "error", str(program)],
         check=False,
         capture_output=True,
         text=True,
         timeout=100,
-        env={"MSHARE_ROOT": str(daemon.mount), "PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"},
+        env=python.environment(daemon),
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
-def test_every_snippet_of_the_page_runs(daemon: Daemon, tmp_path: Path) -> None:
+def test_every_snippet_of_the_page_runs(daemon: Daemon, tmp_path: Path, python: Python) -> None:
     text = (PROJECT / "docs/python.md").read_text()
     assert len(re.findall(r"^```python$", text, re.MULTILINE)) >= 10
-    run(snippets(text), tmp_path, daemon)
+    run(snippets(text), tmp_path, daemon, python)
 
 
 def test_the_readmes_python_runs(daemon: Daemon, tmp_path: Path) -> None:
     text = (PROJECT / "README.md").read_text()
-    run(snippets(text), tmp_path, daemon)
+    run(snippets(text), tmp_path, daemon, Python(OWN))
 
 
 def test_the_example_runs(daemon: Daemon) -> None:
@@ -56,7 +59,7 @@ def test_the_example_runs(daemon: Daemon) -> None:
         capture_output=True,
         text=True,
         timeout=100,
-        env={"MSHARE_ROOT": str(daemon.mount), "PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"},
+        env=Python(OWN).environment(daemon),
     )
     assert done.stdout.count("reads: a pointer means the same everywhere") == 4
     assert "the parent finds [0, 1, 4, 9, 16, 25]" in done.stdout

@@ -28,6 +28,7 @@ from inside import one_daemon_fixture as _one_daemon_fixture  # noqa: F401 - of 
 from inside import root_fixture as _root_fixture  # noqa: F401 - the same
 from joblib.externals import loky
 from numpy.typing import NDArray
+from pythons import OWN, Python
 
 from libmshare import Region, Stale, by_reference, holding
 
@@ -72,9 +73,8 @@ def region_fixture(root: None) -> Iterator[Region]:
         yield region
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_every_view_travels_in_the_standard_library(region: Region, method: str) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as pool:
+def test_every_view_travels_in_the_standard_library(region: Region) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for view in views(region):
             assert pool.submit(where, view).result() == where(view)
             assert where(pool.submit(same, view).result()) == where(view)
@@ -160,8 +160,6 @@ def test_threads_send_and_close(region: Region) -> None:
 
 TENSORS = """
 import gc
-import multiprocessing
-import sys
 
 import numpy as np
 import torch
@@ -181,8 +179,8 @@ def echo(inbox, outbox):
         del tensor
 
 
-def main(method):
-    context = torch.multiprocessing.get_context(method)
+def main():
+    context = torch.multiprocessing.get_context("spawn")
     inbox, outbox = context.SimpleQueue(), context.SimpleQueue()
     process = context.Process(target=echo, args=(inbox, outbox))
     process.start()
@@ -210,19 +208,18 @@ def main(method):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_tensors_travel_by_reference(daemon: Daemon, tmp_path: Path, method: str) -> None:
+def test_tensors_travel_by_reference(daemon: Daemon, tmp_path: Path) -> None:
     program = tmp_path / "tensors.py"
     program.write_text(TENSORS)
-    environment = {**os.environ, "MSHARE_ROOT": str(daemon.mount)}
+    environment = Python(OWN).environment(daemon)
     if not os.environ.get("MSHARE_TEST_TORCH"):
         environment["PYTHONPATH"] = str(SUPPORT / "standin")
     done = subprocess.run(
-        [sys.executable, str(program), method],
+        [sys.executable, "-X", "dev", str(program)],
         check=False,
         capture_output=True,
         text=True,
