@@ -13,6 +13,7 @@
 # make deb     Debian packages, with Debian's tools, into dist/
 # make dist    the sdist and the wheel, into dist/
 # make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
+# make pythons  what the tests of the client want in each other Python that is here
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
 
@@ -28,8 +29,8 @@ SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
 	docs/meson.build docs/function.3.in docs/msharefs.toml $(wildcard docs/*.[138]) \
 	$(shell find msharefsd libmshare msharetables completions -type f -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint check bench bench-postgres bench-programs fuzz kills oracle soak \
-	stress docs deb dist test-packages lock clean
+.PHONY: setup pythons demo test lint check bench bench-postgres bench-programs fuzz kills oracle \
+	soak stress docs deb dist test-packages lock clean
 
 setup: $(VENV)/.project
 
@@ -58,6 +59,13 @@ $(VENV)/.project: $(VENV)/.dependencies $(SOURCES)
 demo: setup
 	examples/demo
 
+# What the client is for besides the Python that all this runs on.
+pythons: $(VENV)/.pythons
+
+$(VENV)/.pythons: $(VENV)/.dependencies scripts/pythons requirements/client.txt
+	scripts/pythons $(VENV)
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -68,7 +76,7 @@ lint: setup
 CORPUS := $(addprefix tests/,client/test_sharing.py paging/test_mapping.py \
 	paging/test_read_ahead.py oracle/test_oracle.py fuzz/test_fuzz_races.py)
 
-check: setup
+check: setup pythons
 	$(BIN)/pytest $(TESTS)
 	MSHARE_TEST_BACKING=hugetlb $(BIN)/pytest $(CORPUS)
 
@@ -136,6 +144,8 @@ lock:
 		--group dev --output-file requirements/dev.txt
 	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
 		--constraint requirements/dev.txt --group docs --output-file requirements/docs.txt
+	$(COMPILE) --constraint requirements/dev.txt --group client \
+		--output-file requirements/client.txt
 
 clean:
 	rm -rf $(VENV) build dist benchmarks/results

@@ -4,7 +4,7 @@
 `mshare()`, `mshare_unlink()` and their kin are the calls of the mshare patches, as in C.
 """
 
-from importlib import metadata as _metadata
+from typing import TYPE_CHECKING
 
 from libmshare.core import (
     MAP_FIXED,
@@ -68,6 +68,7 @@ __all__ = [
     "Stale",
     "__version__",
     "alignment",
+    "by_reference",
     "mshare",
     "mshare_attach",
     "mshare_detach",
@@ -82,7 +83,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
-    if name == "__version__":  # reading it takes longer than everything else here
-        return _metadata.version("msharefs")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from libmshare.arrays import by_reference
+
+    __version__: str
+else:
+    # (Seen by type checkers, it would have every name be there.)
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib import metadata  # noqa: PLC0415 - it takes longer than all the rest
+
+            return metadata.version("msharefs")
+        if name == "by_reference":
+            from libmshare.arrays import by_reference  # noqa: PLC0415 - numpy is optional
+
+            return by_reference
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,16 +2,17 @@
 
 Sent to another process by multiprocessing or concurrent.futures, an array or a memoryview
 that lies in a region travels as what it is: a region's identity, and where in it.  Other
-pickles hold the contents, as always: they may go to a disk, or to another machine.
+pickles hold the contents, as always: they may go to a disk, or to another machine; but those
+of by_reference() do not.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Final, SupportsIndex
+from typing import Any, Final, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -20,6 +21,7 @@ from libmshare import holding
 from libmshare.region import Identity, unpickle
 
 _ORDERS: Final = ("C", "F")
+_T = TypeVar("_T", bound=np.generic)
 
 
 def _extents(
@@ -72,24 +74,53 @@ def _bounds(array: NDArray[Any]) -> tuple[int, int]:
     return low, high + array.itemsize
 
 
-def _reference(low: int, high: int, *, readonly: bool) -> tuple[Any, ...] | None:
-    """What rebuild() and rebuild_buffer() find the bytes by, if they lie in a region."""
+class ByReference(np.ndarray[Any, np.dtype[Any]]):
+    """An array that travels by reference in every pickle, if it lies in a region.
+
+    What is computed of it is a plain array, or a number, as of numpy.memmap.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return _reduce(self, rebuild_referring) or super().__reduce_ex__(protocol)
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: Any = False) -> Any:  # noqa: FBT002 - as numpy calls it
+        if array is self:
+            return array
+        plain = np.asarray(array).view(np.ndarray)
+        return plain[()] if return_scalar or not plain.ndim else plain
+
+
+def by_reference(array: NDArray[_T]) -> NDArray[_T]:
+    """The same array for libraries that pickle in their own way, as joblib does.
+
+    Any pickle of it, or of a view of it, says where it lies, and not what is in it.
+    Raises ValueError if it does not lie in a region.
+    """
+    if _reduce(array, rebuild) is None:
+        raise ValueError("the array does not lie in a region of this process")
+    return array.view(ByReference)
+
+
+def reference(low: int, high: int, *, readonly: bool) -> tuple[Any, ...] | None:
+    """What rebuild() and its like find the bytes by, if they lie in a region; by addresses."""
     found = holding.holding(low, high) if high > low else None
     if found is None:
         return None
     hold, _ = found
     region = hold.region
     identity = Identity(bytes(region.identity).hex(), region.root.decode())
+    readonly |= not region.writable
     return identity, hold.name, readonly, low - region.start, high - low
 
 
-def _bytes(
+def bytes_of(
     identity: Identity,
     name: str,
     readonly: bool,  # noqa: FBT001 - from a tuple
     offset: int,
     length: int,
 ) -> memoryview:
+    """The bytes that reference() told of."""
     with unpickle(identity, name, readonly) as region:
         return region.buf[offset : offset + length]
 
@@ -101,33 +132,44 @@ def rebuild(
     strides: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> NDArray[Any]:
-    """The array that _reduce_array() took apart; for pickle."""
-    return np.ndarray(shape, dtype, _bytes(*reference), offset, strides)
+    """The array that _reduce() took apart; for pickle."""
+    return np.ndarray(shape, dtype, bytes_of(*reference), offset, strides)
+
+
+def rebuild_referring(*parts: Any) -> NDArray[Any]:
+    """The same, which goes on by reference; for pickle."""
+    return rebuild(*parts).view(ByReference)
 
 
 def rebuild_buffer(
     reference: tuple[Identity, str, bool, int, int], kind: str, shape: tuple[int, ...]
 ) -> memoryview:
     """The memoryview that _reduce_buffer() took apart; for pickle."""
-    return _bytes(*reference).cast(kind, shape)  # type: ignore[call-overload, no-any-return] # any
+    return bytes_of(*reference).cast(kind, shape)  # type: ignore[call-overload, no-any-return] # any
+
+
+def _reduce(array: NDArray[Any], by: Callable[..., NDArray[Any]]) -> Any:
+    """How pickle has `by` make it again, if it lies in a region."""
+    if not array.size or array.dtype.hasobject:
+        return None
+    low, high = _bounds(array)
+    where = reference(low, high, readonly=not array.flags.writeable)
+    if where is None:
+        return None
+    at = int(array.__array_interface__["data"][0]) - low
+    return by, (where, at, array.shape, array.strides, array.dtype)
 
 
 def _reduce_array(array: NDArray[Any]) -> Any:
-    if array.size and not array.dtype.hasobject:
-        low, high = _bounds(array)
-        reference = _reference(low, high, readonly=not array.flags.writeable)
-        if reference is not None:
-            at = int(array.__array_interface__["data"][0]) - low
-            return rebuild, (reference, at, array.shape, array.strides, array.dtype)
-    return array.__reduce__()
+    return _reduce(array, rebuild) or array.__reduce__()
 
 
 def _reduce_buffer(view: memoryview) -> Any:
     if view.c_contiguous and view.nbytes:
         low = int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
-        reference = _reference(low, low + view.nbytes, readonly=view.readonly)
-        if reference is not None:
-            return rebuild_buffer, (reference, view.format, view.shape)
+        where = reference(low, low + view.nbytes, readonly=view.readonly)
+        if where is not None:
+            return rebuild_buffer, (where, view.format, view.shape)
     raise TypeError("a memoryview that does not lie in a region cannot be pickled")
 
 

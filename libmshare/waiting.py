@@ -124,7 +124,10 @@ def interruptible(function: Callable[[], _T], undo: Callable[[], object] = lambd
     del function, undo  # what raises below keeps this frame, and must not keep what they do
     call.wait()
     if call.error is not None:
-        raise call.error
+        try:
+            raise call.error
+        finally:
+            call.error = None  # or the thread, until it has ended, keeps what its frames had
     return call.result.pop()  # type: ignore[return-value] # what the function returned
 
 

@@ -11,7 +11,6 @@ import random
 import signal
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALIGNMENT, SUPPORT, Daemon, compile_c, eventually
-from inside import root_fixture as _root_fixture  # noqa: F401 - of every test here
+from conftest import SUPPORT, Daemon, compile_c, eventually
+from inside import one_daemon_fixture as _one_daemon_fixture  # noqa: F401 - of every test here
+from inside import root_fixture as _root_fixture  # noqa: F401 - the same
 from numpy.typing import NDArray
 
 import libmshare
@@ -30,19 +30,6 @@ from libmshare import Atomic, Corrupt, Lock, OwnerDied, Region, Semaphore, holdi
 
 NAMES, SPACES = 4096, 4096 + 1024 * 128
 """Where a heap has its named objects, and its tree (heap.h)."""
-
-
-@pytest.fixture(scope="module", name="daemon")
-def daemon_fixture() -> Iterator[Daemon]:
-    """One for all: nothing here does it any harm."""
-    with tempfile.TemporaryDirectory(prefix="mshare-test-") as directory:
-        made = Daemon(Path(directory), f"--alignment={ALIGNMENT}")
-        try:
-            yield made.start()
-            made.stop()
-            made.check_log()
-        finally:
-            made.clean_up()
 
 
 @pytest.fixture(name="region")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 from conftest import SUPPORT, Daemon
+from pythons import Python
+from pythons import python_fixture as _python_fixture  # noqa: F401 - of every test here
 
 
-def test_cpythons_own_tests_pass(daemon: Daemon) -> None:
+def test_cpythons_own_tests_pass(daemon: Daemon, python: Python) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", str(SUPPORT / "as_shared_memory.py")],
+        [python.executable, "-P", str(SUPPORT / "as_shared_memory.py")],
         check=False,
         capture_output=True,
         text=True,
         timeout=110,
-        env={"MSHARE_ROOT": str(daemon.mount), "PATH": "/usr/bin:/bin"},
+        env=python.environment(daemon),
     )
     if done.returncode == 77:
         pytest.skip("this Python comes without its own tests")

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon
+from inside import one_daemon_fixture as _one_daemon_fixture  # noqa: F401 - of every test here
 from pages import DOCS, PROJECT, README
+from pythons import OWN, Python
+from pythons import python_fixture as _python_fixture  # noqa: F401 - the same
 
 
 def snippets(text: str) -> str:
@@ -22,25 +25,25 @@ def snippets(text: str) -> str:
     return "\n".join(lines)
 
 
-def run(code: str, directory: Path, daemon: Daemon) -> None:
+def run(code: str, directory: Path, daemon: Daemon, python: Python) -> None:
     program = directory / "page.py"
     # A pool's workers import the program.
     body = code.replace("\n", "\n    ")
     program.write_text(f"if __name__ == '__main__':{body}\n")
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", str(program)],
+        [python.executable, "-X", "dev", "-W", "error", str(program)],
         check=False,
         capture_output=True,
         text=True,
         timeout=100,
-        env={"MSHARE_ROOT": str(daemon.mount), "PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"},
+        env=python.environment(daemon),
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
 @pytest.mark.parametrize(
     ("page", "count"),
-    [(DOCS / "python.md", 10), (DOCS / "numpy-workers.md", 5), (README, 1)],
+    [(DOCS / "numpy-workers.md", 5), (README, 1)],
     ids=lambda value: value.name if isinstance(value, Path) else "",
 )
 def test_every_snippet_of_a_page_runs(
@@ -48,7 +51,15 @@ def test_every_snippet_of_a_page_runs(
 ) -> None:
     text = page.read_text()
     assert len(re.findall(r"^```python$", text, re.MULTILINE)) >= count
-    run(snippets(text), tmp_path, daemon)
+    run(snippets(text), tmp_path, daemon, Python(OWN))
+
+
+def test_every_snippet_of_the_python_page_runs(
+    daemon: Daemon, tmp_path: Path, python: Python
+) -> None:
+    text = (DOCS / "python.md").read_text()
+    assert len(re.findall(r"^```python$", text, re.MULTILINE)) >= 10
+    run(snippets(text), tmp_path, daemon, python)
 
 
 def test_the_example_runs(daemon: Daemon) -> None:
@@ -58,7 +69,7 @@ def test_the_example_runs(daemon: Daemon) -> None:
         capture_output=True,
         text=True,
         timeout=100,
-        env={"MSHARE_ROOT": str(daemon.mount), "PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"},
+        env=Python(OWN).environment(daemon),
     )
     assert done.stdout.count("reads: a pointer means the same everywhere") == 4
     assert "the parent finds [0, 1, 4, 9, 16, 25]" in done.stdout

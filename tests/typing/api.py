@@ -1,6 +1,7 @@
 """What a type checker sees of libmshare; `make lint` checks it, and nothing runs it.
 
-What must be an error says so, and an ignored error that is none is one (mypy --strict).
+As users have it, installed, client/test_types.py has it checked by mypy and pyright.  What must
+be an error says so, and an ignored error that is none is one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ def arrays(region: Region) -> None:
     wrong: NDArray[np.float64] = region.ndarray(10, np.int64)  # type: ignore[arg-type]
     del right, wrong
     region.ndarray(10.0)  # type: ignore[call-overload]
+
+
+def travel(region: Region) -> None:
+    sent = libmshare.by_reference(region.ndarray(10, np.int64))
+    assert_type(sent, NDArray[np.int64])
+    libmshare.by_reference([1, 2])  # type: ignore[arg-type]
 
 
 def pieces(region: Region) -> None:
@@ -57,6 +64,7 @@ def regions() -> None:
     Region.create("name", 1.5)  # type: ignore[arg-type]
     assert_type(libmshare.alignment(), int)
     assert_type(libmshare.__version__, str)
+    libmshare.nonsense  # type: ignore[attr-defined] # noqa: B018 - what is not there is an error
 
 
 def failures() -> None:
