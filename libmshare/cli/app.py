@@ -138,6 +138,14 @@ def ls(
 
 
 @app.command()
+def status(ctx: typer.Context, json: Json = False) -> None:
+    """Tell which daemon serves the mount, with which settings and limits."""
+    from libmshare.cli import status as status_
+
+    status_.status(ctx.obj, json=json)
+
+
+@app.command()
 def info(ctx: typer.Context, name: Name, json: Json = False) -> None:
     """Tell everything about one region, and who has attached it."""
     from libmshare.cli import listing

@@ -202,7 +202,7 @@ def _region(mount: str, directory: bytes) -> Region:
         info = {}
     mode = stat.S_IMODE(status.st_mode)
     return Region(
-        _named(info.get("name", os.fsdecode(directory))) if removed else directory,
+        unescaped(info.get("name", os.fsdecode(directory))) if removed else directory,
         int(info.get("mode", f"{mode:o}"), 8),
         status.st_uid,
         status.st_gid,
@@ -212,7 +212,7 @@ def _region(mount: str, directory: bytes) -> Region:
     )
 
 
-def _named(label: str) -> bytes:
+def unescaped(label: str) -> bytes:
     r"""The name that a text shows: there bytes that are not printable are \ooo."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), os.fsencode(label))
 
@@ -237,6 +237,17 @@ def _read(mount: str, name: bytes, file: str) -> str:
     path = os.path.join(os.fsencode(mount), b".regions", name, file.encode())
     with open(path, "rb") as opened:
         return os.fsdecode(opened.read())
+
+
+def daemon() -> dict[str, str]:
+    """What `.status` tells of the daemon, as it stands there.  Raises CommandError."""
+    try:
+        with open(os.path.join(os.fsencode(root()), b".status"), "rb") as file:
+            return parse_info(os.fsdecode(file.read()))
+    except FileNotFoundError:
+        raise CommandError("this msharefsd has no .status file; a newer one has") from None
+    except OSError as error:
+        raise explain(error, b".status") from None
 
 
 def sharers(name: bytes) -> list[Sharer]:

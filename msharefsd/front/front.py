@@ -36,6 +36,7 @@ from msharefsd.front.setting_up import (
     raise_descriptor_limit,
 )
 from msharefsd.front.starter import Kind, Main, Starter
+from msharefsd.front.status import Status
 from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
@@ -95,7 +96,7 @@ def run(config: Config, signals: Signals) -> None:
         end.empty = not journal.names()
         stack.callback(lambda: _clear(directory, journal, end))
         trio.run(
-            _Front(config, end, journal, starter, signals, setting.identity).serve,
+            _Front(setting, end, journal, starter, signals).serve,
             stack,
             strict_exception_groups=True,
             instruments=runs.instruments(),
@@ -110,15 +111,14 @@ def _clear(directory: Path, journal: NamesJournal, end: End) -> None:
 
 @dataclass(slots=True)
 class _Front:
-    config: Config
+    setting: Setting
     end: End
     journal: NamesJournal
     starter: Starter
     signals: Signals
-    identity: str
 
     async def serve(self, stack: contextlib.ExitStack) -> None:
-        config, end = self.config, self.end
+        config, end = self.setting.config, self.end
         barrier("start")
         if self.signals.came:
             log.info("%s: not started", self.signals.words())
@@ -140,6 +140,7 @@ class _Front:
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
         pagers = asked.pagers = Pagers(self.starter, names, mount.device, config.idle_seconds)
+        asked.about = Status(config, self.setting.features, names, limits, pagers)
         looking = lookers.Lookers(self.starter)
         router = Router(names, pagers, limits, turns, mount.device, looking)
         async with trio.open_nursery() as pagers_nursery:
@@ -153,7 +154,7 @@ class _Front:
                     nursery.start_soon(_stop_when_unmounted, mount, ending)
                     nursery.start_soon(_follow_sysfs)
                     check = await self._check(serving)
-                    await self._adopt(pagers, await homes(directory, self.identity, names))
+                    await self._adopt(pagers, await homes(directory, self.setting.identity, names))
                     await nursery.start(router.run)
                     with trio.fail_after(SELF_CHECK_SECONDS):
                         await controls.bind(config.mountpoint, router.serve)
@@ -190,7 +191,7 @@ class _Front:
         answers ENOSYS, and from then on the kernel closes files of this mount without
         asking.  We rely on that when we close descriptors of it.
         """
-        mountpoint = self.config.mountpoint
+        mountpoint = self.setting.config.mountpoint
         with trio.fail_after(SELF_CHECK_SECONDS):
             root = await trio.to_thread.run_sync(open_root, mountpoint, abandon_on_cancel=True)
             stack.callback(os.close, root)
@@ -206,6 +207,7 @@ class _Asked:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.pagers: Pagers
+        self.about: Status
 
     async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
         return await self.pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
@@ -213,6 +215,9 @@ class _Asked:
     async def metrics(self) -> bytes:
         await self.pagers.look(METRICS_SECONDS)
         return self._metrics.render(self.pagers.samples(), [_silence(self.pagers.all())])
+
+    def status(self, uid: int) -> bytes:
+        return self.about.text(uid)
 
 
 def _silence(pagers: list[Pager]) -> Metric:

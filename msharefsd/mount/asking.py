@@ -39,6 +39,9 @@ class Pagers(Protocol):
     async def metrics(self) -> bytes:
         """OpenMetrics text."""
 
+    def status(self, uid: int) -> bytes:
+        """Which daemon this is, for a user."""
+
 
 class Asking:
     """Asks, waits, and remembers."""
@@ -96,3 +99,7 @@ class Asking:
         """What is counted, for a user.  Raises Refused."""
         async with self._one_of(uid):
             return await self._pagers.metrics()
+
+    def status(self, uid: int) -> bytes:
+        """Which daemon this is, for a user: what the front knows without asking."""
+        return self._pagers.status(uid)

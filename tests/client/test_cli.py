@@ -6,11 +6,8 @@ import contextlib
 import ctypes
 import errno
 import json
-import mmap
 import os
-import pty
 import re
-import select
 import signal
 import stat
 import struct
@@ -22,13 +19,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command import (
+    MSHARE,
+    NOBODY,
+    SIZE,
+    Command,
+    Terminal,
+    as_nobody,
+    donate,
+    environment,
+    make,
+)
+from command import mshare_fixture as _mshare  # noqa: F401 - what tests ask for
+from command import terminal_fixture as _terminal  # noqa: F401 - the same
 from conftest import (
     ALIGNMENT,
     BASE,
-    BIN,
     CONNECTIONS,
     SUPPORT,
     Client,
@@ -48,78 +56,8 @@ from msharefsd.linux import features, mounts, syscalls
 from msharefsd.linux.features import UnsupportedError, probe
 from msharefsd.mount import mounting
 
-NOBODY = 65534
-SIZE = 2 * ALIGNMENT
-CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
-MSHARE = str(BIN / "mshare")
 ODD = b"a b\n\x1b[31m\xff\\\xe2\x80\xa8[red]"
 ODD_PRINTED = r"a\040b\012\033[31m\377\134\342\200\250[red]"
-
-
-def environment(root: Path | None, **more: str) -> dict[str, str]:
-    own = {"PATH": f"{BIN}:{os.defpath}", "LC_ALL": "C.UTF-8", "TERM": "xterm"}
-    return own | ({} if root is None else {"MSHARE_ROOT": str(root)}) | more
-
-
-class Command:
-    """`mshare` for one daemon, or for none."""
-
-    def __init__(self, root: Path | None) -> None:
-        self.root = root
-
-    def run(self, *words: str | bytes | int, **more: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [MSHARE, *(word if isinstance(word, bytes) else str(word) for word in words)],
-            check=False,
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            timeout=50,
-            cwd="/",
-            env=environment(self.root, **more),
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
-
-    def ok(self, *words: str | bytes | int, **more: str) -> str:
-        done = self.run(*words, **more)
-        assert (done.returncode, done.stderr) == (0, ""), done
-        return done.stdout
-
-    def json(self, *words: str | bytes | int) -> Any:
-        text = self.ok(*words, "--json")
-        assert text.isascii()
-        return json.loads(text)
-
-    def fails(self, *words: str | bytes | int, code: int = 1, **more: str) -> str:
-        """It says why, on one line."""
-        done = self.run(*words, **more)
-        assert (done.returncode, done.stdout) == (code, ""), done
-        assert done.stderr.startswith("mshare: ")
-        assert done.stderr.count("\n") == 1
-        assert done.stderr.removesuffix("\n").isprintable()
-        return done.stderr
-
-
-@pytest.fixture
-def mshare(daemon: Daemon) -> Command:
-    return Command(daemon.mount)
-
-
-def make(command: Command, name: str | bytes, *more: str) -> None:
-    command.ok("create", f"--start={BASE}", f"--size={SIZE}", *more, "--", name)
-
-
-def donate(spawn: Callable[..., Client], name: str, mode: int = 0o600) -> Client:
-    """The sharer of a region that has memory in its first half, all of it touched."""
-    donor = spawn()
-    donor.ok("map", BASE, ALIGNMENT, mmap.MAP_SHARED)
-    donor.ok("mshare", name, BASE, SIZE, CREATE, mode)
-    donor.ok("fill", BASE, ALIGNMENT, 1)
-    return donor
-
-
-# -- what there is --
 
 
 def test_ls(mshare: Command, spawn: Callable[..., Client]) -> None:
@@ -384,33 +322,6 @@ def test_rm_all_spares_what_is_in_use(
     assert donor.do("load", BASE) != "SIGBUS"
 
 
-AS_NOBODY = f"""
-# The interpreter may lie where only root can read: have everything imported first.
-import contextlib, io, json, os, sys
-from libmshare.cli import __main__, app, create, doctor, listing, remove
-with contextlib.redirect_stdout(io.StringIO()):
-    app.app(["--timeout=10", "ls"], standalone_mode=False)
-os.setgroups([])
-os.setgid({NOBODY})
-os.setuid({NOBODY})
-__main__.main()
-"""
-
-
-def as_nobody(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", AS_NOBODY, *words],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=50,
-        cwd="/",
-        env=environment(root),
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
 def test_another_users_region(mshare: Command, daemon: Daemon) -> None:
     make(mshare, "r", "--anonymous")
     listed = as_nobody(daemon.mount, "ls")
@@ -664,69 +575,6 @@ def test_nobody_reads(mshare: Command) -> None:
 
 
 # -- on a terminal --
-
-
-class Terminal:
-    """A pseudo terminal with `mshare` on it."""
-
-    def __init__(self, root: Path, *words: str | bytes, columns: int = 120) -> None:
-        self.master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (40, columns))
-        self.before = termios.tcgetattr(slave)
-        self.seen = b""
-        self.slave = slave
-        # A session's first terminal becomes its own, so that Ctrl-C is a signal.
-        script = 'exec "$@" <"$0" >"$0" 2>&1'
-        self.process = subprocess.Popen(
-            ["sh", "-c", script, os.ttyname(slave), MSHARE, *words],
-            cwd="/",
-            env=environment(root),
-            start_new_session=True,
-        )
-
-    def read(self, seconds: float = 0.05) -> bytes:
-        while select.select([self.master], [], [], seconds)[0]:
-            try:
-                part = os.read(self.master, 65536)
-            except OSError:
-                break
-            if not part:
-                break
-            self.seen += part
-        return self.seen
-
-    def shows(self, text: bytes) -> None:
-        eventually(lambda: text in self.read(), repr(text))
-
-    def type(self, text: bytes) -> None:
-        os.write(self.master, text)
-
-    def end(self) -> int:
-        def ended() -> bool:
-            self.read()
-            return self.process.poll() is not None
-
-        eventually(ended, "the end")
-        return self.process.wait()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-
-@pytest.fixture
-def terminal(daemon: Daemon) -> Iterator[Callable[..., Terminal]]:
-    opened: list[Terminal] = []
-
-    def start(*words: str | bytes, columns: int = 120) -> Terminal:
-        opened.append(Terminal(daemon.mount, *words, columns=columns))
-        return opened[-1]
-
-    yield start
-    for each in opened:
-        each.close()
 
 
 def test_ls_on_a_terminal(mshare: Command, terminal: Callable[..., Terminal]) -> None:

@@ -49,6 +49,9 @@ class NoPagers:
     async def metrics(self) -> bytes:
         return b""
 
+    def status(self, uid: int) -> bytes:
+        return b"uid: %d\n" % uid
+
 
 LISTED = set(FIXED) - {b".control", b".controls"}
 """What is there before the daemon has bound its socket."""
