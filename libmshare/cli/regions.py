@@ -18,6 +18,10 @@ from libmshare.cli.errors import CommandError, explain, not_mounted
 from libmshare.cli.output import printable
 
 _REMOVED: Final = b".removed-"
+HUGE_PAGE: Final = 2 << 20
+"""What page tables are had back by (bytes)."""
+_TABLE: Final = 4096
+"""A page table of one huge page's small ones (bytes)."""
 _SHARER: Final = re.compile(r"(\d+) +(\d+) +(\S+) +(\S+) (.*)")
 _MAP: Final = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) +(.*)"
@@ -85,6 +89,21 @@ class Region:
         """How many processes have it attached."""
         value = self.info.get("sharers")
         return None if value is None else int(value)
+
+    def number(self, key: str) -> int:
+        """A figure of `info`; 0 if it is not told."""
+        value = self.info.get(key, "")
+        return int(value) if value.isdecimal() else 0
+
+    @property
+    def saved(self) -> int | None:
+        """Page tables that sharers do without because of huge pages (bytes).
+
+        As many as there would be if each had touched all of it.
+        """
+        if self.sharers is None:
+            return None
+        return self.number("huge") // HUGE_PAGE * _TABLE * self.sharers
 
     @property
     def backing(self) -> str | None:

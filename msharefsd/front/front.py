@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ from msharefsd.mount.names import Names
 from msharefsd.pager.pager import DIRECTORY, Setting
 from msharefsd.pager.pager import main as pager_main
 from msharefsd.security import privileges
+from msharefsd.telemetry import byregion
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.threads import runs
 from msharefsd.threads.fairness import Turns
@@ -128,7 +130,7 @@ class _Front:
         limits = make_limits(config, metrics, None)
         names = Names(config.alignment_bytes, limits, self.journal)
         turns = Turns()
-        asked = _Asked(metrics)
+        asked = _Asked(metrics, names)
         controls = Controls(config.control_group)
         stack.callback(controls.close)
         operations = FileSystem(names, Asking(asked), turns, controls)
@@ -204,17 +206,28 @@ class _Front:
 class _Asked:
     """Whom the mount asks: the pagers, and the front itself."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, names: Names) -> None:
         self._metrics = metrics
+        self._names = names
         self.pagers: Pagers
         self.about: Status
 
     async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
         return await self.pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
 
-    async def metrics(self) -> bytes:
+    async def metrics(self, uid: int) -> bytes:
         await self.pagers.look(METRICS_SECONDS)
-        return self._metrics.render(self.pagers.samples(), [_silence(self.pagers.all())])
+        more = [_silence(self.pagers.all()), *byregion.families(self._figures(uid))]
+        return self._metrics.render(self.pagers.samples(), more)
+
+    def _figures(self, uid: int) -> Iterator[byregion.Figures]:
+        """Of the regions that the user may know all about: their own; root's are all."""
+        everybody = uid in (0, os.geteuid())
+        for name in self._names:
+            if name.size and (everybody or name.uid == uid):
+                yield byregion.Figures(
+                    name.allocated(), name.shared(), name.uid, name.label(), name.counted()
+                )
 
     def status(self, uid: int) -> bytes:
         return self.about.text(uid)

@@ -42,6 +42,7 @@ from msharefsd.link.messages import (
     Stop,
     Unlink,
 )
+from msharefsd.paging.pages import count
 from msharefsd.paging.pagetables import PageTables
 from msharefsd.region import texts
 from msharefsd.region.region import Region
@@ -268,6 +269,7 @@ class Dialog:
         try:
             if question.kind == "metrics":
                 for region in regions.alive():
+                    count(region)
                     region.show()
                 answer = Answer(question.number, samples=metrics.samples())
             else:
@@ -291,6 +293,7 @@ class Dialog:
             return b""
         match question.kind:
             case "info":
+                count(region)
                 return os.fsencode(texts.info(region))
             case "pagetables":
                 return os.fsencode(await self._page_tables.text(region))

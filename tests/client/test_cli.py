@@ -57,7 +57,8 @@ from msharefsd.linux.features import UnsupportedError, probe
 from msharefsd.mount import mounting
 
 ODD = b"a b\n\x1b[31m\xff\\\xe2\x80\xa8[red]"
-ODD_PRINTED = r"a\040b\012\033[31m\377\134\342\200\250[red]"
+ODD_LABEL = r"a\040b\012\033[31m\377\134\342\200\250[red]"
+ODD_PRINTED = f"$'{ODD_LABEL}'"
 
 
 def test_ls(mshare: Command, spawn: Callable[..., Client]) -> None:
@@ -159,10 +160,10 @@ def test_odd_names(mshare: Command, daemon: Daemon) -> None:
     lines = mshare.ok("ls").splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["-n", ODD_PRINTED]
     assert mshare.json("ls")[1]["name"] == os.fsdecode(ODD)
-    assert mshare.ok("info", ODD).splitlines()[0] == f"name:    {ODD_PRINTED}"
-    assert f"[anon_shmem:{ODD_PRINTED}]" in mshare.ok("maps", ODD)
+    assert mshare.ok("info", ODD).splitlines()[0].split() == ["name:", ODD_PRINTED]
+    assert f"[anon_shmem:{ODD_LABEL}]" in mshare.ok("maps", ODD)
     assert mshare.ok("top").splitlines()[4].startswith(ODD_PRINTED)
-    assert ODD_PRINTED in mshare.fails("info", ODD + b"x")
+    assert ODD_LABEL in mshare.fails("info", ODD + b"x")
     mshare.ok("rm", "--", ODD, b"-n")
     assert mshare.json("ls") == []
 
@@ -313,11 +314,16 @@ def test_rm_all_spares_what_is_in_use(
     donor = donate(spawn, "used")
     make(mshare, "r", "--start=32T")
     (daemon.mount / "bare").touch()
-    complaint = mshare.fails("rm", "--all")
+    done = mshare.run("rm", "--all")
+    assert (done.returncode, done.stdout) == (1, "removed: bare, 0\nremoved: r, 0\n")
+    complaint = done.stderr
+    assert complaint.count("\n") == 1
     assert f"used: 1 process has it ({donor.pid} client)" in complaint
     assert "--force removes it all the same" in complaint
     assert [each["name"] for each in mshare.json("ls")] == ["used"]
-    assert mshare.run("rm", "--all", "--force").returncode == 0
+    done = mshare.run("rm", "--all", "--force")
+    assert (done.returncode, done.stdout) == (0, "removed: used, 2M\n")
+    assert "used: removed; 1 process has it" in done.stderr
     assert mshare.json("ls") == []
     assert donor.do("load", BASE) != "SIGBUS"
 
@@ -343,6 +349,7 @@ def test_another_users_region(mshare: Command, daemon: Daemon) -> None:
 ASKING = (
     ("ls",),
     ("ls", "--json"),
+    ("status",),
     ("info", "r"),
     ("maps", "r"),
     ("ptes", "r"),
@@ -501,6 +508,10 @@ def test_usage() -> None:
         ("rm",),
         ("rm", "--all", "r"),
         ("rm", "--force", "r"),
+        ("ls", "--sort=beauty"),
+        ("wait",),
+        ("wait", "r", "--for=luck"),
+        ("wait", "r", "--timeout=-1"),
         ("run",),
         ("ls", "--nosuch"),
         ("create", "r"),
@@ -520,7 +531,19 @@ def test_usage() -> None:
     assert command.run("info").returncode == 2
     assert command.ok("--version").startswith("mshare ")
     words_of_help = command.ok("--help").split()
-    for name in ("ls", "info", "maps", "top", "create", "rm", "doctor", "ptes", "run"):
+    for name in [
+        "ls",
+        "status",
+        "info",
+        "maps",
+        "top",
+        "create",
+        "wait",
+        "rm",
+        "doctor",
+        "ptes",
+        "run",
+    ]:
         assert name in words_of_help
         done = CliRunner().invoke(app.app, [name, "--help"])
         assert done.exit_code == 0
@@ -644,7 +667,7 @@ def test_top_waits_for_a_daemon(
 def test_top_ends_when_there_is_no_answer(
     mshare: Command, daemon: Daemon, terminal: Callable[..., Terminal]
 ) -> None:
-    top = terminal("--timeout=0.5", "top", "--interval=0.1")
+    top = terminal("--timeout=3", "top", "--interval=0.1")
     top.shows(b"0 regions")
     with stopped(daemon):
         assert top.end() == 1

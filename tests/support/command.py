@@ -10,10 +10,11 @@ import select
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyte
 import pytest
 from conftest import ALIGNMENT, BASE, BIN, Client, Daemon, eventually
 
@@ -119,18 +120,30 @@ def as_nobody(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
 class Terminal:
     """A pseudo terminal with `mshare` on it."""
 
-    def __init__(self, root: Path, *words: str | bytes, columns: int = 120) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *words: str | bytes,
+        columns: int = 120,
+        lines: int = 40,
+        program: Sequence[str] = (MSHARE,),
+        cwd: Path | str = "/",
+        **more: str,
+    ) -> None:
         self.master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (40, columns))
+        termios.tcsetwinsize(slave, (lines, columns))
+        self._screen = pyte.Screen(columns, lines)
+        self._stream = pyte.ByteStream(self._screen)
+        self._shown = 0
         self.before = termios.tcgetattr(slave)
         self.seen = b""
         self.slave = slave
         # A session's first terminal becomes its own, so that Ctrl-C is a signal.
         script = 'exec "$@" <"$0" >"$0" 2>&1'
         self.process = subprocess.Popen(
-            ["sh", "-c", script, os.ttyname(slave), MSHARE, *words],
-            cwd="/",
-            env=environment(root),
+            ["sh", "-c", script, os.ttyname(slave), *program, *words],
+            cwd=cwd,
+            env=environment(root, **more),
             start_new_session=True,
         )
 
@@ -144,6 +157,23 @@ class Terminal:
                 break
             self.seen += part
         return self.seen
+
+    def screen(self) -> list[str]:
+        """What a person sees: the lines, without what is blank at their ends."""
+        seen = self.read()
+        self._stream.feed(seen[self._shown :])
+        self._shown = len(seen)
+        return [line.rstrip() for line in self._screen.display]
+
+    def displays(self, *texts: str) -> list[str]:
+        """The screen, as soon as all of that is on it."""
+
+        def is_there() -> bool:
+            screen = "\n".join(self.screen())
+            return all(text in screen for text in texts)
+
+        eventually(is_there, repr(texts))
+        return self.screen()
 
     def shows(self, text: bytes) -> None:
         eventually(lambda: text in self.read(), repr(text))
@@ -170,8 +200,8 @@ class Terminal:
 def terminal_fixture(daemon: Daemon) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def start(*words: str | bytes, columns: int = 120) -> Terminal:
-        opened.append(Terminal(daemon.mount, *words, columns=columns))
+    def start(*words: str | bytes, **how: Any) -> Terminal:
+        opened.append(Terminal(daemon.mount, *words, **how))
         return opened[-1]
 
     yield start
