@@ -279,7 +279,17 @@ def collapse(
 @app.command()
 def top(
     ctx: typer.Context,
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            metavar="[PATTERN]", help="only regions in whose names this is", show_default=False
+        ),
+    ] = "",
     once: Annotated[bool, typer.Option("--once", help="print it once and exit")] = False,
+    sort: Annotated[Order, typer.Option(help="what comes first")] = Order.MEMORY,
+    json: Annotated[
+        bool, typer.Option("--json", help="an object a line, until it is interrupted")
+    ] = False,
     interval: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=86400, help="between two looks")
     ] = 2.0,
@@ -288,10 +298,13 @@ def top(
     from libmshare.cli import output
     from libmshare.cli import top as top_
 
-    if once or not output.on_terminal():
-        top_.once(ctx.obj)
+    wanted = top_.Wanted(sort, pattern, interval)
+    if json:
+        top_.stream(ctx.obj, wanted, forever=not once)
+    elif once or not output.on_terminal():
+        top_.once(ctx.obj, wanted)
     else:
-        top_.live(ctx.obj, interval)
+        top_.live(ctx.obj, wanted)
 
 
 @app.command()

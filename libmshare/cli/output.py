@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _PLAIN: Final = re.compile(r"[\w@%+:,./-][\w@%+:,./=-]*")
 """What no shell takes for anything else; `=ls` is a path in zsh."""
-_GAP: Final = 2
+GAP: Final = 2
 """Between two columns."""
 
 
@@ -122,7 +122,7 @@ def fitted(
     """
     each = widths(columns, rows)
     kept = list(range(len(columns)))
-    while sum(each[at] + _GAP for at in kept) - _GAP > width:
+    while sum(each[at] + GAP for at in kept) - GAP > width:
         rank, at = max((columns[at].rank, at) for at in kept)
         if rank == 0:
             break
@@ -134,7 +134,7 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str
     """Aligned text, the titles above it."""
     each = widths(columns, rows)
     return "\n".join(
-        (" " * _GAP)
+        (" " * GAP)
         .join(
             " " * (width - columns_of(cell)) + cell
             if column.right
@@ -151,7 +151,7 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Tabl
     from rich.table import Table  # noqa: PLC0415 - as above
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     for column in columns:
         # Folded, not cut: half a name is nobody's.
         table.add_column(

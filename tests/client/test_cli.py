@@ -13,7 +13,6 @@ import stat
 import struct
 import subprocess
 import sys
-import termios
 import textwrap
 import threading
 import time
@@ -616,91 +615,6 @@ def test_ls_on_a_terminal(mshare: Command, terminal: Callable[..., Terminal]) ->
     told = terminal("info", ODD)
     assert told.end() == 0
     assert ODD_PRINTED.encode() in told.read()
-
-
-@pytest.mark.parametrize("how", ["q", "Q", "Ctrl-C", "Ctrl-D", "SIGTERM"])
-def test_top(
-    mshare: Command,
-    daemon: Daemon,
-    terminal: Callable[..., Terminal],
-    spawn: Callable[..., Client],
-    how: str,
-) -> None:
-    top = terminal("top", "--interval=0.1")
-    top.shows(b"0 regions, 0 sharers")
-    top.shows(b"q quits")
-    donor = donate(spawn, "numbers")
-    donor.ok("store", BASE, 1)
-    top.shows(b"1 regions, 1 sharers")
-    top.shows(b"numbers")
-    top.shows(b"faults/s")
-    top.shows(str(donor.pid).encode())
-    during = termios.tcgetattr(top.slave)[3]
-    assert not during & (termios.ICANON | termios.ECHO)
-    if how == "SIGTERM":
-        top.process.terminate()
-        assert top.end() == 128 + signal.SIGTERM
-    else:
-        top.type({"q": b"q", "Q": b"Q", "Ctrl-C": b"\x03", "Ctrl-D": b"\x04"}[how])
-        assert top.end() == 0
-    assert termios.tcgetattr(top.slave) == top.before
-    assert b"\x1b[?1049l" in top.read()  # the screen of before
-    assert b"Traceback" not in top.read()
-
-
-def test_top_waits_for_a_daemon(
-    mshare: Command, daemon: Daemon, terminal: Callable[..., Terminal]
-) -> None:
-    make(mshare, "r")
-    top = terminal("top", "--interval=0.1")
-    top.shows(b"1 regions")
-    daemon.kill()
-    top.shows(b"has died")
-    daemon.expected += ["a dead daemon left", "of a daemon that died"]
-    daemon.start()
-    top.seen = b""
-    top.shows(b"regions, 0 sharers")
-    top.type(b"q")
-    assert top.end() == 0
-
-
-def test_top_ends_when_there_is_no_answer(
-    mshare: Command, daemon: Daemon, terminal: Callable[..., Terminal]
-) -> None:
-    top = terminal("--timeout=3", "top", "--interval=0.1")
-    top.shows(b"0 regions")
-    with stopped(daemon):
-        assert top.end() == 1
-    assert b"no answer from the daemon" in top.read()
-    assert termios.tcgetattr(top.slave) == top.before
-
-
-def test_top_shows_as_many_as_there_is_room_for(
-    mshare: Command, terminal: Callable[..., Terminal]
-) -> None:
-    assert mshare.root is not None
-    for number in range(60):
-        (mshare.root / f"region-{number:02}").touch()
-    top = terminal("top", "--interval=0.1")
-    top.shows(b"60 regions")
-    top.shows(b"26 more")
-    top.type(b"q")
-    assert top.end() == 0
-
-
-def test_top_in_a_pipe(mshare: Command, spawn: Callable[..., Client], daemon: Daemon) -> None:
-    assert mshare.ok("top") == f"{daemon.mount}: 0 regions, 0 sharers, 0 of memory\n"
-    donor = donate(spawn, "r")
-    for words in (("top",), ("top", "--once")):
-        heading, of_regions, of_sharers = mshare.ok(*words).split("\n\n")
-        assert heading == f"{daemon.mount}: 1 regions, 1 sharers, 2M of memory"
-        assert of_regions.splitlines()[1].split()[:4] == ["r", f"{BASE:#x}", "4M", "2M"]
-        region, pid, user, access, _since, tables, command = of_sharers.splitlines()[1].split()
-        assert (region, pid, user, access) == ("r", str(donor.pid), "root", "read-write")
-        assert command == "client"
-        status = Path(f"/proc/{donor.pid}/status").read_text()
-        kibibytes = next(line.split()[1] for line in status.splitlines() if "VmPTE" in line)
-        assert tables == output.size(int(kibibytes) * 1024)
 
 
 # -- doctor --
