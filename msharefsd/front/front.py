@@ -23,7 +23,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from msharefsd.barriers import barrier
 from msharefsd.config import Config
 from msharefsd.errors import StartError
-from msharefsd.front import lookers
+from msharefsd.front import exporter, lookers
 from msharefsd.front.ending import Ending, rest, sentence, what_is_kept
 from msharefsd.front.pagers import Pager, Pagers, adopt, homes
 from msharefsd.front.router import Router
@@ -92,6 +92,9 @@ def run(config: Config, signals: Signals) -> None:
             Kind.PAGER: partial(pager_main, setting),
             Kind.LOOKER: lookers.main,
         }
+        where = config.metrics_address
+        if where is not None:
+            mains[Kind.EXPORTER] = partial(exporter.main, where, config.mountpoint)
         starter = Starter(mains, cgroups.delegated())
         stack.callback(starter.close)
         journal = NamesJournal(directory)
@@ -119,7 +122,7 @@ class _Front:
     starter: Starter
     signals: Signals
 
-    async def serve(self, stack: contextlib.ExitStack) -> None:
+    async def serve(self, stack: contextlib.ExitStack) -> None:  # noqa: PLR0915 - in this order
         config, end = self.setting.config, self.end
         barrier("start")
         if self.signals.came:
@@ -134,15 +137,15 @@ class _Front:
         controls = Controls(config.control_group)
         stack.callback(controls.close)
         operations = FileSystem(names, Asking(asked), turns, controls)
-        directory = Path(config.run_directory)
+        directory = self.setting.run_directory
         stack.enter_context(mounted(config, directory / "graft", operations, end))
         mount = top_mount(config.mountpoint)
         assert mount is not None, "pyfuse3.init() returned without a mount"
         barrier("start.mounted")
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
-        pagers = asked.pagers = Pagers(self.starter, names, mount.device, config.idle_seconds)
-        asked.about = Status(config, self.setting.features, names, limits, pagers)
+        pagers = Pagers(self.starter, names, mount.device, config.idle_seconds)
+        asked.begin(pagers, Status(config, self.setting.features, names, limits, pagers))
         looking = lookers.Lookers(self.starter)
         router = Router(names, pagers, limits, turns, mount.device, looking)
         async with trio.open_nursery() as pagers_nursery:
@@ -165,6 +168,7 @@ class _Front:
                     log.info(
                         "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
                     )
+                    nursery.start_soon(exporter.keep, self.starter, config.metrics_address)
                     status = partial(_status, config.mountpoint, names, pagers)
                     nursery.start_soon(manager.run, status, check.answers)
             manager.stopping()
@@ -209,16 +213,20 @@ class _Asked:
     def __init__(self, metrics: Metrics, names: Names) -> None:
         self._metrics = metrics
         self._names = names
-        self.pagers: Pagers
-        self.about: Status
+        self._pagers: Pagers
+        self._about: Status
+
+    def begin(self, pagers: Pagers, about: Status) -> None:
+        """From now on somebody asks."""
+        self._pagers, self._about = pagers, about
 
     async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
-        return await self.pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
+        return await self._pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
 
     async def metrics(self, uid: int) -> bytes:
-        await self.pagers.look(METRICS_SECONDS)
-        more = [_silence(self.pagers.all()), *byregion.families(self._figures(uid))]
-        return self._metrics.render(self.pagers.samples(), more)
+        await self._pagers.look(METRICS_SECONDS)
+        more = [_silence(self._pagers.all()), *byregion.families(self._figures(uid))]
+        return self._metrics.render(self._pagers.samples(), more)
 
     def _figures(self, uid: int) -> Iterator[byregion.Figures]:
         """Of the regions that the user may know all about: their own; root's are all."""
@@ -230,7 +238,7 @@ class _Asked:
                 )
 
     def status(self, uid: int) -> bytes:
-        return self.about.text(uid)
+        return self._about.text(uid)
 
 
 def _silence(pagers: list[Pager]) -> Metric:

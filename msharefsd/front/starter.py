@@ -51,6 +51,7 @@ class Kind(IntEnum):
 
     PAGER = 0
     LOOKER = 1
+    EXPORTER = 2
 
 
 class Starter:
