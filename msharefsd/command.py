@@ -19,6 +19,7 @@ from msharefsd.life.signals import Signals
 from msharefsd.linux import priority
 from msharefsd.linux.features import UnsupportedError
 from msharefsd.mount import mounting
+from msharefsd.telemetry import logs
 
 VERSION: Final = version("msharefs")
 
@@ -65,7 +66,22 @@ def _parser() -> argparse.ArgumentParser:
         "vm.unprivileged_userfaultfd is 1 (auto)",
     )
     parser.add_argument("--connect-group", metavar="GROUP", help="who may connect (everybody)")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    parser.add_argument(
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        help="what is logged besides what is worse (info)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=["text", "json", "journal"],
+        help="lines for people, JSON, or journald with fields for region, user and process (text)",
+    )
+    parser.add_argument(
+        "--metrics-listen",
+        metavar="WHERE",
+        help="serve .metrics by HTTP: a port of loopback, 127.0.0.1:9469, [::1]:9469, or a "
+        "socket's path (nowhere)",
+    )
     parser.add_argument(
         "--without",
         action="append",
@@ -120,9 +136,7 @@ def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
     except config.ConfigError as error:
         print(f"msharefsd: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="msharefsd: %(levelname)s: %(message)s"
-    )
+    logs.set_up(settings.log_level, settings.log_format)
     faulthandler.enable()
     os.umask(os.umask(0o022) | 0o022)  # what we make is never for others to write
     os.chdir("/")  # never keep a file system busy, least of all our own

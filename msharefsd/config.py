@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import ipaddress
 import os
 import pwd
 import re
 import shlex
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -23,6 +24,9 @@ UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST_ALIGNMENT: Final = 2 << 20
 LARGEST_ALIGNMENT: Final = 1 << 46
 LARGEST_SIZE: Final = 1 << 63
+_LONGEST_PATH: Final = 107
+"""sun_path, unix(7), with its end."""
+_LAST_PORT: Final = 65535
 _NEEDED: Final = ("/dev/shm", "/dev/fuse", "/proc", "/sys/fs")  # noqa: S108 - not to use it
 """What must be seen whatever is mounted; with the run directory."""
 _UNPRIVILEGED: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -95,6 +99,42 @@ class LimitSettings(Allowance, frozen=True, kw_only=True):
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """A socket to listen on: of loopback, or a path."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return self.path
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/metrics"
+
+
+def _listen(text: str) -> Listen:
+    """Raises ConfigError."""
+    path = text.removeprefix("unix:")
+    if path.startswith("/"):
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            raise ConfigError(f"metrics_listen: a socket's path has {_LONGEST_PATH} bytes at most")
+        return Listen(path=path)
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.strip("[]") or "127.0.0.1")
+        number = int(port)
+    except ValueError:
+        address, number = ipaddress.ip_address("0.0.0.0"), 0  # noqa: S104 - to be refused
+    if not address.is_loopback or not 1 <= number <= _LAST_PORT:
+        raise ConfigError(
+            f"metrics_listen: {text!r}; write 9469, 127.0.0.1:9469, [::1]:9469 or /run/NAME.socket "
+            "(for other machines have a proxy that knows who may read it)"
+        )
+    return Listen(str(address), number)
+
+
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Settings, by their names in the file.  Sizes are text: "512G", "64M", "4096"."""
 
@@ -115,6 +155,9 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     """Who may connect to .control: a group, or everybody."""
     limits: LimitSettings = LimitSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json", "journal"] = "text"
+    metrics_listen: str = ""
+    """Where Prometheus may scrape: a port of loopback, an address of it, a path; or nowhere."""
     without: Annotated[frozenset[str], msgspec.Meta(description="features not to use")] = (
         frozenset()
     )
@@ -149,6 +192,11 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         """The group that may connect; None for everybody.  Raises ConfigError."""
         return _group(self.connect_group) if self.connect_group else None
 
+    @property
+    def metrics_address(self) -> Listen | None:
+        """Where metrics are served; None for nowhere.  Raises ConfigError."""
+        return _listen(self.metrics_listen) if self.metrics_listen else None
+
     def words(self) -> list[str]:
         """The options that say which daemon this is, as a shell reads them."""
         said = []
@@ -181,7 +229,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         _check_mountpoint(mountpoint, run)
         config = msgspec.structs.replace(self, mountpoint=mountpoint, run_directory=run)
         _ = config.alignment_bytes, config.region_memory_bytes, config.huge_page_bytes
-        _ = config.control_group
+        _ = config.control_group, config.metrics_address
         kind, _, name = config.userfaultfd.partition(":")
         if kind == "group":
             _group(name)

@@ -12,8 +12,9 @@ from typing import Annotated, Final
 import typer
 
 from libmshare.cli.errors import CommandError
+from libmshare.cli.exits import Exit
 from libmshare.cli.output import printable
-from libmshare.cli.views import Sort, View
+from libmshare.cli.views import For, Order, Sort, View
 
 app = typer.Typer(
     name="mshare",
@@ -125,7 +126,21 @@ def options(
 @app.command()
 def ls(
     ctx: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="only these; * and ? stand for anything",
+            autocompletion=_complete,
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
+    sort: Annotated[Order, typer.Option(help="what comes first")] = Order.NAME,
+    reverse: Annotated[bool, typer.Option("--reverse", help="the other way round")] = False,
+    user: Annotated[
+        str | None, typer.Option(metavar="USER", help="only this user's, by name or number")
+    ] = None,
     all_: Annotated[
         bool,
         typer.Option("--all", help="also those that were removed and are in use, and by whom"),
@@ -134,7 +149,16 @@ def ls(
     """List the regions."""
     from libmshare.cli import listing
 
-    listing.ls(ctx.obj, json=json, removed=all_)
+    choice = listing.Choice(names or (), user, sort, reverse)
+    listing.ls(ctx.obj, choice, json=json, removed=all_)
+
+
+@app.command()
+def status(ctx: typer.Context, json: Json = False) -> None:
+    """Tell which daemon serves the mount, with which settings and limits."""
+    from libmshare.cli import status as status_
+
+    status_.status(ctx.obj, json=json)
 
 
 @app.command()
@@ -249,13 +273,23 @@ def collapse(
     if watch and not dry_run:
         collapse_.watch(order)
     elif not collapse_.collapse(order):
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command()
 def top(
     ctx: typer.Context,
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            metavar="[PATTERN]", help="only regions in whose names this is", show_default=False
+        ),
+    ] = "",
     once: Annotated[bool, typer.Option("--once", help="print it once and exit")] = False,
+    sort: Annotated[Order, typer.Option(help="what comes first")] = Order.MEMORY,
+    json: Annotated[
+        bool, typer.Option("--json", help="an object a line, until it is interrupted")
+    ] = False,
     interval: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=86400, help="between two looks")
     ] = 2.0,
@@ -264,10 +298,13 @@ def top(
     from libmshare.cli import output
     from libmshare.cli import top as top_
 
-    if once or not output.on_terminal():
-        top_.once(ctx.obj)
+    wanted = top_.Wanted(sort, pattern, interval)
+    if json:
+        top_.stream(ctx.obj, wanted, forever=not once)
+    elif once or not output.on_terminal():
+        top_.once(ctx.obj, wanted)
     else:
-        top_.live(ctx.obj, interval)
+        top_.live(ctx.obj, wanted)
 
 
 @app.command()
@@ -300,6 +337,22 @@ def create(
 
 
 @app.command()
+def wait(
+    ctx: typer.Context,
+    name: Name,
+    for_: Annotated[For, typer.Option("--for", help="what to wait for")] = For.CREATED,
+    patience: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", min=0, help="how long; without it for ever"),
+    ] = None,
+) -> None:
+    """Wait until a region is as it is wanted."""
+    from libmshare.cli import waiting
+
+    waiting.wait(os.fsencode(name), for_, ctx.obj, patience)
+
+
+@app.command()
 def rm(
     ctx: typer.Context,
     names: Annotated[
@@ -319,15 +372,17 @@ def rm(
     if force and not all_:
         raise typer.BadParameter("is for --all", param_hint="--force")
     if all_:
-        failures, notes = remove_all(ctx.obj, force=force)
+        result = remove_all(ctx.obj, force=force)
+        for gone in result.done:
+            typer.echo(f"removed: {gone}")
     else:
-        failures, notes = remove([os.fsencode(name) for name in names or []], ctx.obj)
-    for note in notes:
+        result = remove([os.fsencode(name) for name in names or []], ctx.obj)
+    for note in result.notes:
         typer.echo(f"mshare: {note}", err=True)
-    for failure in failures:
+    for failure in result.failures:
         failure.tell()
-    if failures:
-        raise typer.Exit(1)
+    if result.failures:
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command()
@@ -343,7 +398,7 @@ def doctor(
     from libmshare.cli import doctor as doctor_
 
     if not doctor_.doctor(ctx.obj, config, json=json):
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command(

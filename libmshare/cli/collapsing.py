@@ -13,6 +13,7 @@ import msgspec
 
 from libmshare.cli import listing
 from libmshare.cli.errors import CommandError
+from libmshare.cli.exits import Exit
 from libmshare.cli.output import printable, printable_line
 from msharefsd.config import ConfigError, parse_size
 from msharetables.proc import Status
@@ -20,7 +21,6 @@ from msharetables.survey import Object, unit
 from msharetables.watch import Limits
 
 _PART: Final = re.compile(r"(\d{1,3}(?:\.\d+)?)%")
-USAGE: Final = 2
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -49,7 +49,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         """Of one processor.  Raises CommandError."""
         share = part(self.budget)
         if not share:
-            raise CommandError("a budget of 0% does nothing: write 1% to 100%", USAGE)
+            raise CommandError("a budget of 0% does nothing: write 1% to 100%", Exit.USAGE)
         return share
 
     def of(self, status: Status, cgroup: str) -> bool:
@@ -87,7 +87,7 @@ def load(path: str | None, options: dict[str, object]) -> Settings:
         raise CommandError(f"cannot read {printable(path or '')}: {error.strerror}") from None
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         where = printable(path) if path else "options"
-        raise CommandError(f"{where}: {error}", USAGE) from None
+        raise CommandError(f"{where}: {error}", Exit.USAGE) from None
     return made
 
 
@@ -96,14 +96,14 @@ def size(text: str) -> int:
     try:
         return parse_size(text)
     except ConfigError as error:
-        raise CommandError(str(error), USAGE) from None
+        raise CommandError(str(error), Exit.USAGE) from None
 
 
 def part(text: str) -> float:
     """A part of one from "50%".  Raises CommandError."""
     match = _PART.fullmatch(text.strip())
     if match is None or float(match[1]) > 100:
-        raise CommandError(f"{printable(text)}: write 0% to 100%", USAGE)
+        raise CommandError(f"{printable(text)}: write 0% to 100%", Exit.USAGE)
     return float(match[1]) / 100
 
 

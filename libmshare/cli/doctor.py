@@ -159,7 +159,7 @@ def _graft(timeout: float) -> Iterator[Finding]:
         for mount in mounts.mounts()
         if mount.fstype == mounting.FSTYPE and os.path.dirname(mount.target) == graft.SYS_FS
     )
-    found = f"a graft, for {printable(' '.join(within)) if within else 'no mount'}"
+    found = f"a graft, for {' '.join(map(printable, within)) if within else 'no mount'}"
     if not any(_other_mount(target, timeout).status is Status.OK for target in within):
         advice = "no daemon needs it: msharefsd --ungraft shows the kernel's again"
         yield Finding(graft.SYS_FS, Status.WARN, found, advice)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from libmshare import errors
+from libmshare.cli.exits import Exit
 from libmshare.cli.output import printable
 from libmshare.errors import ADVICE, GONE
 
@@ -16,7 +17,7 @@ from libmshare.errors import ADVICE, GONE
 class CommandError(Exception):
     """The command fails; the text is told to the user."""
 
-    def __init__(self, text: str, code: int = 1) -> None:
+    def __init__(self, text: str, code: int = Exit.FAILED) -> None:
         """`code` is the exit status."""
         super().__init__(text, code)
         self.text = text
@@ -48,6 +49,11 @@ def not_mounted() -> DaemonGoneError:
     return DaemonGoneError(
         text.replace("say where it is with MSHARE_ROOT", "say where it is with --root")
     )
+
+
+def no_such_region(name: bytes) -> CommandError:
+    """For a name that is not there."""
+    return explain(OSError(errno.ENOENT, os.strerror(errno.ENOENT)), name)
 
 
 def explain(error: OSError, name: bytes, advice: Mapping[int, str] | None = None) -> CommandError:

@@ -3,33 +3,95 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import grp
+import os
 import pwd
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from libmshare.cli import output, regions
 from libmshare.cli.ask import bounded
+from libmshare.cli.errors import CommandError, no_such_region
 from libmshare.cli.output import Column, printable, printable_line
+from libmshare.cli.views import Order
 
 COLUMNS: Final = (
     Column("NAME"),
-    Column("ADDRESS", right=True),
-    Column("SIZE", right=True),
-    Column("MEMORY", right=True),
-    Column("SHARERS", right=True),
-    Column("BACKING"),
-    Column("OWNER"),
-    Column("MODE"),
+    Column("ADDRESS", right=True, rank=4),
+    Column("SIZE", right=True, rank=3),
+    Column("MEMORY", right=True, rank=1),
+    Column("SHARERS", right=True, rank=2),
+    Column("BACKING", rank=7),
+    Column("OWNER", rank=5),
+    Column("MODE", rank=6),
 )
 SHARER_COLUMNS: Final = (
     Column("PID", right=True),
-    Column("USER"),
-    Column("ACCESS"),
-    Column("SINCE"),
-    Column("COMMAND"),
+    Column("USER", rank=2),
+    Column("ACCESS", rank=3),
+    Column("SINCE", rank=4),
+    Column("COMMAND", rank=1),
 )
+_WILD: Final = frozenset("*?[")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which regions, and in which order."""
+
+    patterns: Sequence[str] = ()
+    """Names, with * and ? and [...]; all, if there are none."""
+    user: str | None = None
+    order: Order = Order.NAME
+    reverse: bool = False
+
+    def of(self, found: Iterable[regions.Region]) -> list[regions.Region]:
+        """Raises CommandError if a name, or the user, is nobody's."""
+        owner = None if self.user is None else _uid(self.user)
+        chosen = [
+            region for region in found if self._is_named(region) and owner in (None, region.uid)
+        ]
+        names = {os.fsdecode(region.name) for region in chosen}
+        for pattern in self.patterns:
+            if pattern not in names and not _WILD & set(pattern):
+                raise no_such_region(os.fsencode(pattern))
+        return in_order(chosen, self.order, reverse=self.reverse)
+
+    def _is_named(self, region: regions.Region) -> bool:
+        name = os.fsdecode(region.name)
+        return not self.patterns or any(
+            name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns
+        )
+
+
+def in_order(
+    found: Iterable[regions.Region],
+    order: Order,
+    *,
+    reverse: bool = False,
+    more: Callable[[regions.Region], float] = lambda _: 0,
+) -> list[regions.Region]:
+    """Figures from the largest down, what is not told last; names and addresses up.
+
+    `more` is what Order.FAULTS goes by.
+    """
+    keys: dict[Order, Callable[[regions.Region], float]] = {
+        Order.NAME: lambda _: 0,
+        Order.MEMORY: lambda region: -region.memory,
+        Order.SIZE: lambda region: -(region.size or -1),
+        Order.SHARERS: lambda region: -(-1 if region.sharers is None else region.sharers),
+        Order.ADDRESS: lambda region: float("inf") if region.start is None else region.start,
+        Order.SAVED: lambda region: -(region.saved or 0),
+        Order.FAULTS: lambda region: -more(region),
+    }
+    key = keys[order]
+    return sorted(
+        found, key=lambda region: (key(region), region.name, region.removed), reverse=reverse
+    )
 
 
 def row(region: regions.Region) -> list[str]:
@@ -57,6 +119,14 @@ def sharer_row(sharer: regions.Sharer) -> list[str]:
     ]
 
 
+def _uid(user: str) -> int:
+    """Raises CommandError."""
+    try:
+        return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):
+        raise CommandError(f"{printable(user)}: no such user; give a name or a number") from None
+
+
 @functools.cache
 def user(uid: int) -> str:
     """The user's name, or the number of one that has none here."""
@@ -71,13 +141,13 @@ def _group(gid: int) -> str:
     return str(gid)
 
 
-def ls(timeout: float, *, json: bool, removed: bool = False) -> None:
-    """All regions; with `removed` also those that have lost their names, and who has them."""
+def ls(timeout: float, choice: Choice, *, json: bool, removed: bool = False) -> None:
+    """Regions; with `removed` also those that have lost their names, and who has them."""
 
     def ask() -> list[tuple[regions.Region, list[regions.Sharer]]]:
         return [
             (region, regions.holders(region) if region.removed else [])
-            for region in regions.everything(removed=removed)
+            for region in choice.of(regions.everything(removed=removed))
         ]
 
     found = bounded(ask, timeout)

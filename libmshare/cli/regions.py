@@ -18,6 +18,10 @@ from libmshare.cli.errors import CommandError, explain, not_mounted
 from libmshare.cli.output import printable
 
 _REMOVED: Final = b".removed-"
+HUGE_PAGE: Final = 2 << 20
+"""What page tables are had back by (bytes)."""
+_TABLE: Final = 4096
+"""A page table of one huge page's small ones (bytes)."""
 _SHARER: Final = re.compile(r"(\d+) +(\d+) +(\S+) +(\S+) (.*)")
 _MAP: Final = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) +(.*)"
@@ -85,6 +89,21 @@ class Region:
         """How many processes have it attached."""
         value = self.info.get("sharers")
         return None if value is None else int(value)
+
+    def number(self, key: str) -> int:
+        """A figure of `info`; 0 if it is not told."""
+        value = self.info.get(key, "")
+        return int(value) if value.isdecimal() else 0
+
+    @property
+    def saved(self) -> int | None:
+        """Page tables that sharers do without because of huge pages (bytes).
+
+        As many as there would be if each had touched all of it.
+        """
+        if self.sharers is None:
+            return None
+        return self.number("huge") // HUGE_PAGE * _TABLE * self.sharers
 
     @property
     def backing(self) -> str | None:
@@ -202,7 +221,7 @@ def _region(mount: str, directory: bytes) -> Region:
         info = {}
     mode = stat.S_IMODE(status.st_mode)
     return Region(
-        _named(info.get("name", os.fsdecode(directory))) if removed else directory,
+        unescaped(info.get("name", os.fsdecode(directory))) if removed else directory,
         int(info.get("mode", f"{mode:o}"), 8),
         status.st_uid,
         status.st_gid,
@@ -212,7 +231,7 @@ def _region(mount: str, directory: bytes) -> Region:
     )
 
 
-def _named(label: str) -> bytes:
+def unescaped(label: str) -> bytes:
     r"""The name that a text shows: there bytes that are not printable are \ooo."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), os.fsencode(label))
 
@@ -237,6 +256,17 @@ def _read(mount: str, name: bytes, file: str) -> str:
     path = os.path.join(os.fsencode(mount), b".regions", name, file.encode())
     with open(path, "rb") as opened:
         return os.fsdecode(opened.read())
+
+
+def daemon() -> dict[str, str]:
+    """What `.status` tells of the daemon, as it stands there.  Raises CommandError."""
+    try:
+        with open(os.path.join(os.fsencode(root()), b".status"), "rb") as file:
+            return parse_info(os.fsdecode(file.read()))
+    except FileNotFoundError:
+        raise CommandError("this msharefsd has no .status file; a newer one has") from None
+    except OSError as error:
+        raise explain(error, b".status") from None
 
 
 def sharers(name: bytes) -> list[Sharer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from libmshare import core
 from libmshare.cli import output, regions
@@ -19,8 +19,16 @@ _ADVICE: Final = {errno.EPERM: _WHOSE, errno.EACCES: _WHOSE}
 _MOST_TOLD: Final = 5
 """Of so many processes the name is told."""
 
-Result = tuple[list[CommandError], list[str]]
-"""A failure for each region that could not be removed, and a sentence for each that is held."""
+
+class Result(NamedTuple):
+    """What became of it."""
+
+    failures: list[CommandError]
+    """For each region that could not be removed."""
+    notes: list[str]
+    """A sentence for each that is held."""
+    done: list[str]
+    """What was removed, and how much memory it had."""
 
 
 def remove(names: Sequence[bytes], timeout: float) -> Result:
@@ -38,41 +46,43 @@ def remove_all(timeout: float, *, force: bool) -> Result:
 
 def _remove(names: Sequence[bytes], *, spare: bool = False) -> Result:
     regions.root()
-    failures, notes = [], []
+    result = Result([], [], [])
     for name in names:
         try:
             regions.check_name(name)
-            holders = _holders(name)
+            holders, memory = _holders(name)
             if holders and spare:
                 raise CommandError(f"{printable(name)}: {holders}; --force removes it all the same")
             try:
                 core.mshare_unlink(os.fsdecode(name))
             except OSError as error:
                 raise explain(error, name, _ADVICE) from None
+            result.done.append(f"{printable(name)}, {memory}")
             if holders:
-                notes.append(
+                result.notes.append(
                     f"{printable(name)}: removed; {holders}: its memory goes with the last of "
                     "them, and until then `mshare ls --all` shows it"
                 )
         except DaemonGoneError:
             raise
         except CommandError as failure:
-            failures.append(failure)
-    return failures, notes
+            result.failures.append(failure)
+    return result
 
 
-def _holders(name: bytes) -> str:
-    """Who has the region attached, and how much it is, for people; empty if nobody has."""
+def _holders(name: bytes) -> tuple[str, str]:
+    """Who has the region attached, for people, empty if nobody has; and how much it is."""
     try:
         region = regions.one(name)
     except CommandError:
-        return ""  # what it is called decides what is said of it
+        return "", "-"  # what it is called decides what is said of it
+    memory = output.size(region.memory)
     if not region.sharers:
-        return ""
+        return "", memory
     who = [f"{each.pid} {printable_line(each.command)}" for each in regions.holders(region)]
     more = f", {len(who) - _MOST_TOLD} more" if len(who) > _MOST_TOLD else ""
     verb = "has" if region.sharers == 1 else "have"
     return (
         f"{plural(region.sharers, 'process')} {verb} it ({', '.join(who[:_MOST_TOLD])}{more}), "
-        f"{output.size(region.memory)}"
-    )
+        f"{memory}"
+    ), memory

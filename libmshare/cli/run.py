@@ -14,13 +14,12 @@ from typing import Final, NoReturn
 
 from libmshare import core
 from libmshare.cli.errors import CommandError
+from libmshare.cli.exits import Exit
 from libmshare.cli.output import printable
 
 PRELOAD: Final = "libmshare-preload.so"
 ALIGN: Final = "libmshare-align.so"
 SMALLEST: Final = 64 << 20
-CANNOT_EXECUTE: Final = 126
-NOT_FOUND: Final = 127
 """As env(1) has it."""
 
 
@@ -102,7 +101,7 @@ def _tell(command: list[str], manner: Manner, libraries: list[str]) -> NoReturn:
     lines.append(" ".join(map(printable, command)))
     print("\n".join(lines))  # noqa: T201 - a command's output
     sys.stdout.flush()
-    sys.exit(0)
+    sys.exit(Exit.DONE)
 
 
 def _follow(manner: Manner, *, aligned: bool) -> None:
@@ -128,11 +127,11 @@ def _telling(program: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CommandError(f"{printable(program)}: {error.strerror}", NOT_FOUND) from None
+        raise CommandError(f"{printable(program)}: {error.strerror}", Exit.NOT_FOUND) from None
     except ValueError:  # Python's own refusal
-        raise CommandError("the program's name is empty", NOT_FOUND) from None
+        raise CommandError("the program's name is empty", Exit.NOT_FOUND) from None
     except OSError as error:
-        raise CommandError(f"{printable(program)}: {error.strerror}", CANNOT_EXECUTE) from None
+        raise CommandError(f"{printable(program)}: {error.strerror}", Exit.CANNOT_EXECUTE) from None
 
 
 def _say(text: str) -> None:

@@ -111,7 +111,7 @@ def live(wanted: Wanted, interval: float) -> None:
     from rich.console import Console  # noqa: PLC0415 - a pipe does not pay for it
     from rich.live import Live  # noqa: PLC0415
 
-    from libmshare.cli.top import keys  # noqa: PLC0415
+    from libmshare.cli.keys import keys  # noqa: PLC0415
 
     console = Console(highlight=False)
     with keys() as pressed_q, Live(console=console, screen=True, auto_refresh=False) as screen:

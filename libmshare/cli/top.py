@@ -1,218 +1,232 @@
-"""`mshare top`: regions and sharers, live."""
+"""`mshare top`: regions and sharers, live.
+
+On a terminal by curses, which knows every terminal and starts at once; on one that cannot move
+its cursor, TERM=dumb for instance, page after page.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import curses
 import os
-import select
 import signal
 import sys
-import termios
 import time
-import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from libmshare.cli import listing, output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import DaemonGoneError, explain
+from libmshare.cli.exits import Exit
+from libmshare.cli.keys import keys
 from libmshare.cli.output import Column, printable
-from libmshare.cli.regions import Region, Sharer
+from libmshare.cli.screen import Screen, Seen, heading, memory_of, page
+from libmshare.cli.views import Order
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-_SHARER_COLUMNS: Final = (
-    Column("REGION"),
-    *listing.SHARER_COLUMNS[:-1],
-    Column("TABLES", right=True),
-    listing.SHARER_COLUMNS[-1],
-)
-_FAULTS: Final = "msharefs_faults"
+_FAULTS: Final = "msharefs_faults_total"
+_ENDING: Final = frozenset({"q", "Q", "\x03", "\x04"})
+"""What ends it: q, Ctrl-C, Ctrl-D."""
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What there is at one moment."""
+class Wanted:
+    """What is to be shown."""
 
-    root: str
-    time: float
-    """By the monotonic clock, seconds."""
-    regions: list[Region]
-    sharers: list[tuple[bytes, Sharer]]
-    """With the names of their regions."""
-    faults: float
-    """Page faults that the daemon has served since it started."""
+    order: Order
+    pattern: str
+    interval: float
+    """Seconds between two looks."""
 
 
-def take() -> Snapshot:
+def take() -> Seen:
     """Ask the daemon.  Raises CommandError."""
     root = regions.root()
     found = regions.everything(removed=True)
-    # The largest first, and a region's sharers together.
-    found.sort(key=lambda region: region.memory, reverse=True)
-    sharers = []
-    for region in found:
-        if region.sharers:
-            sharers += [(region.name, sharer) for sharer in regions.holders(region)]
-    return Snapshot(root, time.monotonic(), found, sharers, _count_faults(root))
+    sharers = [
+        (region, sharer) for region in found if region.sharers for sharer in regions.holders(region)
+    ]
+    return Seen(root, time.monotonic(), found, sharers, _count_faults(root))
 
 
 def _count_faults(root: str) -> float:
-    from prometheus_client.openmetrics.parser import (  # noqa: PLC0415 - only top pays for it
-        text_string_to_metric_families,
-    )
-
     try:
         with open(f"{root}/.metrics", encoding="utf-8") as file:
-            text = file.read()
+            lines = [line for line in file if line.startswith(_FAULTS)]
     except OSError as error:
         raise explain(error, b".metrics") from None
-    families = text_string_to_metric_families(text)  # type: ignore[no-untyped-call] # theirs
-    counts: list[float] = [
-        sample.value
-        for family in families
-        if family.name == _FAULTS
-        for sample in family.samples
-        if sample.name == f"{_FAULTS}_total"
-    ]
-    return sum(counts)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
-def _tables(sharer: Sharer) -> int | None:
-    """Bytes of page tables of the whole process (VmPTE); None if it cannot be seen here.
-
-    The daemon's process numbers are those of its pid namespace: the name tells whether
-    that process is the one that is meant.
-    """
-    try:
-        with open(f"/proc/{sharer.pid}/status", encoding="utf-8", errors="replace") as file:
-            status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
-    except OSError:
-        return None
-    if status.get("Name", "").strip() != sharer.command.strip() or "VmPTE" not in status:
-        return None
-    return int(status["VmPTE"].split()[0]) * 1024
-
-
-def _heading(now: Snapshot, before: Snapshot | None) -> str:
-    memory = sum(region.memory for region in now.regions)
-    text = (
-        f"{printable(now.root)}: {len(now.regions)} regions, {len(now.sharers)} sharers, "
-        f"{output.size(memory)} of memory"
-    )
-    if removed := [region for region in now.regions if region.removed]:
-        text += f" ({output.size(sum(each.memory for each in removed))} of it removed)"
-    if before is not None and now.time > before.time and now.faults >= before.faults:
-        text += f", {(now.faults - before.faults) / (now.time - before.time):.0f} faults/s"
-    return text
-
-
-def _sharer_row(name: bytes, sharer: Sharer) -> list[str]:
-    cells = listing.sharer_row(sharer)
-    return [printable(name), *cells[:-1], output.size(_tables(sharer)), cells[-1]]
-
-
-def once(timeout: float) -> None:
+def once(timeout: float, wanted: Wanted) -> None:
     """Print it once.  Raises CommandError."""
-    now = bounded(take, timeout)
-    output.write(_heading(now, None))
-    if now.regions:
-        output.write("")
-        output.write_table(listing.COLUMNS, [listing.row(region) for region in now.regions])
-    if now.sharers:
-        output.write("")
-        output.write_table(_SHARER_COLUMNS, [_sharer_row(*each) for each in now.sharers])
+    _print(bounded(take, timeout), None, wanted, output.write_table)
 
 
-def live(timeout: float, interval: float) -> None:
-    """Show it until q or Ctrl-C, new every `interval` seconds.
+def _print(
+    now: Seen,
+    before: Seen | None,
+    wanted: Wanted,
+    write_table: Callable[[Sequence[Column], Sequence[Sequence[str]]], None],
+) -> None:
+    output.write(f"{printable(now.root)}: {heading(now, before)}")
+    for table in page(now, before, wanted.order, wanted.pattern):
+        if table.lines:
+            output.write("")
+            write_table(table.columns, table.rows())
+
+
+def _write_plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    output.write(output.plain_table(columns, rows))
+
+
+def stream(timeout: float, wanted: Wanted, *, forever: bool) -> None:
+    """JSON, an object a line; once, or every interval until a signal.  Raises CommandError."""
+    import json  # noqa: PLC0415 - who looks does not pay for it
+
+    before: Seen | None = None
+    while True:
+        now = bounded(take, timeout)
+        output.write(json.dumps(record(now, before, wanted)))
+        sys.stdout.flush()
+        if not forever:
+            return
+        before = now
+        try:
+            time.sleep(wanted.interval)
+        except KeyboardInterrupt:
+            sys.exit(Exit.SIGNAL + signal.SIGINT)
+
+
+def record(now: Seen, before: Seen | None, wanted: Wanted) -> dict[str, Any]:
+    """For JSON."""
+    shown = now.matching(wanted.pattern)
+    names = {region.directory for region in shown}
+    return {
+        "root": now.root,
+        "faults_per_second": now.rate(before),
+        "regions": [
+            region.record()
+            | {
+                "saved": region.saved,
+                "faults_per_second": now.rate_of(before, region, "faults"),
+                "populated_per_second": now.rate_of(before, region, "populated"),
+            }
+            for region in listing.in_order(
+                shown, wanted.order, more=lambda each: now.rate_of(before, each, "faults") or 0
+            )
+        ],
+        "processes": [
+            sharer.record()
+            | {"region": os.fsdecode(region.name)}
+            | dict(zip(("rss", "tables"), memory_of(sharer), strict=True))
+            for region, sharer in now.sharers
+            if region.directory in names
+        ],
+    }
+
+
+def live(timeout: float, wanted: Wanted) -> None:
+    """Show it until q or Ctrl-C, new every interval.
 
     A daemon that is not there is waited for; raises CommandError for one that does not answer,
     because each try would leave a process behind.
     """
-    from rich.console import Console  # noqa: PLC0415 - a pipe does not pay for it
-    from rich.live import Live  # noqa: PLC0415
+    if not _can_move_its_cursor():
+        _pages(timeout, wanted)
+        return
+    with _signals():
+        # Escape is a key of its own here, and not to be waited for.
+        os.environ.setdefault("ESCDELAY", "25")
+        curses.wrapper(_run, timeout, wanted)
 
-    console = Console(highlight=False)
-    before: Snapshot | None = None
-    # No thread of rich's: bounded() forks.
-    with keys() as pressed_q, Live(console=console, screen=True, auto_refresh=False) as screen:
+
+def _can_move_its_cursor() -> bool:
+    try:
+        curses.setupterm()
+        return bool(curses.tigetstr("cup"))
+    except curses.error:  # no TERM, or one that nobody knows
+        return False
+
+
+def _pages(timeout: float, wanted: Wanted) -> None:
+    before: Seen | None = None
+    with keys() as pressed_q:
         while True:
-            now: Snapshot | None = None
+            now: Seen | None = None
             try:
                 now = bounded(take, timeout)
-                shown = _page(now, before, console.height)
+                _print(now, before, wanted, _write_plain)
             except DaemonGoneError as gone:
-                shown = f"{gone}\n\nq quits"
+                output.write(str(gone))
+            output.write("")
+            sys.stdout.flush()
             before = now
-            screen.update(shown, refresh=True)
-            if pressed_q(interval):
+            if pressed_q(wanted.interval):
                 return
 
 
-def _page(now: Snapshot, before: Snapshot | None, height: int) -> RenderableType:
-    from rich.console import Group  # noqa: PLC0415 - as above
-    from rich.text import Text  # noqa: PLC0415
+def _run(window: curses.window, timeout: float, wanted: Wanted) -> None:
+    curses.raw()  # Ctrl-C is a key: as a signal it would end the child that asks, too
+    with contextlib.suppress(curses.error):
+        curses.curs_set(0)
+    screen = Screen(wanted.order, wanted.pattern)
+    before: Seen | None = None
+    while True:
+        now: Seen | None = None
+        trouble = ""
+        try:
+            now = bounded(take, timeout)
+        except DaemonGoneError as gone:
+            trouble = str(gone)
+        deadline = time.monotonic() + wanted.interval
+        while True:
+            _draw(window, screen.lines(now, before, trouble, *reversed(window.getmaxyx())))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            window.timeout(max(int(left * 1000), 1))
+            key = _key(window)
+            if key in _ENDING and not (screen.typing and key in ("q", "Q")):
+                return
+            if key is not None:
+                screen.press(key)
+        before = now
 
-    # Half of the screen for each, if both want more.
-    space = max(height - 6, 2)
-    sharers = now.sharers[: max(space // 2, space - len(now.regions))]
-    shown = now.regions[: space - len(sharers)]
-    left = len(now.regions) + len(now.sharers) - len(shown) - len(sharers)
-    return Group(
-        Text(_heading(now, before), overflow="ellipsis", no_wrap=True),
-        "",
-        output.rich_table(listing.COLUMNS, [listing.row(region) for region in shown]),
-        "",
-        output.rich_table(_SHARER_COLUMNS, [_sharer_row(*each) for each in sharers]),
-        Text(f"{left} more; q quits" if left else "q quits", style="dim"),
-    )
+
+def _key(window: curses.window) -> str | None:
+    """A character, or the name of a key (KEY_UP, ...); None if there was none."""
+    try:
+        key = window.get_wch()
+    except curses.error:
+        return None
+    if isinstance(key, str):
+        return key
+    return curses.keyname(key).decode()
 
 
-_ENDING: Final = frozenset(b"q\x03\x04")
-"""What ends it: q, Ctrl-C, Ctrl-D."""
+def _draw(window: curses.window, lines: list[tuple[str, bool]]) -> None:
+    height, width = window.getmaxyx()
+    window.erase()
+    for at, (text, strong) in enumerate(lines[:height]):
+        # The last cell of all cannot be written to without scrolling.
+        with contextlib.suppress(curses.error):
+            window.addnstr(at, 0, text, width, curses.A_BOLD if strong else curses.A_NORMAL)
+    window.refresh()
 
 
 @contextlib.contextmanager
-def keys() -> Iterator[Callable[[float], bool]]:
-    """Keys without Enter, on a terminal that is put back whatever ends us.
-
-    Gives a function that waits so many seconds and says whether q was pressed.
-    """
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end it, and the terminal is put back."""
 
     def end(number: int, frame: object) -> NoReturn:
         del frame
-        sys.exit(128 + number)
+        sys.exit(Exit.SIGNAL + number)
 
-    def wait(seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            if not select.select([source] if listening else [], [], [], left)[0]:
-                break
-            typed = os.read(source, 64)
-            if not typed or set(typed.lower()) & _ENDING:
-                return True
-        return False
-
-    source = sys.stdin.fileno()
-    listening = os.isatty(source)
-    ending = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    old = termios.tcgetattr(source) if listening else None
+    old = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        if old is not None:
-            tty.setcbreak(source)
-            # Ctrl-C is a key as well: as a signal it would interrupt whatever runs just now,
-            # the child that asks the daemon too.
-            modes = termios.tcgetattr(source)
-            modes[6][termios.VINTR] = os.fpathconf(source, "PC_VDISABLE").to_bytes(1, "little")
-            termios.tcsetattr(source, termios.TCSADRAIN, modes)
-        yield wait
-    except KeyboardInterrupt:
-        pass
+        yield
     finally:
-        if old is not None:
-            termios.tcsetattr(source, termios.TCSADRAIN, old)
-        for number, handler in ending.items():
+        for number, handler in old.items():
             signal.signal(number, handler)

@@ -1,8 +1,20 @@
-"""What `mshare ptes` can be asked for: the words of its options."""
+"""What lists can be asked for: the words of their options."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+
+
+class Order(StrEnum):
+    """Which regions come first."""
+
+    NAME = "name"
+    MEMORY = "memory"
+    SIZE = "size"
+    SHARERS = "sharers"
+    ADDRESS = "address"
+    SAVED = "saved"
+    FAULTS = "faults"
 
 
 class View(StrEnum):
@@ -22,3 +34,13 @@ class Sort(StrEnum):
     SIZE = "size"
     SHARERS = "sharers"
     NAME = "name"
+
+
+class For(StrEnum):
+    """What a region can be waited for to be."""
+
+    CREATED = "created"
+    USED = "used"
+    UNUSED = "unused"
+    COLLAPSED = "collapsed"
+    GONE = "gone"

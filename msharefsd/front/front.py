@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from msharefsd.barriers import barrier
 from msharefsd.config import Config
 from msharefsd.errors import StartError
+from msharefsd.front import exporter
 from msharefsd.front.ending import Ending, rest, sentence, what_is_kept
 from msharefsd.front.pagers import Pager, Pagers, adopt, homes
 from msharefsd.front.router import Router
@@ -34,7 +36,8 @@ from msharefsd.front.setting_up import (
     open_root,
     raise_descriptor_limit,
 )
-from msharefsd.front.starter import Starter
+from msharefsd.front.starter import Kind, Main, Starter
+from msharefsd.front.status import Status
 from msharefsd.journal.names import NamesJournal
 from msharefsd.life.limiting import make_limits
 from msharefsd.life.notify import Manager
@@ -51,6 +54,7 @@ from msharefsd.mount.names import Names
 from msharefsd.pager.pager import DIRECTORY, Setting
 from msharefsd.pager.pager import main as pager_main
 from msharefsd.security import privileges
+from msharefsd.telemetry import byregion
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.threads import runs
 from msharefsd.threads.fairness import Turns
@@ -84,13 +88,17 @@ def run(config: Config, signals: Signals) -> None:
         if pool and config.backing == HugetlbBacking.kind and pool.total() == 0:
             log.warning("no huge pages are reserved: %s", pool.command())
         setting = Setting(config, found, directory, identified(directory))
-        starter = Starter(partial(pager_main, setting), cgroups.delegated())
+        mains: dict[Kind, Main] = {Kind.PAGER: partial(pager_main, setting)}
+        where = config.metrics_address
+        if where is not None:
+            mains[Kind.EXPORTER] = partial(exporter.main, where, config.mountpoint)
+        starter = Starter(mains, cgroups.delegated())
         stack.callback(starter.close)
         journal = NamesJournal(directory)
         end.empty = not journal.names()
         stack.callback(lambda: _clear(directory, journal, end))
         trio.run(
-            _Front(config, end, journal, starter, signals, setting.identity).serve,
+            _Front(setting, end, journal, starter, signals).serve,
             stack,
             strict_exception_groups=True,
             instruments=runs.instruments(),
@@ -105,15 +113,14 @@ def _clear(directory: Path, journal: NamesJournal, end: End) -> None:
 
 @dataclass(slots=True)
 class _Front:
-    config: Config
+    setting: Setting
     end: End
     journal: NamesJournal
     starter: Starter
     signals: Signals
-    identity: str
 
     async def serve(self, stack: contextlib.ExitStack) -> None:
-        config, end = self.config, self.end
+        config, end = self.setting.config, self.end
         barrier("start")
         if self.signals.came:
             log.info("%s: not started", self.signals.words())
@@ -123,18 +130,19 @@ class _Front:
         limits = make_limits(config, metrics, None)
         names = Names(config.alignment_bytes, limits, self.journal)
         turns = Turns()
-        asked = _Asked(metrics)
+        asked = _Asked(metrics, names)
         controls = Controls(config.control_group)
         stack.callback(controls.close)
         operations = FileSystem(names, Asking(asked), turns, controls)
-        directory = Path(config.run_directory)
+        directory = self.setting.run_directory
         stack.enter_context(mounted(config, directory / "graft", operations, end))
         mount = top_mount(config.mountpoint)
         assert mount is not None, "pyfuse3.init() returned without a mount"
         barrier("start.mounted")
         privileges.drop(privileges.FRONT)
         # From here on there may be threads.
-        pagers = asked.pagers = Pagers(self.starter, names, mount.device, config.idle_seconds)
+        pagers = Pagers(self.starter, names, mount.device, config.idle_seconds)
+        asked.begin(pagers, Status(config, self.setting.features, names, limits, pagers))
         router = Router(names, pagers, limits, turns, mount.device)
         async with trio.open_nursery() as pagers_nursery:
             await pagers_nursery.start(pagers.run)
@@ -147,7 +155,7 @@ class _Front:
                     nursery.start_soon(_stop_when_unmounted, mount, ending)
                     nursery.start_soon(_follow_sysfs)
                     check = await self._check(serving)
-                    await self._adopt(pagers, await homes(directory, self.identity, names))
+                    await self._adopt(pagers, await homes(directory, self.setting.identity, names))
                     await nursery.start(router.run)
                     with trio.fail_after(SELF_CHECK_SECONDS):
                         await controls.bind(config.mountpoint, router.serve)
@@ -156,6 +164,7 @@ class _Front:
                     log.info(
                         "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
                     )
+                    nursery.start_soon(exporter.keep, self.starter, config.metrics_address)
                     status = partial(_status, config.mountpoint, names, pagers)
                     nursery.start_soon(manager.run, status, check.answers)
             manager.stopping()
@@ -184,7 +193,7 @@ class _Front:
         answers ENOSYS, and from then on the kernel closes files of this mount without
         asking.  We rely on that when we close descriptors of it.
         """
-        mountpoint = self.config.mountpoint
+        mountpoint = self.setting.config.mountpoint
         with trio.fail_after(SELF_CHECK_SECONDS):
             root = await trio.to_thread.run_sync(open_root, mountpoint, abandon_on_cancel=True)
             stack.callback(os.close, root)
@@ -197,16 +206,35 @@ class _Front:
 class _Asked:
     """Whom the mount asks: the pagers, and the front itself."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, names: Names) -> None:
         self._metrics = metrics
-        self.pagers: Pagers
+        self._names = names
+        self._pagers: Pagers
+        self._about: Status
+
+    def begin(self, pagers: Pagers, about: Status) -> None:
+        """From now on somebody asks."""
+        self._pagers, self._about = pagers, about
 
     async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
-        return await self.pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
+        return await self._pagers.text(home, kind, number, seconds)  # type: ignore[arg-type] # Text
 
-    async def metrics(self) -> bytes:
-        await self.pagers.look(METRICS_SECONDS)
-        return self._metrics.render(self.pagers.samples(), [_silence(self.pagers.all())])
+    async def metrics(self, uid: int) -> bytes:
+        await self._pagers.look(METRICS_SECONDS)
+        more = [_silence(self._pagers.all()), *byregion.families(self._figures(uid))]
+        return self._metrics.render(self._pagers.samples(), more)
+
+    def _figures(self, uid: int) -> Iterator[byregion.Figures]:
+        """Of the regions that the user may know all about: their own; root's are all."""
+        everybody = uid in (0, os.geteuid())
+        for name in self._names:
+            if name.size and (everybody or name.uid == uid):
+                yield byregion.Figures(
+                    name.allocated(), name.shared(), name.uid, name.label(), name.counted()
+                )
+
+    def status(self, uid: int) -> bytes:
+        return self._about.text(uid)
 
 
 def _silence(pagers: list[Pager]) -> Metric:

@@ -61,7 +61,7 @@ from msharefsd.mount.asking import Text
 from msharefsd.mount.names import Name, Names
 from msharefsd.pager.pager import DIRECTORY as USERS
 from msharefsd.pager.pager import HUGE
-from msharefsd.telemetry.metrics import Sample
+from msharefsd.telemetry.metrics import COUNTED, Sample
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.breath import Breath
 
@@ -343,6 +343,7 @@ class Pager:
         if name is not None and self._board is not None:
             name.look = partial(self._board.get, extent.slot)
             name.count = partial(self._board.sharers, extent.slot)
+            name.tell = partial(self._board.counts, extent.slot)
         self._names.established(extent)
 
     def _established(self, message: Established) -> None:
@@ -629,7 +630,7 @@ class Pagers:
                 del self._pagers[pager.uid]
                 self._starter.ended(pager.uid)
             for name, labels, value in pager.samples:
-                if name.endswith("_total"):
+                if name.endswith(COUNTED):
                     key = name, tuple(sorted(labels.items()))
                     self.departed[key] = self.departed.get(key, 0.0) + value
         quiet = self.adopting and pager.failed is not None and pager.failed.for_good

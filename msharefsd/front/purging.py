@@ -20,7 +20,7 @@ from msharefsd.errors import StartError, StateError
 from msharefsd.front.ending import LAST_SECONDS, Kept, summary, what_is_kept
 from msharefsd.front.pagers import Pagers, adopt, homes
 from msharefsd.front.setting_up import huge_pages, identified, locked, raise_descriptor_limit
-from msharefsd.front.starter import Starter
+from msharefsd.front.starter import Kind, Starter
 from msharefsd.journal.names import NamesJournal
 from msharefsd.linux import features
 from msharefsd.mount import graft, mounting
@@ -56,7 +56,7 @@ def run(config: Config, *, force: bool) -> None:
         stack.enter_context(huge_pages(config, found, directory))
         identity = identified(directory)
         setting = Setting(config, found, directory, identity, purge=force)
-        starter = Starter(partial(pager_main, setting))
+        starter = Starter({Kind.PAGER: partial(pager_main, setting)})
         stack.callback(starter.close)
         journal = _names(directory, force=force)
         names = Names(config.alignment_bytes, journal=journal)

@@ -6,8 +6,8 @@ forks the starter when it has read its settings and nothing more.  All that a pa
 imported by then, and its memory is shared with the front's and among pagers (gc.freeze()
 keeps the garbage collector from writing to it).
 
-It is told for which user and given one end of a channel, and answers with the number of the
-process and its pidfd.  It ends when the front does.
+It is told what is wanted for which user and given one end of a channel, and answers with the
+number of the process and its pidfd.  It ends when the front does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -32,7 +33,7 @@ from msharefsd.linux import cgroups
 
 log = logging.getLogger(__name__)
 
-_REQUEST: Final = struct.Struct("=I")
+_REQUEST: Final = struct.Struct("=II")
 _REPLY: Final = struct.Struct("=i")
 _FIRST: Final = 3
 _MOST: Final = 1 << 20
@@ -42,14 +43,21 @@ and more with thousands of sharers, and they wait.  What comes and goes in such 
 refer to itself no more when it goes, and is freed without."""
 
 Main = Callable[[int, socket.socket], NoReturn]
-"""What a pager does: its user, and its end of the channel."""
+"""What such a process does: its user, and its end of the channel."""
+
+
+class Kind(IntEnum):
+    """What can be started."""
+
+    PAGER = 0
+    EXPORTER = 1
 
 
 class Starter:
     """The front's side."""
 
-    def __init__(self, main: Main, groups: Path | None = None) -> None:
-        """Fork it, from a process with one thread.  `main` is what its children run.
+    def __init__(self, mains: Mapping[Kind, Main], groups: Path | None = None) -> None:
+        """Fork it, from a process with one thread.  `mains` is what its children run.
 
         `groups`: the control group below which each pager has one of its own.
         """
@@ -62,7 +70,7 @@ class Starter:
         if self.pid == 0:
             try:
                 ours.close()
-                _run(theirs, main, groups)
+                _run(theirs, mains, groups)
             finally:
                 os._exit(1)
         theirs.close()
@@ -70,14 +78,16 @@ class Starter:
         self._sock = ours
         self._turn = trio.Lock()
 
-    async def start(self, uid: int, channel: socket.socket) -> tuple[int, int]:
-        """Start a pager for a user with that end of a channel: its pid, and a pidfd.
+    async def start(
+        self, uid: int, channel: socket.socket, kind: Kind = Kind.PAGER
+    ) -> tuple[int, int]:
+        """Start a process for a user with that end of a channel: its pid, and a pidfd.
 
         `channel` stays the caller's.  Raises OSError when no process can be had.
         """
         async with self._turn:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [channel.fileno()]))]
-            self._sock.sendmsg([_REQUEST.pack(uid)], rights)
+            self._sock.sendmsg([_REQUEST.pack(kind, uid)], rights)
             await trio.lowlevel.wait_readable(self._sock)
             data, fds, _, _ = socket.recv_fds(self._sock, _REPLY.size, 1)
         if len(data) != _REPLY.size:
@@ -103,7 +113,7 @@ def _group_of(uid: int) -> str:
     return f"pager-{uid}"
 
 
-def _run(front: socket.socket, main: Main, groups: Path | None) -> None:
+def _run(front: socket.socket, mains: Mapping[Kind, Main], groups: Path | None) -> None:
     """The starter's life."""
     # What ends the front from a terminal is not for us: we end when it does.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -116,7 +126,7 @@ def _run(front: socket.socket, main: Main, groups: Path | None) -> None:
         data, fds, _, _ = socket.recv_fds(front, _REQUEST.size, 1)
         if len(data) != _REQUEST.size or len(fds) != 1:
             return
-        (uid,) = _REQUEST.unpack(data)
+        kind, uid = _REQUEST.unpack(data)
         channel = socket.socket(fileno=fds[0])
         # One that ends at once is there until we have its pidfd.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
@@ -129,9 +139,9 @@ def _run(front: socket.socket, main: Main, groups: Path | None) -> None:
                 front.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-                if groups is not None:
+                if groups is not None and kind == Kind.PAGER:
                     _enter(groups, uid)
-                main(uid, channel)
+                mains[Kind(kind)](uid, channel)
             _answer(front, pid)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])

@@ -1,8 +1,8 @@
-"""How much memory each region holds, how many have it, and who connects: for the front to see.
+"""What each region holds, how many have it, counts, and who connects: for the front to see.
 
 Every open(2) and stat(2) of a region's file shows it, and asking a pager for each would cost
 as much as all the rest.  So a pager writes it down in memory that both have mapped, whenever
-it has populated or freed something: a slot for each region, of bytes and of sharers.  What
+it has populated or freed something: a slot for each region.  What
 sharers make or free by themselves, with the backing's descriptor, is seen when the pager
 looks the next time.
 
@@ -17,7 +17,11 @@ import os
 from typing import Final
 
 SLOTS: Final = 1 << 16
-_NUMBERS: Final = 2
+_NUMBERS: Final = 5
+"""Bytes, sharers, and what is counted (telemetry/counts.py)."""
+NONE: Final = (0, 0, 0)
+Numbers = tuple[int, int, int]
+
 _SERVED: Final = SLOTS * _NUMBERS
 """After the slots: connections that there are, and those that there ever were."""
 _SIZE: Final = 8 * (_SERVED + 2)
@@ -61,6 +65,7 @@ class Board:
         if slot != NOWHERE:
             self.set(slot, 0)
             self.set_sharers(slot, 0)
+            self.set_counts(slot, NONE)
             self._free.append(slot)
 
     def set(self, slot: int, value: int) -> None:
@@ -73,6 +78,13 @@ class Board:
         if slot != NOWHERE:
             self._slots[slot * _NUMBERS + 1] = count
 
+    def set_counts(self, slot: int, numbers: Numbers) -> None:
+        """Write down what is counted of it."""
+        if slot != NOWHERE:
+            at = slot * _NUMBERS + 2
+            for place, number in enumerate(numbers, start=at):
+                self._slots[place] = number
+
     def get(self, slot: int) -> int:
         """What is written there; 0 for no slot."""
         return self._slots[slot * _NUMBERS] if 0 <= slot < SLOTS else 0
@@ -80,6 +92,13 @@ class Board:
     def sharers(self, slot: int) -> int:
         """As `get`, of sharers."""
         return self._slots[slot * _NUMBERS + 1] if 0 <= slot < SLOTS else 0
+
+    def counts(self, slot: int) -> Numbers:
+        """As `get`, of what is counted."""
+        if not 0 <= slot < SLOTS:
+            return NONE
+        faults, populated, huge = self._slots[slot * _NUMBERS + 2 : (slot + 1) * _NUMBERS]
+        return faults, populated, huge
 
     def connected(self, by: int) -> None:
         """A client has connected (1), or is done (-1)."""

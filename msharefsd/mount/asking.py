@@ -36,8 +36,11 @@ class Pagers(Protocol):
     async def text(self, home: int, kind: Text, number: int, seconds: float) -> bytes | int | None:
         """A text, or the errno that the pager gave; None if it did not answer in time."""
 
-    async def metrics(self) -> bytes:
-        """OpenMetrics text."""
+    async def metrics(self, uid: int) -> bytes:
+        """OpenMetrics text, for a user."""
+
+    def status(self, uid: int) -> bytes:
+        """Which daemon this is, for a user."""
 
 
 class Asking:
@@ -95,4 +98,8 @@ class Asking:
     async def metrics(self, uid: int) -> bytes:
         """What is counted, for a user.  Raises Refused."""
         async with self._one_of(uid):
-            return await self._pagers.metrics()
+            return await self._pagers.metrics(uid)
+
+    def status(self, uid: int) -> bytes:
+        """Which daemon this is, for a user: what the front knows without asking."""
+        return self._pagers.status(uid)

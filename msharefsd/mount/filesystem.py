@@ -84,11 +84,13 @@ ROOT: Final = int(pyfuse3.ROOT_INODE)
 INFO_INODE: Final = 2
 METRICS_INODE: Final = 4
 REGIONS_INODE: Final = 5
+STATUS_INODE: Final = 7
 FIXED: Final = {
     INFO_FILE: INFO_INODE,
     CONTROL_NAME: CONTROL_INODE,
     CONTROLS_NAME: CONTROLS_INODE,
     b".metrics": METRICS_INODE,
+    b".status": STATUS_INODE,
     b".regions": REGIONS_INODE,
 }
 
@@ -261,7 +263,7 @@ class FileSystem(_GuardedOperations):
             entry.st_mode = ModeT(stat.S_IFREG | 0o444)
             entry.st_size = len(self._info())
             entry.entry_timeout = entry.attr_timeout = FOREVER
-        elif inode == METRICS_INODE:
+        elif inode in (METRICS_INODE, STATUS_INODE):
             entry.st_mode = ModeT(stat.S_IFREG | 0o444)
         elif inode in self._controls:
             mode, entry.st_uid, entry.st_gid = self._controls.attributes(inode)
@@ -506,6 +508,9 @@ class FileSystem(_GuardedOperations):
             content = self._info()
         elif inode == METRICS_INODE:
             content = await self._asking.metrics(ctx.uid)
+        elif inode == STATUS_INODE:
+            async with self._turns.turn(ctx.uid):
+                content = self._asking.status(ctx.uid)
         else:
             region = self._region(inode)
             kind = _split_inode(inode)[1]

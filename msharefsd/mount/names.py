@@ -23,6 +23,7 @@ from msharefsd.link.messages import Extent, NameRecord
 from msharefsd.mount.places import lowest_free
 from msharefsd.region.limits import Account, Limits
 from msharefsd.region.region import region_of_file
+from msharefsd.telemetry.counts import Counts
 from msharefsd.telemetry.labels import label
 
 NAME_MAX: Final = 255
@@ -74,6 +75,10 @@ class Name:
     """How many had it when its pager was there last."""
     count: Callable[[], int] | None = None
     """Tells how many have it now, if its pager is there."""
+    counts: tuple[int, int, int] = (0, 0, 0)
+    """What was counted of it when its pager was there last (telemetry/counts.py)."""
+    tell: Callable[[], tuple[int, int, int]] | None = None
+    """Tells what is counted now, if its pager is there."""
     account: Account = field(default_factory=Account)
     """Its owner's."""
     objects: Sized = ()
@@ -96,11 +101,18 @@ class Name:
             self.sharers = self.count()
         return self.sharers
 
+    def counted(self) -> Counts:
+        """What is counted of it, as far as its pager has said."""
+        if self.tell is not None:
+            self.counts = self.tell()
+        return Counts(*self.counts)
+
     def let_go(self) -> None:
         """Its pager ends: what it has said last is what is known."""
         self.allocated()
         self.shared()
-        self.look = self.count = None
+        self.counted()
+        self.look = self.count = self.tell = None
 
     def label(self) -> str:
         """The name for logs and texts: see telemetry/labels.py."""
@@ -337,7 +349,7 @@ class Names:
             return
         if name.backing is not None:
             self._by_backing.pop(name.backing, None)
-        name.look = name.count = None
+        name.look = name.count = name.tell = None
         name.start = name.size = name.memory = name.sharers = 0
         name.backing = None
         name.home = name.uid

@@ -43,6 +43,7 @@ from msharefsd.link.messages import (
     Unlink,
 )
 from msharefsd.linux.syscalls import FileIdentity
+from msharefsd.paging.pages import count
 from msharefsd.paging.pagetables import PageTables
 from msharefsd.region import texts
 from msharefsd.region.region import Region
@@ -335,6 +336,7 @@ class Dialog:
         try:
             if question.kind == "metrics":
                 for region in regions.alive():
+                    count(region)
                     region.show()
                 answer = Answer(question.number, samples=metrics.samples())
             else:
@@ -358,6 +360,7 @@ class Dialog:
             return b""
         match question.kind:
             case "info":
+                count(region)
                 return os.fsencode(texts.info(region))
             case "pagetables":
                 return os.fsencode(await self._page_tables.text(region))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.linux.uffd import Fault, Mode
 from msharefsd.memory.buffers import BUFFER
 from msharefsd.memory.files import MappedFile
@@ -29,6 +30,8 @@ class Waiting:
     fault: Fault | None
     end: int = 0
     """Without a fault: what it wants from `offset` on lies before this."""
+    since: float = 0
+    """When the fault was read (time.perf_counter())."""
 
 
 @dataclass(eq=False, slots=True)
@@ -143,6 +146,16 @@ class Pages:
             for fill in self._fills.get(number, ()):
                 if fill.start < end and start < fill.end:
                     yield fill
+
+
+def count(region: Region) -> None:
+    """Have its counts say what is in huge pages now."""
+    if region.backing is None:
+        region.counts.huge = 0
+    elif region.page >= HUGE_PAGE:
+        region.counts.huge = region.allocated()
+    else:
+        region.counts.huge = len(pages_of(region).collapsed) * HUGE_PAGE
 
 
 def pages_of(region: Region) -> Pages:

@@ -24,6 +24,7 @@ import errno
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -99,6 +100,8 @@ class PageServer:
         """Told of a child that has a sharer's window, and its userfaultfd, which it takes."""
         self.room: Callable[[Sharer], Awaitable[None]] = _is_room
         """Waits until a sharer's user may have more of them."""
+        self._since, self._later = 0.0, False
+        """When the fault that is being answered was read; whether it is answered later."""
         self._reader = uffd.Reader(nowait=capabilities.nowait)
         self._seldom = Seldom()
         self._background = Background()
@@ -191,21 +194,36 @@ class PageServer:
                 self.inherited(window.sharer, child.uffd)
             if children:
                 await self.room(window.sharer)
+            read = time.perf_counter()
             for fault in faults:
                 if not isinstance(fault, Inherited) and (
-                    self._answered(window, fault) is Outcome.GONE
+                    self._answered(window, fault, read) is Outcome.GONE
                 ):
                     return
                 await breath.take()
                 if window.detached:
                     return
 
-    def _answered(self, window: Window, fault: Fault) -> Outcome:
+    def _answered(self, window: Window, fault: Fault, since: float) -> Outcome:
+        """`since`: when it was read (time.perf_counter())."""
         barrier("fault.read")
+        self._since, self._later = since, False
         try:
-            return self._answer(window, fault)
+            outcome = self._answer(window, fault)
         except OSError as error:
-            return self._failed(window, window.page_of(fault.address), error)
+            outcome = self._failed(window, window.page_of(fault.address), error)
+        if not self._later:
+            self._metrics.service.observe("memory", time.perf_counter() - since)
+        return outcome
+
+    def _count(self, region: Region, kind: str) -> None:
+        self._metrics.faults.labels(kind).inc()
+        region.counts.faults += 1
+
+    def _wait(self, window: Window, offset: int, fault: Fault) -> Waiting:
+        """For a file: it is answered later."""
+        self._later = True
+        return Waiting(window, offset, fault, since=self._since)
 
     def _failed(self, window: Window, offset: int, error: OSError) -> Outcome:
         """A fault that cannot be answered ends in SIGBUS, and not in waiting forever."""
@@ -263,7 +281,7 @@ class PageServer:
             return self.poison.fleeting(window, offset)
         pages = pages_of(region)
         if pages.leaving and pages.leaving.contains(offset):
-            pages.held = True  # to be woken by who changes it
+            pages.held = self._later = True  # to be woken by who changes it
             return Outcome.DONE
         found = region.objects.find(offset)
         if fault.protected:
@@ -305,19 +323,20 @@ class PageServer:
     def _missing(self, window: Window, fault: Fault, found: Object | None, offset: int) -> Outcome:
         """A touch of a page that is absent."""
         if found is None:
-            self._metrics.faults.labels("hole").inc()
+            self._count(window.region, "hole")
             self._metrics.sigbus.labels("hole").inc()
             return self._violations.sigbus(window, offset, fault.thread)
         if not found.accessible or (fault.write and not found.writable):
             return self._forbidden(window, offset, fault)
         pages = pages_of(window.region)
         if pages.behind and found.guarded:
-            pages.held_behind = True  # to be woken when it can be protected everywhere
+            # To be woken when it can be protected everywhere.
+            pages.held_behind = self._later = True
             return Outcome.DONE
-        self._metrics.faults.labels("file" if found.file else "anonymous").inc()
+        self._count(window.region, "file" if found.file else "anonymous")
         if found.file is None:
             chunk = window.chunks.chunk(offset)
-        elif self.fills.join(found, Waiting(window, offset, fault)):
+        elif self.fills.join(found, self._wait(window, offset, fault)):
             return Outcome.DONE
         else:
             chunk = window.chunks.chunk(offset, max(READ_AHEAD, window.region.page))
@@ -330,10 +349,11 @@ class PageServer:
         part = self._populate.part(window.region, found, chunk, offset)
         if part is None:
             if self.watching.relieve(window, offset):
+                self._later = True
                 return Outcome.DONE  # and is woken
             return self._no_memory(window, offset, fault.thread)
         if found.file is not None and not part.stashed:
-            self.fills.read(found, part.start, part.end, Waiting(window, offset, fault))
+            self.fills.read(found, part.start, part.end, self._wait(window, offset, fault))
             return Outcome.DONE
         outcome = self._populate.around(window, found, part, offset)
         if outcome is Outcome.NO_MEMORY:
@@ -353,7 +373,7 @@ class PageServer:
         if found is not None and not found.writable:
             return self._forbidden(window, offset, fault)
         if found is not None and found.file is not None and found.written_back:
-            self._metrics.faults.labels("dirty").inc()
+            self._count(region, "dirty")
             if offset not in pages.dirty:
                 self._journal.add_dirty(region.id, offset)
                 barrier("fault.dirty")
@@ -373,7 +393,7 @@ class PageServer:
         return outcome
 
     def _forbidden(self, window: Window, offset: int, fault: Fault) -> Outcome:
-        self._metrics.faults.labels("violation").inc()
+        self._count(window.region, "violation")
         return self._violations.forbidden(window, offset, fault)
 
     def _no_memory(self, window: Window, offset: int, thread: int | None) -> Outcome:
@@ -388,6 +408,7 @@ class PageServer:
 
     def _settled(self, waiting: Waiting, read: Read) -> None:
         window, offset, fault = waiting.window, waiting.offset, waiting.fault
+        self._served(waiting)
         match read:
             case Read.BEYOND:
                 if fault is not None:
@@ -408,7 +429,12 @@ class PageServer:
                     self._again(waiting)
                 window.wake(offset, offset + window.region.page)
 
+    def _served(self, waiting: Waiting) -> None:
+        if waiting.since:
+            self._metrics.service.observe("file", time.perf_counter() - waiting.since)
+
     def _not_settled(self, waiting: Waiting, error: OSError) -> None:
+        self._served(waiting)
         if waiting.fault is not None:
             self._failed(waiting.window, waiting.offset, error)
         else:

@@ -185,7 +185,7 @@ class Limits:
         """The account of a user; keep it as long as it is to remember anything."""
         account = self._accounts.get(uid)
         if account is None:
-            account = Account(uid, self._allowance(uid), self._pool, self._hit, self._keep)
+            account = Account(uid, self.allowance(uid), self._pool, self._hit, self._keep)
             self._accounts[uid] = account
         return account
 
@@ -202,9 +202,10 @@ class Limits:
 
     def threads(self, uid: int) -> int:
         """How many threads may read and write files for a user at one time."""
-        return self._allowance(uid).threads
+        return self.allowance(uid).threads
 
-    def _allowance(self, uid: int) -> Allowance:
+    def allowance(self, uid: int) -> Allowance:
+        """What a user may have."""
         if self._settings is None:
             return config.UNLIMITED
         if uid in self._users:

@@ -34,6 +34,7 @@ from msharefsd.memory.backing import Backing
 from msharefsd.memory.names import MemoryNames
 from msharefsd.region.limits import Account
 from msharefsd.region.objects import ObjectMap
+from msharefsd.telemetry.counts import Counts
 from msharefsd.telemetry.labels import label
 
 INODES: Final = 8
@@ -140,6 +141,7 @@ class Region:
     """Held while objects change: what mmap_lock is to an mm.  Faults do without."""
     paging: object = None
     """What paging knows of it: see paging/pages.py.  It goes with the memory."""
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def page(self) -> int:
@@ -193,10 +195,11 @@ class Region:
         return Extent(self.id, self.start, self.size, *numbers, self.slot, self.record())
 
     def show(self) -> None:
-        """Have everybody see how much memory it holds now, and how many have it."""
+        """Have everybody see how much memory it holds now, how many have it, and its counts."""
         if self.board is not None:
             self.board.set(self.slot, self.allocated())
             self.board.set_sharers(self.slot, len(self.sharers))
+            self.board.set_counts(self.slot, self.counts.numbers())
 
     def show_sharers(self) -> None:
         """Have everybody see how many have it."""
@@ -204,7 +207,8 @@ class Region:
             self.board.set_sharers(self.slot, len(self.sharers))
 
     def grown(self, size: int) -> None:
-        """As `show`, when so many bytes have come: without looking."""
+        """As `show`, when so many bytes have come for faults: without looking."""
+        self.counts.populated += size
         if self.board is not None:
             self.board.set(self.slot, self.board.get(self.slot) + size)
 

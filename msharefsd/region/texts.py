@@ -40,11 +40,14 @@ def info(region: Region) -> str:
         ("memory", region.allocated()),
         ("objects", len(region.objects)),
         ("sharers", len(region.sharers)),
+        ("faults", region.counts.faults),
+        ("populated", region.counts.populated),
+        ("huge", region.counts.huge),
     ]
     if region.backing is not None:
         rows.insert(7, ("backing", f"{region.backing.kind} {region.backing.name}"))
         rows.insert(8, ("page", region.page))
-    return "".join(f"{key + ':':<9} {value}\n" for key, value in rows)
+    return "".join(f"{key + ':':<10} {value}\n" for key, value in rows)
 
 
 def _state(region: Region) -> str:

@@ -23,6 +23,19 @@ def size(count: int) -> str:
     return f"{value:.0f}{unit}" if exact or value >= 99.95 else f"{value:.1f}{unit}"
 
 
+def duration(seconds: float) -> str:
+    """42 s, 7 min 3 s, 5 h 12 min, 3 d 4 h: the two largest units."""
+    whole = int(seconds)
+    for unit, name, smaller, its_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= unit:
+            return f"{whole // unit} {name} {whole % unit // smaller} {its_name}"
+    return f"{whole} s"
+
+
 def plural(count: int, what: str) -> str:
     """1 region, 2 regions, 2 processes."""
     if count == 1:

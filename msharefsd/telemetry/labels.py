@@ -8,9 +8,18 @@ def label(name: bytes) -> str:
 
     Other bytes, space and backslash are \ooo.
     """
+    return _escaped(name.decode("utf-8", "surrogateescape"), " \\")
+
+
+def line(text: str) -> str:
+    r"""A value for a text of one line each: what is not printable, and the backslash, is \ooo."""
+    return _escaped(text, "\\")
+
+
+def _escaped(text: str, also: str) -> str:
     return "".join(
         char
-        if char.isprintable() and char not in " \\"
+        if char.isprintable() and char not in also
         else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
-        for char in name.decode("utf-8", "surrogateescape")
+        for char in text
     )

@@ -66,7 +66,7 @@ def test_reading_tools(region: Client, daemon: Daemon) -> None:
     assert succeeds("od", "-A", "n", "-t", "u8", root / "r").split() == [str(BASE), str(SIZE)]
     listing = succeeds("ls", "-l", "--almost-all", root)
     names = [line.split()[-1] for line in listing.splitlines()[1:]]
-    assert names == [".control", ".metrics", ".regions", "mshare_info", "r"]
+    assert names == [".control", ".metrics", ".regions", ".status", "mshare_info", "r"]
     assert "srw-rw-rw-" in listing
     assert "-rw-------" in listing
     found = set(succeeds("find", root).split())
@@ -114,7 +114,7 @@ def test_rm(region: Client, daemon: Daemon) -> None:
     fails(errno.EPERM, "rm", "--force", daemon.mount / "r", user=NOBODY)
     succeeds("rm", daemon.mount / "r")
     fails(errno.ENOENT, "rm", daemon.mount / "r")
-    for name in (".control", ".metrics", "mshare_info", ".regions"):
+    for name in (".control", ".metrics", ".status", "mshare_info", ".regions"):
         fails(errno.EPERM, "rm", "--recursive", daemon.mount / name)
     fails(errno.EPERM, "rmdir", daemon.mount / ".regions")
 
@@ -139,7 +139,8 @@ def test_what_there_is_no_such_thing_as(region: Client, daemon: Daemon, director
         ("chown", "1", root / ".regions/r/info"),
     ):
         fails(errno.EPERM, *words)
-    assert set(os.listdir(root)) == {".control", ".metrics", ".regions", "mshare_info", "r"}
+    listed = {".control", ".metrics", ".regions", ".status", "mshare_info", "r"}
+    assert set(os.listdir(root)) == listed
     with pytest.raises(OSError, match=os.strerror(errno.ENAMETOOLONG)):
         (root / ("x" * 256)).touch()
 
@@ -209,7 +210,7 @@ def test_hundreds_of_names_are_listed(daemon: Daemon) -> None:
     for name in names:
         (daemon.mount / name).touch()
     listed = os.listdir(daemon.mount)
-    assert len(listed) == len(set(listed)) == len(names) + 4
+    assert len(listed) == len(set(listed)) == len(names) + 5
     assert names < set(listed)
     assert set(os.listdir(daemon.mount / ".regions")) == names
     for name in names:

@@ -24,7 +24,13 @@ from world import world_fixture as _world_fixture  # noqa: F401 - the test asks 
 
 NAMES = (
     *(b"evil", b"good", b"fuzz", b"fuzz2", b".control", b".regions", b".metrics", b"mshare_info"),
-    *(b".regions/evil", b".regions/good/info", b".regions/evil/maps", b".regions/evil/sharers"),
+    *(
+        b".status",
+        b".regions/evil",
+        b".regions/good/info",
+        b".regions/evil/maps",
+        b".regions/evil/sharers",
+    ),
     *(b".regions/none", b".regions/evil/none", b".regions/.regions", b".regions/mshare_info"),
     *(b"", b".", b"..", b"../mshare", b"evil/x", b"\xff\xfe", b"new\nline", b" ", b"%s%n"),
     *(b"a" * 255, b"a" * 256, b"\xc3\xa9" * 120, b".hidden", b".regions/" + b"b" * 255),

@@ -117,7 +117,7 @@ def test_a_pager_that_hangs_keeps_its_user_waiting_and_nobody_else(
     assert (daemon.mount / "bobs").stat().st_blocks > 0
     info = daemon.info("bobs")
     assert info.startswith("old: ")
-    assert "sharers:  1" in info, "what it said last"
+    assert "sharers:   1" in info, "what it said last"
     assert "old:" not in daemon.info("alices")
 
     def says() -> bool:

@@ -157,7 +157,7 @@ def test_without_userfaultfd_it_says_what_is_needed(monkeypatch: pytest.MonkeyPa
 def test_the_texts_of_a_region() -> None:
     regions = Both(1 << 21, lambda *_: _backing())
     region = regions.create(b"a b", 0o640, 1, 2)
-    assert "state:    no range" in texts.info(region)
+    assert "state:     no range" in texts.info(region)
     regions.make(region, 1 << 40, 1 << 21, read_only=False)
     region.objects.insert(Object(0, PAGE, 1, True))
     region.objects.insert(Object(PAGE, PAGE, 3, False))

@@ -46,8 +46,11 @@ class NoPagers:
     async def text(self, home: int, kind: str, number: int, seconds: float) -> bytes | int | None:
         return None
 
-    async def metrics(self) -> bytes:
+    async def metrics(self, uid: int) -> bytes:
         return b""
+
+    def status(self, uid: int) -> bytes:
+        return b"uid: %d\n" % uid
 
 
 LISTED = set(FIXED) - {b".control", b".controls"}

@@ -63,7 +63,8 @@ USERS: Final = {
 
 LONG: Final = "x" * 255
 TARGETS: Final = (
-    "f", "absent", ".new", "mshare_info", ".control", ".metrics", ".regions", ".regions/f",
+    "f", "absent", ".new", "mshare_info", ".control", ".metrics", ".status", ".regions",
+    ".regions/f",
     ".regions/f/info", ".regions/absent", ".regions/f/absent", "f/x", ".regions/f/info/x",
     "absent/x", LONG, LONG + "x", ".", "",
 )  # fmt: skip
@@ -435,7 +436,7 @@ DIFFERENCES: Final = [
         (
             "open",
             "open-write|open-both|open-create*|open-append|open-truncate",
-            "mshare_info|.metrics|.regions/f/info",
+            "mshare_info|.metrics|.status|.regions/f/info",
             "root",
             "ok",
             "EACCES",
@@ -484,7 +485,7 @@ DIFFERENCES: Final = [
         (
             "attributes",
             "truncate-*",
-            "mshare_info|.metrics|.regions/f/info",
+            "mshare_info|.metrics|.status|.regions/f/info",
             "root",
             "ok",
             "EPERM",
@@ -493,7 +494,7 @@ DIFFERENCES: Final = [
         (
             "attributes",
             "ftruncate",
-            "mshare_info|.metrics|.regions/f/info",
+            "mshare_info|.metrics|.status|.regions/f/info",
             "root",
             "ok",
             "EACCES",
@@ -602,7 +603,7 @@ class Tmpfs(Tree):
         self._make_f(mode)
         os.truncate("f", 16)
         readable = mode & 0o444
-        for name in ("mshare_info", ".metrics"):
+        for name in ("mshare_info", ".metrics", ".status"):
             Path(name).write_text("0123456789abcdef")
             os.chmod(name, 0o444)
         with socket.socket(socket.AF_UNIX) as sock:
