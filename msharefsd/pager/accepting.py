@@ -181,7 +181,11 @@ class Accepting:
         return identity
 
     async def _pass_on(self, sock: socket.socket, identity: FileIdentity | None) -> None:
-        """The front has it then, and may be through with it: ours may be the last close."""
+        """The front has it then.  Whoever serves it reads it empty before they close it.
+
+        So ours is the last close of a message only if they have been killed meanwhile; and who
+        waits for that then is the pager of who sent it.
+        """
         while True:
             try:
                 await self._front.forward(sock, identity)
@@ -193,7 +197,7 @@ class Accepting:
                 if self._seldom.now(error.errno):
                     log.error("cannot pass a connection on: %s", error.strerror)
                 await trio.sleep(AGAIN_SECONDS)
-        self.control.disposal.close_fds([sock.detach()], self._uid)
+        sock.close()
 
     # -- to its end --
 
