@@ -583,21 +583,26 @@ class Region:
         """Have the memory of a part of the region, by default of all, there when this returns.
 
         Other threads run, and signal handlers.  `timeout` is in seconds.
-        Raises MemoryError if there is not enough, TimeoutError, OSError if a file that is mapped
-        there cannot be read, or nothing is mapped there.
+        Raises MemoryError if there is not enough, TimeoutError, Stale, OSError if a file that is
+        mapped there cannot be read, or nothing is mapped there.
         """
         memory = self._opened()
         length = self.size - offset if length is None else length
         address = self._place(offset, length)
-        touching.populate(
-            memory,
-            address,
-            length,
-            timeout,
-            self.identity.root,
-            self._name,
-            write=not self.readonly,
-        )
+        try:
+            touching.populate(
+                memory,
+                address,
+                length,
+                timeout,
+                self.identity.root,
+                self._name,
+                write=not self.readonly,
+            )
+        except errors.MshareError:
+            # What this process has it does not ask for again: that fails if it is gone.
+            self._attach_identity(self.identity, self._name, readonly=self.readonly).close()
+            raise
 
     def mmap(
         self,

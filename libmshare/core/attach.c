@@ -62,6 +62,10 @@ static int check_holder(const struct attachment *attachment, int oflags)
 		errno = ESTALE;
 		return -1;
 	}
+	if (attachment_was_purged(attachment)) {
+		errno = ESTALE;
+		return -1;
+	}
 	if ((oflags & O_ACCMODE) == O_RDWR && !attachment->writable) {
 		reason_say("this process has attached the region read-only");
 		errno = EACCES;

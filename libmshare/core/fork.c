@@ -84,7 +84,8 @@ static void attach_again(struct attachment *attachment)
 			return;
 		attachment_hang_up(attachment);
 		repeated = true;
-	} while ((daemon_is_gone(errno) || errno == ENOENT) && wait_again(&attachment->waiting));
+	} while ((daemon_is_gone(errno) || errno == ENOENT) &&
+		 !attachment_was_purged(attachment) && wait_again(&attachment->waiting));
 }
 
 static void after_fork_in_child(void)

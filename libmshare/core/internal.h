@@ -232,6 +232,8 @@ void attachment_drop(struct attachment *attachment);
  * if the program has closed that, the region's file.
  */
 int attachment_proof(const struct attachment *attachment, int root, bool *close);
+/* Whether the memory was cut to nothing: by `msharefsd --purge`, and no daemon will know it. */
+bool attachment_was_purged(const struct attachment *attachment);
 /* As connection_call() on its connection; if that is lost, on one to the next daemon. */
 int attachment_call(struct attachment *attachment, const struct mshare_wire_request *request,
 		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,

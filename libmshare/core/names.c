@@ -29,6 +29,17 @@ int name_check(const char *name)
 	return -1;
 }
 
+/* It goes with this process, until it has memory. */
+static int make(int root, const char *name, int access, mode_t mode)
+{
+	static const char making[] = ".making-";
+	char path[sizeof making + NAME_MAX];
+
+	memcpy(path, making, sizeof making);
+	strcpy(path + sizeof making - 1, name);
+	return openat(root, path, access | O_CREAT | O_EXCL, mode);
+}
+
 /*
  * O_CREAT without O_EXCL is never passed on: in a sticky directory the kernel
  * refuses it for another user's file (fs.protected_regular, proc_sys_fs(5)), but
@@ -49,7 +60,7 @@ int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated
 			if (fd >= 0 || errno != ENOENT || !(oflags & O_CREAT))
 				return fd;
 		}
-		fd = openat(root, name, access | O_CREAT | O_EXCL, mode);
+		fd = make(root, name, access, mode);
 		*made = fd >= 0;
 		if (fd < 0 && errno == EEXIST && (oflags & O_EXCL) && repeated)
 			fd = openat(root, name, access);

@@ -96,6 +96,19 @@ MSHARE_EXPORT int mshare_close(struct mshare_region *region)
 	return last ? detach_region(attachment, MSHARE_WIRE_DETACH) : 0;
 }
 
+/* This process has it, and knows that it is gone: no daemon is asked, or waited for. */
+static bool is_known_gone(const struct mshare_region *region)
+{
+	struct attachment *attachment;
+	bool gone;
+
+	attachment_lock();
+	attachment = attachment_of(region->identity);
+	gone = attachment && attachment_was_purged(attachment);
+	attachment_unlock();
+	return gone;
+}
+
 MSHARE_EXPORT int mshare_forget_name(const struct mshare_region *region)
 {
 	struct waiting waiting = { 0 };
@@ -106,6 +119,10 @@ MSHARE_EXPORT int mshare_forget_name(const struct mshare_region *region)
 	reason_forget();
 	if (!region) {
 		errno = EFAULT;
+		return -1;
+	}
+	if (is_known_gone(region)) {
+		errno = ESTALE;
 		return -1;
 	}
 	do {

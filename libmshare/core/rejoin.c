@@ -24,8 +24,7 @@ int attachment_proof(const struct attachment *attachment, int root, bool *close)
 	return *close ? name_reopen(root, attachment) : attachment->backing.fd;
 }
 
-/* Whether the memory was cut to nothing: by `msharefsd --purge`, and no daemon will know it. */
-static bool was_purged(const struct attachment *attachment)
+bool attachment_was_purged(const struct attachment *attachment)
 {
 	struct stat status;
 
@@ -70,7 +69,7 @@ static int rejoin(struct attachment *attachment)
 	int result;
 
 	do {
-		if (was_purged(attachment)) {
+		if (attachment_was_purged(attachment)) {
 			errno = ESTALE;
 			return -1;
 		}

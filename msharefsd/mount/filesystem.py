@@ -101,6 +101,9 @@ _REMOVED_NAME: Final = re.compile(rb"\.removed-([0-9]{1,18})")
 # A region's inodes follow from its id: its file, its directory, the files there.
 _FILE, _DIRECTORY = 0, 1
 _FILES: Final = (_FILE, BY_IDENTITY)
+_MAKING: Final = b".making-"
+"""A region's name with this before it, to create it: the name of one that is given its memory
+next.  A name that is created as it stands is there until it is removed."""
 _IDENTITY: Final = re.compile(rb"\.identity-([0-9a-f]{32})")
 """A region's file once more, whatever its name, and if it has none any more."""
 _TEXTS: Final[dict[bytes, tuple[int, Text]]] = {
@@ -213,7 +216,7 @@ class FileSystem(_GuardedOperations):
 
     def _resolve(self, parent: int, name: bytes) -> int:
         """The inode of a name; FUSEError(ENOENT)."""
-        if len(name) > NAME_MAX:
+        if len(name.removeprefix(_MAKING)) > NAME_MAX:
             raise FUSEError(errno.ENAMETOOLONG)
         if parent == ROOT:
             if name in FIXED and (name != CONTROL_NAME or CONTROL_INODE in self._controls):
@@ -343,8 +346,11 @@ class FileSystem(_GuardedOperations):
         if parent_inode != ROOT:
             raise FUSEError(errno.EPERM)
         creator = processes.process_of(ctx.pid)
+        wanted = name.removeprefix(_MAKING) or name
         async with self._turns.turn(ctx.uid):
-            region = self._names.create(name, mode, ctx.uid, ctx.gid, creator=creator)
+            region = self._names.create(
+                FileNameT(wanted), mode, ctx.uid, ctx.gid, creator=creator, making=wanted != name
+            )
         barrier("create")
         try:
             return self._open_region(region, ctx.uid), self._entry(region_inode(region))
@@ -501,6 +507,7 @@ class FileSystem(_GuardedOperations):
     def _open_region(self, region: Name, uid: int) -> FileInfo:
         info = self._handle(INFO_STRUCT.pack(region.start, region.size), uid)
         self._open_files[info.fh] = region
+        region.users += 1
         return info
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
@@ -551,8 +558,10 @@ class FileSystem(_GuardedOperations):
 
     async def release(self, fh: FileHandleT) -> None:
         self._contents.pop(fh, None)
-        self._open_files.pop(fh, None)
+        region = self._open_files.pop(fh, None)
         self._release(fh)
+        if region is not None:
+            self._names.closed(region)
 
     # -- handlers: directories --
 

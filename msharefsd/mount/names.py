@@ -20,6 +20,7 @@ from msharefsd.errors import Refused
 from msharefsd.journal.names import NamesJournal
 from msharefsd.journal.rows import SavedName
 from msharefsd.link.messages import Extent, NameRecord
+from msharefsd.linux import processes
 from msharefsd.mount.places import lowest_free
 from msharefsd.region.limits import Account, Limits
 from msharefsd.region.region import region_of_file
@@ -63,6 +64,10 @@ class Name:
     """What no other region has, ever and anywhere; who knows it finds the region by it."""
     length: int = 0
     """How much of it its creator wanted, in bytes, if they left its place to us; else 0."""
+    making: bool = False
+    """It is a name for memory that its maker is about to give it, and goes with that one."""
+    users: int = 0
+    """How many have its file open."""
     place: tuple[int, int] = (0, 0)
     """Start and size of what is kept for it, as long as it has no range."""
     backing: tuple[int, int, int] | None = None
@@ -151,6 +156,7 @@ def _row(name: Name) -> SavedName:
         *(name.backing or (0, 0, 0)),
         name.identity,
         name.length,
+        name.making,
     )
 
 
@@ -172,7 +178,16 @@ def _from_row(row: SavedName) -> Name:
         backing=(row.major, row.minor, row.inode) if row.inode else None,
         identity=row.identity,
         length=row.length,
+        making=bool(row.making),
     )
+
+
+def _is_abandoned(row: SavedName) -> bool:
+    """Whether its maker died while no daemon was there, before it had memory.
+
+    (The number may be another process's by now: then it is left for the next time.)
+    """
+    return bool(row.making) and not row.size and processes.state(row.creator) in ("", "Z", "X")
 
 
 class Names:
@@ -195,7 +210,10 @@ class Names:
         self.moved: Callable[[Name, int], None] = lambda _name, _home: None
         """Told when a name without memory has another pager, and whose it was."""
         for row in self._journal.names():
-            self._add(_from_row(row))
+            if _is_abandoned(row):
+                self._journal.forget(row.id)
+            else:
+                self._add(_from_row(row))
 
     def __iter__(self) -> Iterator[Name]:
         """Those that are seen, oldest first."""
@@ -247,8 +265,19 @@ class Names:
         if name.backing is not None:
             self._by_backing[name.backing] = name
 
-    def create(self, name: bytes, mode: int, uid: int, gid: int, *, creator: int = 0) -> Name:
+    def create(
+        self,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        creator: int = 0,
+        making: bool = False,
+    ) -> Name:
         """A new name without a range.
+
+        `making`: if it gets none, it goes when nobody has its file open any more.
 
         Raises Refused (EEXIST, EPERM, ENAMETOOLONG, ENOSPC; EDQUOT, see limits.py).
         """
@@ -260,6 +289,7 @@ class Names:
         made = Name(
             next(self._ids), name, mode & 0o7777, uid, gid, now, now, now, uid, creator=creator
         )
+        made.making = making
         self._journal.save(_row(made))
         self._add(made)
         self.changed(made)
@@ -296,6 +326,12 @@ class Names:
             return
         self.change(name, linked=False, ctime_ns=time.time_ns())
         del self._by_name[name.name]
+
+    def closed(self, name: Name) -> None:
+        """One has closed its file.  Raises Refused, and the name stays."""
+        name.users -= 1
+        if name.making and not name.size and name.users == 0:
+            self.unlink(name)
 
     def find_place(self, name: Name, length: int, above: int) -> None:
         """Keep a range of at least `length` bytes at or above `above` for a name without one.
@@ -334,6 +370,7 @@ class Names:
         if name.place not in ((0, 0), (extent.start, extent.size)):
             name.length = 0  # its creator has chosen another one
         name.place = (0, 0)
+        name.making = False
         name.start, name.size = extent.start, extent.size
         name.backing = extent.major, extent.minor, extent.inode
         self._by_backing[name.backing] = name
