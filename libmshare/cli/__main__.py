@@ -14,7 +14,7 @@ from libmshare.cli.errors import CommandError
 
 
 def main() -> None:
-    """Run the command; exit status 0, 1 if it failed, 2 for wrong usage."""
+    """Run the command; how it ends is in exits.py."""
     # As other tools: end quietly when nobody reads any more.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
@@ -27,13 +27,13 @@ def main() -> None:
 
             run(sys.argv[3:])
         try:
-            from libmshare.cli.app import app  # noqa: PLC0415
+            from libmshare.cli.app import run_app  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise CommandError(
                 f"the command needs {error.name}, and libmshare alone does not: install "
                 "msharefs[daemon]"
             ) from None
-        app(prog_name="mshare")
+        sys.exit(run_app())
     except CommandError as failure:
         failure.tell()
         sys.exit(failure.code)

@@ -6,14 +6,15 @@ What each subcommand does is in a module of its own, imported when it is asked f
 from __future__ import annotations
 
 import os
+import signal
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from libmshare.cli.errors import CommandError
 from libmshare.cli.exits import Exit
-from libmshare.cli.output import printable
+from libmshare.cli.output import printable, printable_line
 from libmshare.cli.views import For, Order, Sort, View
 
 app = typer.Typer(
@@ -27,6 +28,8 @@ app = typer.Typer(
 
 DEFAULT_TIMEOUT: Final = 10.0
 _LARGEST: Final = (1 << 64) - 1
+_UsageError: Final[Any] = typer.BadParameter.__base__
+"""typer has no public name for it."""
 
 
 class Backing(StrEnum):
@@ -423,3 +426,25 @@ def run(
 
     smallest = run_.SMALLEST if min_size is None else max(min_size, 1)
     run_.run(command, run_.Manner(backing.value, smallest, not no_watch, dry_run))
+
+
+def run_app() -> int:
+    """Run it; returns the exit status.  Raises CommandError, for wrong usage, too."""
+    try:
+        status = app(prog_name="mshare", standalone_mode=False)
+    except typer.Abort:  # Ctrl-C
+        return Exit.SIGNAL + signal.SIGINT
+    except _UsageError as error:
+        raise _usage(error) from None
+    return status if isinstance(status, int) else Exit.DONE
+
+
+def _usage(error: Any) -> CommandError:
+    """On one line, with where to look."""
+    text = error.format_message()
+    if "\n" in text:  # the page of help, for want of any word
+        error.show()
+        raise SystemExit(Exit.USAGE)
+    where = "mshare" if error.ctx is None else error.ctx.command_path
+    text = printable_line(text[:1].lower() + text[1:].removesuffix("."))
+    return CommandError(f"{text}: see `{where} --help`", Exit.USAGE)

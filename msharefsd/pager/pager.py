@@ -56,6 +56,7 @@ from msharefsd.paging.server import PageServer
 from msharefsd.paging.writeback import Writeback
 from msharefsd.region.registry import Regions
 from msharefsd.security import privileges
+from msharefsd.telemetry import logs
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.threads import runs
 from msharefsd.threads.disposal import Disposal
@@ -87,11 +88,7 @@ def main(setting: Setting, uid: int, channel: socket.socket) -> NoReturn:
     code = 1
     try:
         setproctitle(f"msharefsd: pager {_user(uid)}")
-        logging.basicConfig(
-            level=setting.config.log_level.upper(),
-            format=f"msharefsd[{_user(uid)}]: %(levelname)s: %(message)s",
-            force=True,
-        )
+        logs.set_up(setting.config.log_level, setting.config.log_format, uid, _user(uid))
         faulthandler.enable()
         privileges.drop(privileges.PAGER)
         trio.run(

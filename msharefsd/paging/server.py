@@ -217,7 +217,7 @@ class PageServer:
         return outcome
 
     def _count(self, region: Region, kind: str) -> None:
-        self._metrics.faults.labels(kind).inc()
+        self._metrics.count_fault(kind)
         region.counts.faults += 1
 
     def _wait(self, window: Window, offset: int, fault: Fault) -> Waiting:

@@ -51,6 +51,11 @@ def fields(record: logging.LogRecord) -> dict[str, str | int]:
 class _Json(logging.Formatter):
     """An object a line."""
 
+    def __init__(self, uid: int | None = None) -> None:
+        """`uid`: whose pager it is, and so whom a line is about that says nothing else."""
+        super().__init__()
+        self._usual = _usual(uid)
+
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         told: dict[str, object] = {
@@ -59,6 +64,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "process": record.process,
             "message": record.getMessage(),
+            **self._usual,
             **fields(record),
         }
         if record.exc_info:
@@ -72,13 +78,14 @@ class Journal(logging.Handler):
     It does not wait: what journald has no room for goes to standard error.
     """
 
-    def __init__(self, path: str = _JOURNAL) -> None:
-        """Raises OSError if there is no journald."""
+    def __init__(self, path: str = _JOURNAL, uid: int | None = None) -> None:
+        """`uid`: as for _Json.  Raises OSError if there is no journald."""
         super().__init__()
+        self._usual = _usual(uid)
         self._path = path
         self._send(b"")
         self._fallback = logging.StreamHandler()
-        self._fallback.setFormatter(logging.Formatter(_TEXT))
+        self._fallback.setFormatter(logging.Formatter(_TEXT.format("")))
 
     def _send(self, data: bytes) -> None:
         # A socket for each line: pagers and keepers close what they did not ask for.
@@ -96,8 +103,9 @@ class Journal(logging.Handler):
             "CODE_FUNC": record.funcName or "",
             "CODE_FILE": record.pathname,
             "CODE_LINE": str(record.lineno),
-            **{f"MSHAREFS_{key.upper()}": str(value) for key, value in fields(record).items()},
         }
+        about = self._usual | fields(record)
+        told |= {f"MSHAREFS_{key.upper()}": str(value) for key, value in about.items()}
         data = b"".join(_field(key, value) for key, value in told.items())
         try:
             self._send(data)
@@ -115,17 +123,25 @@ def _field(key: str, value: str) -> bytes:
     return key.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
 
 
-_TEXT: Final = "msharefsd: %(levelname)s: %(message)s"
+def _usual(uid: int | None) -> dict[str, str | int]:
+    return {} if uid is None else {"uid": uid}
 
 
-def set_up(level: str, form: Format) -> None:
-    """Log to standard error, or to journald where there is one."""
+_TEXT: Final = "msharefsd{}: %(levelname)s: %(message)s"
+
+
+def set_up(level: str, form: Format, uid: int | None = None, name: str = "") -> None:
+    """Log to standard error, or to journald where there is one.
+
+    `uid`, `name`: the user whose pager this process is.
+    """
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if form == "json" else logging.Formatter(_TEXT))
+    text = logging.Formatter(_TEXT.format(f"[{name}]" if name else ""))
+    handler.setFormatter(_Json(uid) if form == "json" else text)
     complaint = ""
     if form == "journal":
         try:
-            handler = Journal()
+            handler = Journal(uid=uid)
         except OSError as error:
             complaint = error.strerror or str(error)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -50,6 +50,7 @@ class Metrics:
         """`regions()` gives the regions that have memory, at the time of a read."""
         self._registry = CollectorRegistry()
         self.faults = self._counter("faults", "page faults served", "kind")
+        self._faults: dict[str, Counter] = {}
         self.populated = self._counter("populated_bytes", "memory populated for faults, bytes")
         self.sigbus = self._counter("sigbus", "faults answered with SIGBUS or EFAULT", "reason")
         self.written_back = self._counter("written_back_bytes", "written to mapped files, bytes")
@@ -69,6 +70,13 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"msharefs_{name}", text, labels, registry=self._registry)
+
+    def count_fault(self, kind: str) -> None:
+        """One was served.  To look up a label takes much longer than to count."""
+        child = self._faults.get(kind)
+        if child is None:
+            child = self._faults[kind] = self.faults.labels(kind)
+        child.inc()
 
     def samples(self) -> list[Sample]:
         """What is counted here: for the front, which adds up."""

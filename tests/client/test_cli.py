@@ -51,6 +51,7 @@ from walls import own_shm as _own_shm  # noqa: F401 - what tests ask for
 from libmshare import core
 from libmshare.cli import app, ask, doctor, output, regions
 from libmshare.cli.errors import CommandError, DaemonGoneError, NotAnsweringError
+from libmshare.cli.exits import Exit
 from msharefsd.linux import features, mounts, syscalls
 from msharefsd.linux.features import UnsupportedError, probe
 from msharefsd.mount import mounting
@@ -527,7 +528,15 @@ def test_usage() -> None:
         assert (done.exit_code, done.stdout) == (2, ""), words
         assert "--help" in done.stderr
     command = Command(None)
-    assert command.run("info").returncode == 2
+    for words, what in (
+        (("info",), "missing argument 'NAME': see `mshare info --help`"),
+        (("nosuch",), "no such command 'nosuch': see `mshare --help`"),
+        (("ls", "--sort"), "option '--sort' requires an argument: see `mshare --help`"),
+        (("wait", "r", "--for=luck"), "invalid value for '--for': 'luck' is not one of"),
+        (("rm", "r", "--force"), "invalid value for --force: is for --all: see"),
+    ):
+        assert f"mshare: {what}" in command.fails(*words, code=Exit.USAGE)
+    assert command.run().stderr.count("\n") + command.run().stdout.count("\n") > 10
     assert command.ok("--version").startswith("mshare ")
     words_of_help = command.ok("--help").split()
     for name in [

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ALIGNMENT, Daemon
+from command import donate
+from conftest import ALIGNMENT, Daemon, clients
 
 from msharefsd.telemetry import logs
 
@@ -84,15 +85,22 @@ def test_journald_has_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             pytest.fail("nothing went to standard error")
 
 
-def test_a_daemon_that_logs_json(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon(f"--alignment={ALIGNMENT}", "--log-format=json").start()
+def test_a_daemon_that_logs_json(make_daemon: Callable[..., Daemon], client_program: Path) -> None:
+    settings = "--log-format=json", "--log-level=debug"
+    daemon = make_daemon(f"--alignment={ALIGNMENT}", *settings).start()
+    with clients(client_program, daemon) as spawn:
+        donate(spawn, "r")
     lines = [json.loads(line) for line in daemon.log().splitlines()]
     (ready,) = [line for line in lines if line["message"].startswith("ready: ")]
     assert (ready["level"], ready["process"]) == ("info", daemon.pid)
+    told = [line for line in lines if line["process"] == daemon.pager()]
+    assert told and all(line["uid"] == 0 for line in told)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", ready["time"])
 
 
 def test_json_has_fields() -> None:
-    line = logs._Json().format(record("region %s: %s", "r\n", "why"))
+    line = logs._Json(7).format(record("region %s: %s", "r\n", "why"))
     assert "\n" not in line
-    assert json.loads(line)["region"] == "r\n"
+    told = json.loads(line)
+    assert (told["region"], told["uid"]) == ("r\n", 7)
+    assert json.loads(logs._Json(7).format(record("user %d: %s", 8, "x")))["uid"] == 8
