@@ -126,6 +126,8 @@ async def drain_far(lanes: Lanes, uid: int, sock: socket.socket) -> None:
 
     with contextlib.suppress(OSError):
         _let_nothing_in(sock)
+        if has_descriptors(sock) is None:
+            return  # there is nothing, as mostly
         while True:
             try:
                 await lanes.lend(uid, [sock.fileno()], empty)
