@@ -291,7 +291,7 @@ def _group(name: str) -> int:
 
 def parse_size(text: str) -> int:
     """Bytes from "512G"; units are powers of 1024.  Raises ConfigError."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text.strip())
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:I?B)?", text.strip().upper())
     if match is None:
         raise ConfigError(f"not a size: {text!r}; write 4096, 64M, 512G")
     return int(match[1]) * UNITS[match[2]]

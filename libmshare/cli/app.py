@@ -447,4 +447,5 @@ def _usage(error: Any) -> CommandError:
         raise SystemExit(Exit.USAGE)
     where = "mshare" if error.ctx is None else error.ctx.command_path
     text = printable_line(text[:1].lower() + text[1:].removesuffix("."))
-    return CommandError(f"{text}: see `{where} --help`", Exit.USAGE)
+    more = " " if text.endswith("?") else ": "
+    return CommandError(f"{text}{more}see `{where} --help`", Exit.USAGE)

@@ -295,7 +295,7 @@ def test_what_was_removed_and_is_in_use_is_seen(
     assert "used (removed)" in text
     assert f"\nused {donor.pid} " in re.sub(" +", " ", text)
     top = mshare.ok("top", "--once")
-    assert f"2 regions, 1 sharers, {output.size(memory)} of memory" in top
+    assert f"2 regions, 1 sharer, {output.size(memory)} of memory" in top
     assert f"({output.size(memory)} of it removed)" in top
     assert daemon.metric("removed_regions") == 1
     assert daemon.metric("removed_memory_bytes") == memory

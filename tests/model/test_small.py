@@ -36,7 +36,7 @@ PAGE = syscalls.PAGE
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("4096", 4096), ("64K", 64 * KiB), ("2MiB", 2 * MiB), ("1TB", 1 << 40)]
+    ("text", "size"), [("4096", 4096), ("64K", 64 * KiB), ("2MiB", 2 * MiB), ("1tb", 1 << 40)]
 )
 def test_sizes(text: str, size: int) -> None:
     assert config.parse_size(text) == size
