@@ -23,6 +23,7 @@ RUN = {
     "cpp.md": {"console", "cpp"},
     "filesystem.md": {"console"},
     "hugetlb.md": {"console"},
+    "monitoring.md": {"console"},  # and life/test_metrics.py
     "numpy-workers.md": {"python"},  # test_python_pages.py
     "python.md": {"python"},  # the same
     "page-tables.md": {"sh"},  # tables/test_document.py
@@ -67,7 +68,13 @@ def follow(make_daemon: Callable[..., Daemon], directory: Path) -> Iterator[Call
 @pytest.mark.skipif(os.geteuid() != 0, reason="its files are root's")
 @pytest.mark.parametrize(
     ("page", "count"),
-    [(README, 6), (DOCS / "cpp.md", 4), (DOCS / "filesystem.md", 10), (DOCS / "hugetlb.md", 2)],
+    [
+        (README, 6),
+        (DOCS / "cpp.md", 4),
+        (DOCS / "filesystem.md", 10),
+        (DOCS / "hugetlb.md", 2),
+        (DOCS / "monitoring.md", 1),
+    ],
     ids=lambda value: value.name if isinstance(value, Path) else "",
 )
 def test_what_a_page_tells_to_do_is_done(
