@@ -128,6 +128,12 @@ def interruptible(function: Callable[[], _T], undo: Callable[[], object] = lambd
     return call.result.pop()  # type: ignore[return-value] # what the function returned
 
 
+def aside(function: Callable[[], object]) -> None:
+    """Have it called, and wait for nothing.  What it raises is lost."""
+    if _start(function, lambda: None) is None:
+        function()
+
+
 def shortly(function: Callable[[], object]) -> None:
     """Call it, and if it takes long, let it go on by itself.  What it raises is lost."""
     call = _start(function, lambda: None)
