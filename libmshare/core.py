@@ -263,7 +263,9 @@ class Operation(enum.IntEnum):
 
 
 def encode(name: str) -> bytes:
-    """A name or a path as the C library takes it.  Raises ValueError for a null byte."""
+    """A name or a path as the C library takes it.  Raises ValueError for a null byte, TypeError."""
+    if not isinstance(name, str):  # bytes and paths would be other names to whoever compares them
+        raise TypeError(f"a text is wanted, not {type(name).__name__}")
     data = os.fsencode(name)
     if b"\0" in data:
         raise ValueError("embedded null byte in a region's name")

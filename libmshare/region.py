@@ -40,6 +40,8 @@ else:  # numpy is optional, and typing.get_type_hints() wants names
 
 _UNITS: Final = {unit: 1 << (10 * power) for power, unit in enumerate("BKMGTPE")}
 _DEFAULT_MODE: Final = 0o600
+_ADDRESSES: Final = 1 << 63
+"""ctypes would take a larger number for what its lower bits say."""
 _METHODS: Final = {
     core.Kind.LOCK: "lock",
     core.Kind.SEMAPHORE: "semaphore",
@@ -85,8 +87,8 @@ class Pin:
 def parse_size(size: SupportsIndex | str) -> int:
     """Bytes: a number, or a text as "64M", "1.5G" (powers of 1024).  Raises ValueError."""
     if not isinstance(size, str):
-        if (number := operator.index(size)) <= 0:
-            raise ValueError("a region's size is at least a byte")
+        if not 0 < (number := operator.index(size)) < _ADDRESSES:
+            raise ValueError("a region's size is at least a byte, and less than 8 EiB")
         return number
     text = size.strip().upper().removesuffix("B").removesuffix("I")
     unit = text[-1:] if text[-1:] in _UNITS else "B"
@@ -94,7 +96,7 @@ def parse_size(size: SupportsIndex | str) -> int:
         value = float(text.removesuffix(unit)) * _UNITS[unit]
     except ValueError:
         raise ValueError(f"{size!r} is no size: write 4096, '64M' or '1.5G'") from None
-    if not 0 < value < 1 << 63 or value != int(value):
+    if not 0 < value < _ADDRESSES or value != int(value):
         raise ValueError(f"{size!r} is no size: it is a whole number of bytes, and not 0")
     return int(value)
 
@@ -186,6 +188,10 @@ class Region:
                 "donate is about memory at an address: say start=...": donate and start is None,
                 "exist_ok needs a name, and neither ephemeral nor donate": exist_ok
                 and (name is None or ephemeral or donate),
+                "start is an address: more than 0, and less than 2**63": start is not None
+                and not 0 < operator.index(start) < _ADDRESSES,
+                "mode is a file's, 0o600 for instance": mode is not None
+                and not 0 <= operator.index(mode) <= 0o7777,
             }
         )
         length = parse_size(size)
@@ -295,6 +301,8 @@ class Region:
         memory = self._memory
         if memory is None:
             raise ValueError("the region is closed")
+        if self._hold.process != os.getpid():
+            holding.check_after_fork(self._hold)
         return memory
 
     @property
