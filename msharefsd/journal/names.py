@@ -10,7 +10,7 @@ class NamesJournal(Database):
     """The front's."""
 
     file = "names.sqlite"
-    schema = 2
+    schema = 3
     # AUTOINCREMENT: a number is never given twice, whatever was deleted (inode numbers
     # follow from ids).
     tables = """
@@ -26,7 +26,8 @@ CREATE TABLE names (
     start INTEGER NOT NULL, size INTEGER NOT NULL,
     major INTEGER NOT NULL, minor INTEGER NOT NULL, inode INTEGER NOT NULL,
     identity BLOB NOT NULL,
-    length INTEGER NOT NULL
+    length INTEGER NOT NULL,
+    image BLOB NOT NULL
 ) STRICT;
 """
     volatile = ("names",)

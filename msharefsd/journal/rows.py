@@ -85,3 +85,4 @@ class SavedName(NamedTuple):
     inode: int
     identity: bytes
     length: int
+    image: bytes

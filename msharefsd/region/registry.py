@@ -83,8 +83,12 @@ class Regions:
 
     # -- names --
 
-    def learn(self, record: NameRecord) -> Region:
-        """A name as the front knows it now."""
+    def learn(self, record: NameRecord, *, has_name: bool | None = None) -> Region:
+        """A name as the front knows it, or knew it when it handed a connection over.
+
+        `has_name`: whether it has one, and which: what comes with a connection may be older
+        than what has been told since, and does not say that of a region that is known.
+        """
         region = self._by_id.get(record.id)
         if region is None:
             region = Region(
@@ -98,14 +102,18 @@ class Regions:
             )
             self.adopt(region)
             return region
-        linked = region.linked and record.linked
-        if (region.mode, region.uid, region.gid, region.linked) != (
+        linked, name = region.linked, region.name
+        if has_name is not None:
+            linked, name = has_name and not self.is_going(record.id), record.name
+        if (region.mode, region.uid, region.gid, region.linked, region.name) != (
             record.mode,
             record.uid,
             record.gid,
             linked,
+            name,
         ):
             region.mode, region.gid, region.linked = record.mode, record.gid, linked
+            region.name = name
             if record.uid != region.uid:
                 self._give(region, record.uid)
             self._save(region)
@@ -117,7 +125,7 @@ class Regions:
             self._going.discard(record.id)
         region = self._by_id.get(record.id)
         if region is not None:
-            self.learn(record)
+            self.learn(record, has_name=record.linked)
             self.reap(region)
         elif not record.linked:
             self._tell(Gone(record.id))
