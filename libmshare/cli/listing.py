@@ -9,6 +9,7 @@ import pwd
 import sys
 from typing import Final
 
+from libmshare import texts
 from libmshare.cli import output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.output import Column, printable, printable_line
@@ -46,7 +47,7 @@ def row(region: regions.Region) -> list[str]:
     ]
 
 
-def sharer_row(sharer: regions.Sharer) -> list[str]:
+def sharer_row(sharer: texts.Sharer) -> list[str]:
     """A sharer's line."""
     return [
         str(sharer.pid),
@@ -74,7 +75,7 @@ def _group(gid: int) -> str:
 def ls(timeout: float, *, json: bool, removed: bool = False) -> None:
     """All regions; with `removed` also those that have lost their names, and who has them."""
 
-    def ask() -> list[tuple[regions.Region, list[regions.Sharer]]]:
+    def ask() -> list[tuple[regions.Region, list[texts.Sharer]]]:
         return [
             (region, regions.holders(region) if region.removed else [])
             for region in regions.everything(removed=removed)
@@ -103,7 +104,7 @@ def ls(timeout: float, *, json: bool, removed: bool = False) -> None:
 def info(name: bytes, timeout: float, *, json: bool) -> None:
     """One region, and who has attached it."""
 
-    def ask() -> tuple[regions.Region, list[regions.Sharer]]:
+    def ask() -> tuple[regions.Region, list[texts.Sharer]]:
         region = regions.one(name)
         return region, regions.sharers(name) if region.info else []
 
@@ -134,7 +135,7 @@ def maps(name: bytes, timeout: float, *, json: bool) -> None:
     """A region's objects."""
     text = bounded(lambda: regions.text(name, "maps"), timeout)
     if json:
-        output.write_json(regions.parse_maps(text))
+        output.write_json(texts.parse_maps(text))
     else:
         _write_text(text)
 

@@ -18,7 +18,8 @@ from libmshare.cli import listing, output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import DaemonGoneError, explain
 from libmshare.cli.output import Column, printable
-from libmshare.cli.regions import Region, Sharer
+from libmshare.cli.regions import Region
+from libmshare.texts import Sharer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
