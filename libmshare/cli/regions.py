@@ -16,37 +16,13 @@ from typing import Any, Final
 from libmshare import core
 from libmshare.cli.errors import CommandError, explain, not_mounted
 from libmshare.cli.output import printable
+from libmshare.texts import Sharer, parse_info, parse_sharers
 
 _REMOVED: Final = b".removed-"
 HUGE_PAGE: Final = 2 << 20
 """What page tables are had back by (bytes)."""
 _TABLE: Final = 4096
 """A page table of one huge page's small ones (bytes)."""
-_SHARER: Final = re.compile(r"(\d+) +(\d+) +(\S+) +(\S+) (.*)")
-_MAP: Final = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) +(.*)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Sharer:
-    """A process that has attached a region, as `sharers` tells it."""
-
-    pid: int
-    uid: int
-    access: str
-    since: str
-    command: str
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "pid": self.pid,
-            "uid": self.uid,
-            "access": self.access,
-            "since": self.since,
-            "command": self.command,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,42 +256,3 @@ def holders(region: Region) -> list[Sharer]:
         return parse_sharers(_read(root(), region.directory, "sharers"))
     except OSError:
         return []
-
-
-def parse_info(content: str) -> dict[str, str]:
-    """`info`: one `key: value` a line."""
-    # Lines end with newlines and nothing else: a name may have other separators in it.
-    pairs = (line.partition(":") for line in content.split("\n"))
-    return {key: value.strip() for key, colon, value in pairs if colon}
-
-
-def parse_sharers(content: str) -> list[Sharer]:
-    """`sharers`: a heading, then one process a line."""
-    found = []
-    for line in content.split("\n"):
-        match = _SHARER.fullmatch(line)
-        if match:
-            pid, uid, access, since, command = match.groups()
-            found.append(Sharer(int(pid), int(uid), access, since, command))
-    return found
-
-
-def parse_maps(content: str) -> list[dict[str, Any]]:
-    """`maps`: the format of /proc/PID/maps (proc_pid_maps(5))."""
-    found = []
-    for line in content.split("\n"):
-        match = _MAP.fullmatch(line)
-        if match:
-            start, end, permissions, offset, device, inode, name = match.groups()
-            found.append(
-                {
-                    "start": int(start, 16),
-                    "end": int(end, 16),
-                    "permissions": permissions,
-                    "offset": int(offset, 16),
-                    "device": device,
-                    "inode": int(inode),
-                    "name": name,
-                }
-            )
-    return found
