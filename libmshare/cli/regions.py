@@ -5,12 +5,13 @@ Everything here touches the mount, so it is called through `ask.bounded`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from libmshare import core
@@ -19,6 +20,7 @@ from libmshare.cli.output import printable
 from libmshare.texts import Sharer, parse_info, parse_sharers
 
 _REMOVED: Final = b".removed-"
+_IMAGE: Final = b"user.mshare.image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +164,15 @@ def one(name: bytes) -> Region:
     """The region of that name.  Raises CommandError."""
     check_name(name)
     try:
-        return _region(root(), name)
+        found = _region(mount := root(), name)
     except OSError as error:
         raise explain(error, name) from None
+    if not found.info:
+        return found
+    with contextlib.suppress(OSError):  # it is of no image
+        image = os.getxattr(os.path.join(os.fsencode(mount), name), _IMAGE)
+        return replace(found, info={**found.info, "image": os.fsdecode(image)})
+    return found
 
 
 def _region(mount: str, directory: bytes) -> Region:
