@@ -5,12 +5,13 @@ Everything here touches the mount, so it is called through `ask.bounded`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from libmshare import core
@@ -23,6 +24,7 @@ HUGE_PAGE: Final = 2 << 20
 """What page tables are had back by (bytes)."""
 _TABLE: Final = 4096
 """A page table of one huge page's small ones (bytes)."""
+_IMAGE: Final = b"user.mshare.image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +183,15 @@ def one(name: bytes) -> Region:
     """The region of that name.  Raises CommandError."""
     check_name(name)
     try:
-        return _region(root(), name)
+        found = _region(mount := root(), name)
     except OSError as error:
         raise explain(error, name) from None
+    if not found.info:
+        return found
+    with contextlib.suppress(OSError):  # it is of no image
+        image = os.getxattr(os.path.join(os.fsencode(mount), name), _IMAGE)
+        return replace(found, info={**found.info, "image": os.fsdecode(image)})
+    return found
 
 
 def _region(mount: str, directory: bytes) -> Region:

@@ -33,7 +33,7 @@ _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _SUFFIX: Final = ".img"
 
 
-class _Fill:
+class Fill:
     """What is copied where; the threads share it."""
 
     def __init__(self, region: Region) -> None:
@@ -47,6 +47,7 @@ class _Fill:
         self._buffer.release()
 
     def put(self, offset: int, data: memoryview) -> None:
+        """Contents come to an offset.  Raises NoMemory."""
         # First the memory: to touch what cannot be had is SIGBUS, and this is an error.
         self._region.populate(offset, len(data))
         self._buffer[offset : offset + len(data)] = data
@@ -126,7 +127,7 @@ def _end(manifest: Manifest) -> int:
 
 
 def _fill(region: Region, manifest: Manifest, store: Store, progress: Progress) -> None:
-    kind, page = _pages(region)
+    kind, page = pages_of(region)
     unnamed.check_room(region.identity.root, manifest.stored(), kind)
     objects = [_whole(each, page) for each in manifest.objects]
     for each, behind in zip(objects, [*objects[1:], None], strict=True):
@@ -140,7 +141,7 @@ def _fill(region: Region, manifest: Manifest, store: Store, progress: Progress) 
     for part in manifest.parts:
         places.setdefault((part.hash, part.length), []).append(part.offset)
     total = manifest.stored()
-    with contextlib.closing(_Fill(region)) as fill:
+    with contextlib.closing(Fill(region)) as fill:
 
         def fetch(item: tuple[tuple[str, int], list[int]]) -> None:
             (name, length), offsets = item
@@ -159,7 +160,7 @@ def _call(function: Callable[..., object], region: Region, item: Object, *more: 
     waiting.interruptible(call)
 
 
-def _pages(region: Region) -> tuple[str, int]:
+def pages_of(region: Region) -> tuple[str, int]:
     """What kind of memory it has, and of how large pages."""
     root = region.identity.root
 

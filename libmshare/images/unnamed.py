@@ -66,11 +66,12 @@ class Unnamed:
         identity = region.identity
         self._path = f"{identity.root}/.identity-{identity.id}"
 
-    def give(self, name: str, mode: int, image: str) -> None:
+    def give(self, name: str, mode: int, image: str = "") -> None:
         """It is complete.  Raises RegionExists, OSError."""
         root = self.region.identity.root
         patiently(lambda: os.chmod(self._path, mode))
-        patiently(lambda: os.setxattr(self._path, IMAGE, image.encode()))
+        if image:
+            patiently(lambda: os.setxattr(self._path, IMAGE, image.encode()))
         try:
             patiently(lambda: os.rename(self._path, f"{root}/{name}"))
         except OSError as error:

@@ -26,6 +26,7 @@ from objectstores import sources_fixture as _sources  # noqa: F401 - a fixture
 
 from libmshare import ImageError, NoMemory, Region, RegionExists
 from libmshare.images import store as stores
+from libmshare.images.load import load
 from libmshare.images.manifest import PART, digest_of
 
 Sources = Callable[[str], Path]
@@ -231,6 +232,29 @@ def test_an_image_that_is_replaced_meanwhile(image: Image) -> None:
     for part in image.parts():
         part.unlink()
     fails(image, errno.ENOENT)
+
+
+def test_an_object_that_is_replaced_meanwhile(here: Daemon, image: Image) -> None:
+    """It is of one version, or there is no region; whatever the server thinks of conditions."""
+    file = image.manifest.parent / "object"
+    file.write_bytes(bytes(range(1, 256)) * (PART // 100))
+    url = f"{image.server.url}/object"
+    with load("raw", url) as region:
+        assert bytes(region.buf) == file.read_bytes()
+        region.unlink()
+    seen: list[str] = []
+
+    def misdeed(handler: object, path: str) -> bool:
+        seen.append(path)
+        if len(seen) == 3:
+            file.write_bytes(file.read_bytes()[::-1])
+        return False
+
+    image.server.misdeed = misdeed
+    with pytest.raises(ImageError) as caught:
+        load("raw", url)
+    assert caught.value.errno == errno.ESTALE
+    assert not (here.mount / "raw").exists()
 
 
 def test_what_is_no_image_is_not_one(image: Image) -> None:

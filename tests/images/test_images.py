@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import mmap
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import pytest
 from conftest import (
     ALIGNMENT,
     BASE,
+    BIN,
     LARGEST_CHUNK,
     PAGE,
     Daemon,
@@ -237,6 +240,60 @@ def test_what_the_page_shows(here: Daemon, there: Daemon, s3: S3, sources: Sourc
         with known.pop("region") as region:
             assert region[0] == 42
             region.unlink()
+
+
+def mshare(*words: str) -> tuple[list[Any], str]:
+    """What a command writes: lines of JSON; and what it says went wrong."""
+    done = subprocess.run(
+        [str(BIN / "mshare"), *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode == 0) == (done.stderr == ""), done.stderr
+    assert done.stderr.count("\n") <= 1
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_the_commands(here: Daemon, there: Daemon, s3: S3, sources: Sources) -> None:
+    """As docs/beyond.md shows them."""
+    sources(s3.source())
+    page = Path(__file__).parent.parent.parent / "docs" / "beyond.md"
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    push, pull, create = (shlex.split(line)[1:] for line in block.splitlines())
+    with Region.create("wiki", SIZE) as region:
+        region.buf[:] = random.Random(5).randbytes(SIZE)
+        whole = bytes(region.buf)
+    pushed = mshare(*push)[0][-1]
+    assert pushed["size"] == pushed["sent"] == SIZE
+    os.unlink(here.mount / "wiki")
+    assert "another" in mshare(*pull[:2], "--abi", "another")[1]
+    with on(there):
+        for _ in range(2):  # it is here, the second time
+            last = mshare(*pull)[0][-1]
+            assert (last["name"], last["size"]) == ("wiki", SIZE)
+        told = json.loads(
+            subprocess.run(
+                [str(BIN / "mshare"), "info", "--json", "wiki"], stdout=subprocess.PIPE, check=True
+            ).stdout
+        )
+        assert told["image"] == pushed["digest"] and told["mode"] == "0644"
+        with Region.attach("wiki") as region:
+            assert bytes(region.buf) == whole
+            region.unlink()
+    assert mshare(*create)[0][-1]["name"] == "raw"
+    with Region.attach("raw") as region:
+        manifest = bytes(region.buf)
+        assert json.loads(manifest)["abi"] == "index 7"
+        region.unlink()
+    url = "s3://indexes/wiki.img"
+    mshare("create", "raw", "--start", hex(BASE), "--size", str(SIZE), "--from", url)
+    with Region.attach("raw") as region:
+        assert (region.start, region.size) == (BASE, SIZE)
+        assert bytes(region.buf[: len(manifest) + 1]) == manifest + b"\0"
+        region.unlink()
+    for words, why in (
+        (("pull", "s3://indexes/nosuch.img"), "not in the store"),
+        (("push", "nosuch", url), "nosuch"),
+    ):
+        assert why in mshare(*words)[1]
 
 
 def test_who_may_not_write_the_store_may_pull(
