@@ -12,6 +12,9 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 
+Progress = Callable[[int, int], object]
+"""Told how many bytes are done, and of how many."""
+
 IN_FLIGHT: Final = 16
 """Parts that are on their way at one time: with 30 ms to the first byte and 100 MiB/s for each
 connection fewer do not fill a link, and more take more memory."""

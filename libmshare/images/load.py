@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from libmshare import core
@@ -23,9 +22,6 @@ from libmshare.images.unnamed import Unnamed
 if TYPE_CHECKING:
     from libmshare.region import Region
 
-Progress = Callable[[int, int], object]
-"""Told how many bytes are done, and of how many."""
-
 
 def load(
     name: str,
@@ -35,7 +31,7 @@ def load(
     size: int | None = None,
     backing: str | None = None,
     mode: int = 0o600,
-    progress: Progress = lambda _done, _of: None,
+    progress: crew.Progress = lambda _done, _of: None,
 ) -> Region:
     """A new region that begins with the bytes of the object, and is under its name then.
 

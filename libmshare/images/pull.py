@@ -26,8 +26,6 @@ from libmshare.images.unnamed import Unnamed
 if TYPE_CHECKING:
     from libmshare.region import Region
 
-Progress = Callable[[int, int], object]
-"""Told how many bytes are done, and of how many."""
 
 _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _SUFFIX: Final = ".img"
@@ -69,7 +67,7 @@ def pull(
     digest: str | None = None,
     abi: str | None = None,
     mode: int = 0o600,
-    progress: Progress = lambda _done, _of: None,
+    progress: crew.Progress = lambda _done, _of: None,
 ) -> Region:
     """See Region.pull()."""
     called = name_of(url) if name is None else name
@@ -126,7 +124,7 @@ def _end(manifest: Manifest) -> int:
     return max((each.offset + each.length for each in manifest.objects), default=0)
 
 
-def _fill(region: Region, manifest: Manifest, store: Store, progress: Progress) -> None:
+def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progress) -> None:
     kind, page = pages_of(region)
     unnamed.check_room(region.identity.root, manifest.stored(), kind)
     objects = [_whole(each, page) for each in manifest.objects]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from libmshare.images import crew
@@ -20,8 +19,6 @@ from libmshare.images.store import Store, Url, part_key
 if TYPE_CHECKING:
     from libmshare.region import Region
 
-Progress = Callable[[int, int], object]
-"""Told how many bytes are done, and of how many."""
 
 _ZEROS: Final = bytes(PART)
 
@@ -71,7 +68,7 @@ def push(
     *,
     unsynchronized: bool = False,
     abi: str = "",
-    progress: Progress = lambda _done, _of: None,
+    progress: crew.Progress = lambda _done, _of: None,
 ) -> Pushed:
     """See Region.push()."""
     where = Url(url)

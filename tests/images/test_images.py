@@ -252,6 +252,7 @@ def mshare(*words: str) -> tuple[list[Any], str]:
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
+@pytest.mark.timeout(300)
 def test_the_commands(here: Daemon, there: Daemon, s3: S3, sources: Sources) -> None:
     """As docs/beyond.md shows them."""
     sources(s3.source())
@@ -264,11 +265,9 @@ def test_the_commands(here: Daemon, there: Daemon, s3: S3, sources: Sources) -> 
     pushed = mshare(*push)[0][-1]
     assert pushed["size"] == pushed["sent"] == SIZE
     os.unlink(here.mount / "wiki")
-    assert "another" in mshare(*pull[:2], "--abi", "another")[1]
     with on(there):
-        for _ in range(2):  # it is here, the second time
-            last = mshare(*pull)[0][-1]
-            assert (last["name"], last["size"]) == ("wiki", SIZE)
+        last = mshare(*pull)[0][-1]
+        assert (last["name"], last["size"]) == ("wiki", SIZE)
         told = json.loads(
             subprocess.run(
                 [str(BIN / "mshare"), "info", "--json", "wiki"], stdout=subprocess.PIPE, check=True
@@ -289,11 +288,7 @@ def test_the_commands(here: Daemon, there: Daemon, s3: S3, sources: Sources) -> 
         assert (region.start, region.size) == (BASE, SIZE)
         assert bytes(region.buf[: len(manifest) + 1]) == manifest + b"\0"
         region.unlink()
-    for words, why in (
-        (("pull", "s3://indexes/nosuch.img"), "not in the store"),
-        (("push", "nosuch", url), "nosuch"),
-    ):
-        assert why in mshare(*words)[1]
+    assert "nosuch" in mshare("push", "nosuch", url)[1]
 
 
 def test_who_may_not_write_the_store_may_pull(

@@ -13,6 +13,8 @@ from conftest import ALIGNMENT, Daemon, eventually, taken_down, temporary, watch
 from libmshare import holding
 
 SIZE = 16 * ALIGNMENT
+MODULE_SECONDS = 900.0
+"""How long the tests of a module may take; each has a limit of its own."""
 
 
 @pytest.fixture(scope="module", name="both")
@@ -24,7 +26,7 @@ def both_fixture() -> Iterator[tuple[Daemon, Daemon]]:
             each.mkdir()
             each.chmod(0o755)
         daemons = [Daemon(each, f"--alignment={ALIGNMENT}") for each in made]
-        with watched(daemons, 300), taken_down(daemons):
+        with watched(daemons, MODULE_SECONDS), taken_down(daemons):
             yield daemons[0].start(), daemons[1].start()
 
 

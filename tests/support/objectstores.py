@@ -7,6 +7,7 @@ nobody, in a directory of their own, and tell nobody anything.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -98,6 +99,7 @@ def _running(
             user=NOBODY,
             group=NOBODY,
             extra_groups=[],
+            preexec_fn=_end_with_us,  # noqa: PLW1509 - one system call
         )
     os.close(fd)
     try:
@@ -110,6 +112,14 @@ def _running(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_us() -> None:
+    """In the child: a test run that is killed leaves no server."""
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _answers(port: int) -> bool:
