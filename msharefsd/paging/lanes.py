@@ -50,7 +50,7 @@ LITTLE_PATIENCE: Final = 0.1
 """The same for a user of whom somebody was given up within so many seconds:"""
 REMEMBERED: Final = 60.0
 LOOK_SECONDS: Final = 0.05
-ASKED_SECONDS: Final = 2.0
+ASKED_SECONDS: Final = 10.0
 """How long a new sharer may wait behind what is late of its user's."""
 FETCH_SECONDS: Final = 0.2
 """How long the next pager waits for a sharer's userfaultfd;"""

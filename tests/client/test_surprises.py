@@ -58,7 +58,7 @@ A test without a file is one of these here.
   test_identity.py::test_a_pin_keeps_addresses_good
 - a region is no buffer:
   test_places.py::test_a_region_is_a_buffer
-  test_python_page.py::test_every_snippet_of_the_page_runs
+  test_python_pages.py::test_every_snippet_of_the_python_page_runs
 - shapes, orders, types of arrays:
   test_places.py::test_arrays_are_as_numpy_has_them
 - arguments that are ignored:
@@ -69,7 +69,7 @@ A test without a file is one of these here.
   test_types.py::test_the_interface_is_checked
   test_types.py::test_types_are_there_at_run_time
 - no word on pools, fork, locks:
-  test_python_page.py::test_every_snippet_of_the_page_runs
+  test_python_pages.py::test_every_snippet_of_the_python_page_runs
 - a client that needs FUSE:
   test_import.py::test_a_client_needs_nothing_and_the_daemon_says_what
 - names that are bytes or paths:

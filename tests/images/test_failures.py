@@ -320,7 +320,7 @@ Region.pull(url, mode=0o644)
 STEPS = [
     ("os.pwrite", "before", 1),
     ("os.pwrite", "after", 1),
-    ("libmshare.core.mshare_open", "after", 1),
+    ("libmshare.waiting.apart", "after", 1),
     ("libmshare.core.mshare_mmap", "after", 1),
     ("libmshare.images.store.Store.part", "after", 2),
     ("libmshare.touching.populate", "after", 2),
