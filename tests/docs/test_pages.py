@@ -20,6 +20,7 @@ SHOWN = ("text", "toml")
 """Languages that nobody runs: figures, what programs print, settings of others."""
 RUN = {
     "README.md": {"console", "python", "c"},
+    "beyond.md": {"python", "sh"},  # images/test_images.py; its Dask has no test here
     "cpp.md": {"console", "cpp"},
     "filesystem.md": {"console"},
     "hugetlb.md": {"console"},
