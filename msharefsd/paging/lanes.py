@@ -108,7 +108,7 @@ class Far:
 
         def call(table: Descriptors) -> T:
             if self.given_up:
-                raise ProcessLookupError
+                raise ProcessLookupError(errno.ESRCH, "it is gone")
             return function(table[self._key], *arguments, **named)
 
         return call
@@ -139,7 +139,7 @@ class Far:
             with socket.socket(fileno=os.dup(table[key])) as sock:
                 _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             if not fds:
-                raise ProcessLookupError
+                raise ProcessLookupError(errno.ESRCH, "it is gone")
             os.set_blocking(fds[0], False)
             return fds[0]
 
