@@ -131,14 +131,6 @@ def test_the_readmes_c_is_that_of_the_example() -> None:
         assert re.sub(r"\s+", " ", statement).strip() in source
 
 
-def test_figures_are_the_same_wherever_they_are() -> None:
-    """The README has some rows of the table that docs/sharing.md has."""
-    row = re.compile(r"^[a-z].* MiB +.* ms$", re.MULTILINE)
-    shown = row.findall(README.read_text())
-    assert len(shown) == 5
-    assert set(shown) <= set(row.findall((DOCS / "sharing.md").read_text()))
-
-
 def test_the_readmes_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
     assert len(links) > 15
