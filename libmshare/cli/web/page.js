@@ -161,7 +161,7 @@ const sharers = new Table(
       title: "Page tables", kind: "right", figure: true,
       by: (s) => s.tables ?? -1, text: (s) => size(s.tables),
     },
-    { title: "User", by: (s) => s.user, text: (s) => s.user },
+    { title: "User", kind: "low", by: (s) => s.user, text: (s) => s.user },
     { title: "Access", kind: "low", text: (s) => s.access },
     { title: "Since", kind: "low", by: (s) => s.since, text: (s) => s.since },
   ],
@@ -241,8 +241,9 @@ class Chart {
       this.lines[at].setAttribute("d", line);
       if (at === 0) this.area.setAttribute("d", area);
     });
-    const minutes = (Date.now() / 1000 - begin) / 60;
-    this.from.textContent = points.length ? (minutes < 1.5 ? "a minute ago" : `${minutes.toFixed(0)} min ago`) : "";
+    const seconds = Date.now() / 1000 - begin;
+    const ago = seconds < 90 ? `${seconds.toFixed(0)} s` : `${(seconds / 60).toFixed(0)} min`;
+    this.from.textContent = points.length ? `${ago} ago` : "";
     this.most.textContent = points.length ? `at most ${this.format(top < 1e-6 ? 0 : top)}` : "";
   }
 }
