@@ -1,7 +1,7 @@
 # make setup   everything that is needed, into .venv (and Debian packages, as root)
 # make demo    the letter's donor and consumer on a real mount
 # make test    linters, type checker, tests
-# make bench   side by side with peers, and page tables of many: tables, JSON, a plot
+# make bench   side by side with peers, and page tables of many: a report; BENCH=--quick: less
 # make bench-postgres   PostgreSQL's page tables, throughput and connections, each way
 # make bench-programs   page tables of php-fpm, multiprocessing and others, had back
 # make fuzz    the fuzzers, SECONDS each
@@ -83,8 +83,7 @@ check: setup pythons
 test: lint check
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/story.py
+	$(BIN)/python benchmarks/report.py $(BENCH)
 
 bench-postgres: setup
 	$(BIN)/python benchmarks/postgres_modes.py $(BENCH)

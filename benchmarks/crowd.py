@@ -13,7 +13,7 @@ from typing import Final
 
 SOURCES: Final = Path(__file__).parent
 START: Final = 0x2000_0000_0000
-TRIES: Final = 30
+TRIES: Final = 10
 END_SECONDS: Final = 300.0
 
 

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -26,24 +25,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import service
+from benchmarks import results, service
+from benchmarks.plot import PEER
+from benchmarks.table import Table
 
-RESULTS: Final = Path(__file__).resolve().parent / "results"
 WORKER: Final = Path(__file__).with_name("paths_worker.py")
 ALIGNMENT: Final = 2 << 20
 MiB: Final = 1 << 20
 USERS: Final = (64101, 64102)
 """Who are no users of any machine."""
-PEER, BEFORE = "SharedMemory", "before"
+BEFORE: Final = "before"
+NAME: Final = f"paths-{os.getpid()}"
+"""Of memory; SharedMemory's names are everybody's."""
 END_SECONDS: Final = 10.0
 WATCHDOG_SECONDS: Final = 1800.0
 
@@ -152,23 +152,6 @@ class Row:
         """What the fastest tenth takes at most: those that did not wait for a processor."""
         return statistics.quantiles(self.samples[side], n=10)[0]
 
-    def cells(self) -> list[str]:
-        """As text."""
-        cells = [self.measure, f"{self.median('ours'):,.1f}"]
-        for side, most in ((PEER, self.most_of_peer), (BEFORE, self.most_of_before)):
-            if side not in self.samples:
-                cells += [""] * 4
-                continue
-            ratio = self.median("ours") / self.median(side)
-            verdict = "met" if most is None or ratio <= most else "MISSED"
-            cells += [
-                f"{self.median(side):,.1f}",
-                f"{ratio:.2f}",
-                f"({self.fastest('ours') / self.fastest(side):.2f})",
-                "" if most is None else f"<= {most:g} {verdict}",
-            ]
-        return cells
-
     def as_json(self) -> dict[str, Any]:
         """Everything, for machines."""
         return {
@@ -182,22 +165,33 @@ class Row:
         }
 
 
-def render(rows: list[Row]) -> str:
-    """The table."""
+def tables(document: results.Document) -> list[Table]:
+    """What is printed of it; ratios of the fastest tenths are in parentheses."""
     head = ["measure", "ours us"]
-    for side in (PEER, BEFORE):
-        head += [side, "ratio", "(fastest)", ""]
-    cells = [head, *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place in (0, 5, 9) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    sides = [(PEER, "most_of_peer"), (BEFORE, "most_of_before")]
+    # There may be no other version of ours.
+    sides = [side for side in sides if any(side[0] in row["medians"] for row in document["rows"])]
+    for side, _ in sides:
+        head += [side, "ratio", "(fastest)", "target"]
+    rows = []
+    for row in document["rows"]:
+        medians, fastest = row["medians"], row["fastest_tenths"]
+        cells = [row["measure"], f"{medians['ours']:,.1f}"]
+        for side, target in sides:
+            if side not in medians:
+                cells += [""] * 4
+                continue
+            ratio, most = medians["ours"] / medians[side], row[target]
+            verdict = "met" if most is None or ratio <= most else "MISSED"
+            cells += [
+                f"{medians[side]:,.1f}",
+                f"{ratio:.2f}",
+                f"({fastest['ours'] / fastest[side]:.2f})",
+                "" if most is None else f"<= {most:g} {verdict}",
+            ]
+        rows.append(cells)
+    caption = f"What a process waits for. {results.conditions(document)}"
+    return [Table(caption, head, rows, words={0, 5, 9})]
 
 
 class Bench:
@@ -224,11 +218,11 @@ class Bench:
         workers = {side.name: side.start() for side in self._sides}
         makers = {side.name: side.start() for side in self._sides}
         for maker in makers.values():
-            maker.do("make", "paths", 64 * MiB, "666")
+            maker.do("make", NAME, 64 * MiB, "666")
         yield self._in_turns(
             Row("attach", 20.0, 1.2),
             self._sides,
-            lambda side, _: workers[side.name].do("attach", "paths", count),
+            lambda side, _: workers[side.name].do("attach", NAME, count),
         )
         yield self._in_turns(
             Row("create, unlink, close", 40.0, None),
@@ -236,14 +230,14 @@ class Bench:
             lambda side, _: workers[side.name].do("create", MiB, count),
         )
         for worker in workers.values():
-            worker.do("hold", "paths")
+            worker.do("hold", NAME)
         yield self._in_turns(
             Row("fork with one attached, and exit", None, 1.0),
             self._sides,
             lambda side, _: workers[side.name].do("fork", count),
         )
         for worker in workers.values():
-            worker.do("drop", "paths")
+            worker.do("drop", NAME)
         yield self._in_turns(
             Row("first touch at a random place", 8.0, 1.0),
             self._sides,
@@ -258,7 +252,7 @@ class Bench:
         yield self._in_turns(
             Row("attach another user's region", None, 1.2),
             self._ours,
-            lambda side, _: strangers[side.name].do("attach", "paths", count),
+            lambda side, _: strangers[side.name].do("attach", NAME, count),
         )
         pairs = {side.name: [side.start(uid) for uid in USERS] for side in self._ours}
         yield self._in_turns(
@@ -269,7 +263,7 @@ class Bench:
         )
 
     def _faults(self, maker: Process, toucher: Process, number: int) -> list[int]:
-        name, size = f"faults-{number}", 64 * MiB
+        name, size = f"{NAME}-faults-{number}", 64 * MiB
         maker.do("make", name, size, "666")
         if toucher is not maker:
             toucher.do("hold", name)
@@ -280,7 +274,7 @@ class Bench:
         return times
 
     def _storm(self, pair: list[Process], number: int) -> list[int]:
-        name, size = f"storm-{number}", self._plan.touched
+        name, size = f"{NAME}-storm-{number}", self._plan.touched
         for which, process in enumerate(pair):
             process.do("make", f"{name}-{which}", size, "600")
         since = time.perf_counter_ns()
@@ -334,7 +328,9 @@ def main() -> None:
     parser.add_argument(
         "--against", type=Path, metavar="VENV", help="the virtual environment of another version"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON")
+    parser.add_argument(
+        "--results", type=Path, default=results.RESULTS, help="directory for the JSON"
+    )
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
     # As an exception, so that everything is taken down.
@@ -343,7 +339,7 @@ def main() -> None:
     directory.chmod(0o755)
     rows = []
     try:
-        with _sides(directory, arguments.against) as sides:
+        with results.Run("paths") as run, _sides(directory, arguments.against) as sides:
             for row in Bench(sides, plan).rows():
                 rows.append(row)
                 print(f"{row.measure}: {row.median('ours'):,.1f} us", file=sys.stderr, flush=True)
@@ -353,21 +349,8 @@ def main() -> None:
         # Never through a mount that could not be taken down.
         if not any(os.path.ismount(path / "mshare") for path in directory.iterdir()):
             shutil.rmtree(directory)
-    now = datetime.now(UTC)
-    document = {
-        "time": now.isoformat(timespec="seconds"),
-        "msharefs": version("msharefs"),
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-        "processors": os.cpu_count(),
-        "load": os.getloadavg(),
-        "rows": [row.as_json() for row in rows],
-    }
-    arguments.results.mkdir(exist_ok=True)
-    path = arguments.results / f"paths-{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"{render(rows)}\n\n{path}")
+    document = run.document(plan=asdict(plan), rows=[row.as_json() for row in rows])
+    print(*tables(document), run.write(document, arguments.results), sep="\n\n")
 
 
 if __name__ == "__main__":

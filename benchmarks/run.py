@@ -12,29 +12,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measures, service, table, worker
+from benchmarks import measures, results, service, table, worker
 
-RESULTS: Final = Path(__file__).resolve().parent / "results"
 WATCHDOG_SECONDS: Final = 600.0
 
 
@@ -113,32 +107,10 @@ def _say(progress: str) -> None:
     print(progress, file=sys.stderr, flush=True)
 
 
-def _write(rows: Sequence[table.Row], plan: measures.Plan, seconds: float, directory: Path) -> Path:
-    """The results as JSON; returns where."""
-    now = datetime.now(UTC)
-    document: dict[str, Any] = {
-        "time": now.isoformat(timespec="seconds"),
-        "msharefs": version("msharefs"),
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-        "processors": os.cpu_count(),
-        "shmem_huge_pages": _huge_pages(),
-        "plan": asdict(plan),
-        "seconds": round(seconds, 1),
-        "rows": [row.as_json() for row in rows],
-    }
-    directory.mkdir(exist_ok=True)
-    path = directory / f"{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    return path
-
-
-def _huge_pages() -> str:
-    """The kernel's setting for tmpfs that is mounted by itself, as /dev/shm is not."""
-    with contextlib.suppress(OSError):
-        return Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text().strip()
-    return "unknown"
+def tables(document: results.Document) -> list[table.Table]:
+    """What is printed of it."""
+    caption = f"msharefs beside its peers. {results.conditions(document)}"
+    return [table.of_peers(document["rows"], caption)]
 
 
 def main() -> None:
@@ -149,7 +121,9 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="fewer rounds, less memory")
     size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON")
+    parser.add_argument(
+        "--results", type=Path, default=results.RESULTS, help="directory for the JSON"
+    )
     arguments = parser.parse_args()
     plan = measures.FULL
     if arguments.quick:
@@ -159,13 +133,13 @@ def main() -> None:
     # As an exception, so that everything is taken down.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     _check_memory(plan)
-    since = time.monotonic()
     try:
-        rows = list(_measure(plan))
+        with results.Run("peers") as run:
+            rows = list(_measure(plan))
     except (service.ServiceError, worker.WorkerError, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmarks: {error}")
-    print(table.render(rows))
-    print(f"\n{_write(rows, plan, time.monotonic() - since, arguments.results)}")
+    document = run.document(plan=asdict(plan), rows=[row.as_json() for row in rows])
+    print(*tables(document), run.write(document, arguments.results), sep="\n\n")
 
 
 if __name__ == "__main__":

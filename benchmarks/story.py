@@ -2,22 +2,20 @@
 
     make bench
     .venv/bin/python benchmarks/story.py --quick
-    .venv/bin/python benchmarks/story.py --plot docs/pagetables.svg
+    .venv/bin/python benchmarks/story.py --quick --processes 10 20 50
 
 More and more processes touch all of the same memory, of each kind in turn; after each
 batch the growth of PageTables (/proc/meminfo) is read.  Then the crash: in a memory
 cgroup, to which page tables are charged, processes touch it until the OOM killer comes.
-Prints two tables, writes JSON and a plot.  Huge pages and cgroups take root; without,
-what needs them is left out.
+Prints two tables, writes JSON.  Huge pages and cgroups take root; without, what needs them
+is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -25,23 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import plot, service
+from benchmarks import results, service
 from benchmarks.crowd import Crowd, CrowdError, compile_crowd, crowd, end, kib
 from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
 from benchmarks.memory_group import NoMemoryGroupError, memory_group
+from benchmarks.table import Table
 from msharefsd.linux import syscalls
 
-RESULTS: Final = Path(__file__).resolve().parent / "results"
 MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 ROOM: Final = 2 * GiB
@@ -49,6 +45,8 @@ ROOM: Final = 2 * GiB
 LONGEST: Final = 1800
 """Seconds until a run that hangs is ended."""
 COLLAPSE_SECONDS: Final = 240.0
+LEAST_LIMIT: Final = 64 * MiB
+"""What a crowd itself takes is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +58,16 @@ class Plan:
     counts: tuple[int, ...]
     """Of processes."""
     crash_processes: int
-    crash_limit: int
+
+    @property
+    def crash_limit(self) -> int:
+        """Half of what plain page tables of 4 KiB pages take."""
+        return max(LEAST_LIMIT, self.crash_processes * self.size // 512 // 2)
 
 
-FULL: Final = Plan(2 * GiB, (50, 100, 200, 500, 1000, 1500), 500, GiB)
-QUICK: Final = Plan(GiB, (20, 50, 100), 200, 256 * MiB)
-SMOKE: Final = Plan(64 * MiB, (2, 4), 4, 64 * MiB)
+FULL: Final = Plan(2 * GiB, (50, 100, 200, 500, 1000, 1500), 200)
+QUICK: Final = Plan(GiB, (20, 50, 100), 100)
+SMOKE: Final = Plan(64 * MiB, (2, 4), 4)
 """Enough to see that everything runs."""
 
 
@@ -279,68 +281,53 @@ def _say(progress: str) -> None:
 # -- what comes out --
 
 
-def render(points: Sequence[Point], crashes: Sequence[Crash], size: int) -> str:
-    """Two tables of plain text."""
-    rows: list[tuple[str, ...]]
-    rows = [("memory", "processes", "page tables", "each", "minor faults", "touches all in")]
-    rows += [
-        (
-            point.kind,
-            str(point.processes),
-            f"{point.tables / MiB:,.1f} MiB",
-            f"{point.tables / point.processes / 1024:,.0f} KiB",
-            f"{point.faults:,.0f}",
-            f"{point.milliseconds:,.1f} ms",
-        )
-        for point in points
-    ]
-    text = f"{size / GiB:g} GiB of memory that all touch\n{_table(rows)}\n"
-    if crashes:
-        rows = [("memory", "processes", "killed", "limit", "at most")]
-        rows += [
+def tables(document: results.Document) -> list[Table]:
+    """What is printed of it: two tables, or one if there were no cgroups.
+
+    Counts: the times are of kinds that were not measured in turns, and stay in the JSON.
+    """
+    points, plan = document["points"], document["plan"]
+    caption = f"{plan['size'] / GiB:g} GiB, up to {plan['counts'][-1]:,} processes"
+    if (plan["size"], plan["counts"][-1]) != (FULL.size, FULL.counts[-1]):
+        caption += f" (in full: {FULL.size / GiB:g} GiB, {FULL.counts[-1]:,})"
+    caption += f". {results.conditions(document)}"
+    most = {point["kind"]: point["processes"] for point in points}
+    caption += "".join(
+        f"\n({kind}: up to {count} processes)"
+        for kind, count in most.items()
+        if count < plan["counts"][-1]
+    )
+    growth = Table(
+        caption,
+        ("memory", "processes", "page tables", "each", "minor faults"),
+        [
             (
-                each.kind,
-                str(each.processes),
-                str(each.killed),
-                f"{each.limit / MiB:,.0f} MiB",
-                "-" if each.peak is None else f"{each.peak / MiB:,.0f} MiB",
+                point["kind"],
+                str(point["processes"]),
+                f"{point['tables'] / MiB:,.1f} MiB",
+                f"{point['tables'] / point['processes'] / 1024:,.0f} KiB",
+                f"{point['faults']:,.0f}",
             )
-            for each in crashes
-        ]
-        text += f"\nThe same in a memory cgroup, with the memory itself outside\n{_table(rows)}\n"
-    return text
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
-def _write(plan: Plan, points: Sequence[Point], crashes: Sequence[Crash], directory: Path) -> Path:
-    """The results as JSON; returns where."""
-    now = datetime.now(UTC)
-    document: dict[str, Any] = {
-        "time": now.isoformat(timespec="seconds"),
-        "msharefs": version("msharefs"),
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-        "processors": os.cpu_count(),
-        "plan": asdict(plan),
-        "points": [asdict(point) for point in points],
-        "crashes": [asdict(each) for each in crashes],
-    }
-    directory.mkdir(exist_ok=True)
-    path = directory / f"{now:%Y%m%dT%H%M%SZ}-story.json"
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    return path
+            for point in points
+        ],
+    )
+    if not document["crashes"]:
+        return [growth]
+    crashes = Table(
+        "The same in a memory cgroup, with the memory itself outside",
+        ("memory", "processes", "killed", "limit", "at most"),
+        [
+            (
+                each["kind"],
+                str(each["processes"]),
+                str(each["killed"]),
+                f"{each['limit'] / MiB:,.0f} MiB",
+                "-" if each["peak"] is None else f"{each['peak'] / MiB:,.0f} MiB",
+            )
+            for each in document["crashes"]
+        ],
+    )
+    return [growth, crashes]
 
 
 @contextlib.contextmanager
@@ -390,29 +377,30 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="less memory, fewer processes")
     size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the files")
-    parser.add_argument("--plot", type=Path, help="write the plot there as well")
+    parser.add_argument(
+        "--results", type=Path, default=results.RESULTS, help="directory for the files"
+    )
+    parser.add_argument("--processes", type=int, nargs="+", help="so many, one after the other")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
+    if arguments.processes is not None:
+        counts = tuple(sorted(arguments.processes))
+        plan = replace(plan, counts=counts, crash_processes=min(counts[-1], plan.crash_processes))
     # As exceptions, so that everything is taken down.
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.alarm(LONGEST)
     try:
-        points, crashes = _measure(plan)
+        with results.Run("story") as run:
+            points, crashes = _measure(plan)
     except (service.ServiceError, CrowdError, subprocess.CalledProcessError) as error:
         sys.exit(f"story: {error}")
-    print(render(points, crashes, plan.size))
-    path = _write(plan, points, crashes, arguments.results)
-    print(path)
-    for target in (path.with_suffix(".svg"), arguments.plot):
-        if target is not None:
-            plot.draw(
-                [(point.kind, point.processes, point.tables) for point in points],
-                plan.size,
-                target,
-            )
-            print(target)
+    document = run.document(
+        plan=asdict(plan),
+        points=[asdict(point) for point in points],
+        crashes=[asdict(each) for each in crashes],
+    )
+    print(*tables(document), run.write(document, arguments.results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,40 @@
-"""Rows of results: what was measured on both sides, as text and as JSON."""
+"""Tables, and rows of results: what was measured on both sides, as text and as JSON."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 PERCENTILES = 100
 CLOSE = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What is printed, and shown in the report."""
+
+    caption: str
+    """Lines of what it is and where it was measured; may be empty."""
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Collection[int] = frozenset({0})
+    """Columns that are no numbers, and begin at the left."""
+
+    def __str__(self) -> str:
+        """Plain text, columns aligned."""
+        cells = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if place in self.words else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in cells
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([self.caption, *lines] if self.caption else lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +104,7 @@ class Row:
             "ratio": self.ratio,
             "target": self.target,
             "limit": self.limit,
+            "verdict": self.verdict(),
             "ours_summary": _summary(self.ours),
             "peer_summary": _summary(self.peers),
         }
@@ -104,29 +131,22 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The table: plain text, columns aligned."""
-    cells = [("measure", "unit", "ours", "peer", "ratio", "target", "the peer is")]
-    cells += [
-        (
-            row.measure,
-            row.unit,
-            _number(row.our_value),
-            _number(row.peer_value),
-            f"{row.ratio:.2f}",
-            row.verdict(),
-            row.peer,
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = {2, 3, 4}
-    lines = [
-        "  ".join(
-            cell.rjust(width) if place in numeric else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+def of_peers(rows: Sequence[dict[str, Any]], caption: str) -> Table:
+    """The table of rows that are JSON."""
+    return Table(
+        caption,
+        ("measure", "unit", "ours", "peer", "ratio", "target", "the peer is"),
+        [
+            (
+                row["measure"],
+                row["unit"],
+                _number(row["ours"]),
+                _number(row["peer_value"]),
+                f"{row['ratio']:.2f}",
+                row["verdict"],
+                row["peer"],
+            )
+            for row in rows
+        ],
+        words={0, 1, 5, 6},
+    )

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -24,8 +22,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,10 +33,10 @@ import hostile
 from hostile import ATTACKS, Attack
 from victim import SOURCE, Kind, StuckError, Victim
 
-from benchmarks import service
+from benchmarks import results, service
+from benchmarks.table import Table
 from libmshare import core
 
-RESULTS: Final = Path(__file__).resolve().parent / "results"
 ALIGNMENT: Final = 2 << 20
 PAUSE_US: Final = 1000
 """Between two things that she does: she is not to be the one who computes most."""
@@ -122,7 +118,7 @@ class Row:
 def render(rows: Sequence[Row]) -> str:
     """The table: plain text, columns aligned."""
     heads = [f"{side} p50/p99/max" for side in SIDES]
-    cells = [("attack", "threads", "what", *heads, "p99 ratio", "goal")]
+    cells = []
     for row in rows:
         each = [
             "/".join(
@@ -135,17 +131,12 @@ def render(rows: Sequence[Row]) -> str:
         cells.append(
             (row.attack, str(row.runnable), what, *each, f"{row.ratio:.2f}", row.verdict())
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
+    head = ("attack", "threads", "what", *heads, "p99 ratio", "goal")
     goal = (
         f"in ms; the goal: p99 at most {TIMES:g} times what it is beside as many plain loops and "
         f"{MORE_MS:g} ms, and no wait over {LONGEST_MS:g} ms that those do not cause"
     )
-    return "\n".join([*lines, goal])
+    return f"{Table('', head, cells, words=range(len(head)))}\n{goal}"
 
 
 def _measure_for(alice: Victim, seconds: float) -> dict[Kind, list[float]]:
@@ -224,27 +215,6 @@ class Bench:
         alice.goes_on(100)
 
 
-def _write(rows: Sequence[Row], plan: Plan, seconds: float, directory: Path) -> Path:
-    """The results as JSON; returns where."""
-    now = datetime.now(UTC)
-    document: dict[str, Any] = {
-        "time": now.isoformat(timespec="seconds"),
-        "msharefs": version("msharefs"),
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-        "processors": os.cpu_count(),
-        "plan": {"rounds": plan.rounds, "seconds": plan.seconds},
-        "goal": {"times": TIMES, "more_ms": MORE_MS, "longest_ms": LONGEST_MS},
-        "seconds": round(seconds, 1),
-        "rows": [row.as_json() for row in rows],
-    }
-    directory.mkdir(exist_ok=True)
-    path = directory / f"walls-{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    return path
-
-
 @contextlib.contextmanager
 def _bench() -> Iterator[Bench]:
     directory = Path(tempfile.mkdtemp(prefix="mshare-walls-"))
@@ -281,15 +251,16 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="a second for each side")
     size.add_argument("--smoke", action="store_true", help="to see that everything runs")
     parser.add_argument("--only", default="", help="attacks that have this in their name")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON")
+    parser.add_argument(
+        "--results", type=Path, default=results.RESULTS, help="directory for the JSON"
+    )
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
     # As an exception, so that everything is taken down.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     attacks = [attack for name, attack in ATTACKS.items() if arguments.only in name]
-    since = time.monotonic()
     rows: list[Row] = []
-    with _bench() as bench:
+    with results.Run("walls") as run, _bench() as bench:
         for attack in attacks[: plan.attacks]:
             print(f"{attack.name} ...", file=sys.stderr, flush=True)
             try:
@@ -298,8 +269,13 @@ def main() -> None:
                 print(f"left out: {attack.name}: {error}", file=sys.stderr)
     if not rows:
         sys.exit("walls: nothing was measured")
-    print(render(rows))
-    print(f"\n{_write(rows, plan, time.monotonic() - since, arguments.results)}")
+    document = run.document(
+        plan={"rounds": plan.rounds, "seconds": plan.seconds},
+        goal={"times": TIMES, "more_ms": MORE_MS, "longest_ms": LONGEST_MS},
+        rows=[row.as_json() for row in rows],
+    )
+    print(render(rows), results.conditions(document), sep="\n")
+    print(f"\n{run.write(document, arguments.results)}")
 
 
 if __name__ == "__main__":

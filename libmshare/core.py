@@ -97,8 +97,8 @@ class Apart(ctypes.Structure):
     """
 
     _fields_ = (
-        ("request", ctypes.POINTER(OpenRequest)),
-        ("region", ctypes.POINTER(OpenRegion)),
+        ("request", ctypes.c_void_p),  # not typed: interpreters of one process share such types
+        ("region", ctypes.c_void_p),
         ("state", ctypes.c_int),
         ("result", ctypes.c_int),
         ("error", ctypes.c_int),
@@ -109,6 +109,8 @@ class Apart(ctypes.Structure):
     result: int
     error: int
     reason: bytes
+    about: tuple[OpenRequest | None, OpenRegion]
+    """What must stay as long as this does."""
 
     @property
     def has_begun(self) -> bool:
@@ -263,7 +265,9 @@ class Operation(enum.IntEnum):
 
 
 def encode(name: str) -> bytes:
-    """A name or a path as the C library takes it.  Raises ValueError for a null byte."""
+    """A name or a path as the C library takes it.  Raises ValueError for a null byte, TypeError."""
+    if not isinstance(name, str):  # bytes and paths would be other names to whoever compares them
+        raise TypeError(f"a text is wanted, not {type(name).__name__}")
     data = os.fsencode(name)
     if b"\0" in data:
         raise ValueError("embedded null byte in a region's name")
@@ -296,12 +300,18 @@ def _is_mounted() -> bool:
 
 def opening(request: OpenRequest, region: OpenRegion) -> Apart:
     """mshare_open(): attach or create, and hold; *region* says that before it is over."""
-    return Apart(ctypes.pointer(request), ctypes.pointer(region))
+    return _apart(request, region)
 
 
 def closing(region: OpenRegion) -> Apart:
     """mshare_close(): hold it no longer; what is not held does no harm."""
-    return Apart(None, ctypes.pointer(region))
+    return _apart(None, region)
+
+
+def _apart(request: OpenRequest | None, region: OpenRegion) -> Apart:
+    call = Apart(None if request is None else ctypes.addressof(request), ctypes.addressof(region))
+    call.about = request, region
+    return call
 
 
 def mshare_forget_name(region: OpenRegion, name: str) -> None:

@@ -62,6 +62,10 @@ class Mismatch(MshareError):
     """The region exists, and is not what was asked for."""
 
 
+class ImageError(MshareError):
+    """An image, or the store that it is in, is not to be had, or not what it should be."""
+
+
 GONE: Final = frozenset(
     {errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ECONNRESET}
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import threading
 import weakref
@@ -34,8 +35,10 @@ class _Owner:
 class Hold(weakref.ref[_Owner]):
     """One hold of this process, for as long as its owner lives."""
 
-    __slots__ = ("name", "region")
+    __slots__ = ("name", "process", "region")
     name: str
+    process: int
+    """In which one it is known to be attached: not, perhaps, in a child of that one."""
     region: core.OpenRegion
 
     def __hash__(self) -> int:
@@ -63,11 +66,17 @@ def _nothing() -> None:
     """What is closed is closed."""
 
 
-def _give_back() -> None:
+def _give_back(*, wait: bool = True) -> None:
     for key in list(_holds):  # (of items() it would make tuples, and collect garbage meanwhile)
         hold = _holds.get(key)
-        if hold is not None and hold() is None:
+        if hold is None or hold() is not None:
+            continue
+        if not hold.region.held:  # what was asked for was never had
+            _holds.pop(key, None)
+        elif wait:
             _close(key, hold)
+        else:
+            waiting.aside(partial(_close, key, hold))
 
 
 class _Here(threading.local):
@@ -78,17 +87,18 @@ _here = _Here()
 
 
 def _dropped(_: object) -> None:
-    """The last one that showed the memory has died."""
+    """The last one that showed the memory has died.
+
+    A destructor is no place to wait in: nobody sees what a signal handler raises there, and
+    Ctrl-C would be lost.
+    """
     if not _here.leaves_it and not sys.is_finalizing():  # (the end of a process detaches)
-        _give_back()
+        _give_back(wait=False)
 
 
 @contextlib.contextmanager
 def letting_go() -> Iterator[None]:
-    """What is dropped in the block is given back behind it.
-
-    A destructor is no place to wait in: nobody sees what a signal handler raises there.
-    """
+    """What is dropped in the block is given back behind it, and waited for."""
     _here.leaves_it = True
     try:
         yield
@@ -111,7 +121,7 @@ def open_region(request: core.OpenRequest, name: str) -> tuple[Hold, Memory]:
     _give_back()
     owner, region = _Owner(), core.OpenRegion()
     hold = Hold(owner, _dropped)
-    hold.name, hold.region = name, region
+    hold.name, hold.process, hold.region = name, os.getpid(), region
     _holds[id(hold)] = hold
     try:
         call = core.opening(request, region)
@@ -125,6 +135,22 @@ def open_region(request: core.OpenRequest, name: str) -> tuple[Hold, Memory]:
     finally:
         del owner  # the memory has it
     return hold, memory
+
+
+def check_after_fork(hold: Hold) -> None:
+    """Raises Stale in a child that could not attach the region again: a touch would kill it."""
+    request = core.OpenRequest(
+        identity=bytes(hold.region.identity),
+        oflags=os.O_RDWR if hold.region.writable else os.O_RDONLY,
+    )
+    region = core.OpenRegion()
+    call = core.opening(request, region)
+    try:
+        call.make()  # of what a process has nobody is asked
+        call.check(hold.name)
+    finally:
+        core.closing(region).make()
+    hold.process = os.getpid()
 
 
 def holding(low: int, high: int) -> tuple[Hold, _Owner] | None:

@@ -33,13 +33,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from libmshare.heap import Heap
+    from libmshare.images.push import Pushed
 
     _T = TypeVar("_T", bound=np.generic)
 else:  # numpy is optional, and typing.get_type_hints() wants names
-    NDArray, DTypeLike, ArrayLike, Heap = Sequence, Any, Any, Any
+    NDArray, DTypeLike, ArrayLike, Heap, Pushed = Sequence, Any, Any, Any, Any
 
 _UNITS: Final = {unit: 1 << (10 * power) for power, unit in enumerate("BKMGTPE")}
 _DEFAULT_MODE: Final = 0o600
+_ADDRESSES: Final = 1 << 63
+"""ctypes would take a larger number for what its lower bits say."""
 _METHODS: Final = {
     core.Kind.LOCK: "lock",
     core.Kind.SEMAPHORE: "semaphore",
@@ -85,8 +88,8 @@ class Pin:
 def parse_size(size: SupportsIndex | str) -> int:
     """Bytes: a number, or a text as "64M", "1.5G" (powers of 1024).  Raises ValueError."""
     if not isinstance(size, str):
-        if (number := operator.index(size)) <= 0:
-            raise ValueError("a region's size is at least a byte")
+        if not 0 < (number := operator.index(size)) < _ADDRESSES:
+            raise ValueError("a region's size is at least a byte, and less than 8 EiB")
         return number
     text = size.strip().upper().removesuffix("B").removesuffix("I")
     unit = text[-1:] if text[-1:] in _UNITS else "B"
@@ -94,7 +97,7 @@ def parse_size(size: SupportsIndex | str) -> int:
         value = float(text.removesuffix(unit)) * _UNITS[unit]
     except ValueError:
         raise ValueError(f"{size!r} is no size: write 4096, '64M' or '1.5G'") from None
-    if not 0 < value < 1 << 63 or value != int(value):
+    if not 0 < value < _ADDRESSES or value != int(value):
         raise ValueError(f"{size!r} is no size: it is a whole number of bytes, and not 0")
     return int(value)
 
@@ -186,6 +189,10 @@ class Region:
                 "donate is about memory at an address: say start=...": donate and start is None,
                 "exist_ok needs a name, and neither ephemeral nor donate": exist_ok
                 and (name is None or ephemeral or donate),
+                "start is an address: more than 0, and less than 2**63": start is not None
+                and not 0 < operator.index(start) < _ADDRESSES,
+                "mode is a file's, 0o600 for instance": mode is not None
+                and not 0 <= operator.index(mode) <= 0o7777,
             }
         )
         length = parse_size(size)
@@ -237,6 +244,69 @@ class Region:
             region = cls._open(request, which, readonly=readonly)
         region._warn = True
         return region
+
+    @classmethod
+    def pull(
+        cls,
+        url: str,
+        name: str | None = None,
+        *,
+        backing: str | None = None,
+        digest: str | None = None,
+        abi: str | None = None,
+        mode: int = _DEFAULT_MODE,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Region:
+        """The region of an image in an object store: fetched, unless it is here already.
+
+        It lies where the one lay that was pushed, with the same contents and protections, and
+        is under its name when all of it is there.  If it is here, pulled by this user or root,
+        that one is attached; of several that pull it at one time one fetches.
+
+        `url`: of its manifest: s3://bucket/wiki.img, gs, az, http, https, file.  Credentials are
+        the platform's, or those of sources.toml; see docs/beyond.md.
+        `name`: by default the URL's last part, without ".img".
+        `backing`: as for create().
+        `digest`: which image it has to be, as push() told it; then a region that is here needs
+        no store.
+        `abi`: what the image has to say of its layout.
+        `mode`: of the region's file.
+        `progress`: told bytes, and of how many, again and again.
+
+        Raises ImageError for what the store has or does (its errno says which), RegionExists if
+        the name is another region's, NoMemory if it does not fit, AddressTaken, ValueError, and
+        OSError as create().  Then there is nothing new.  Needs obstore.
+        """
+        from libmshare.images.pull import pull  # noqa: PLC0415 - few need it, and its imports
+
+        more = {} if progress is None else {"progress": progress}
+        region = pull(url, name, backing=backing, digest=digest, abi=abi, mode=mode, **more)
+        region._warn = True
+        return region
+
+    def push(
+        self,
+        url: str,
+        *,
+        unsynchronized: bool = False,
+        abi: str = "",
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Pushed:
+        """Write an image of the region to an object store, for pull(); what it is, comes back.
+
+        What the store has already, of this or another image beside it, is not sent again.
+        `unsynchronized`: although others may write the region meanwhile: what they write is in
+        it, or is not.  `abi`: up to 128 characters that say how what is in it is laid out.
+        The rest is as for pull().
+
+        Raises Busy if others have it attached for writing, and it is not protected against that;
+        ImageError; OSError.  Then no image is there that was not there before.
+        """
+        from libmshare.images.push import push  # noqa: PLC0415 - as above
+
+        self._opened()
+        more = {} if progress is None else {"progress": progress}
+        return push(self, url, unsynchronized=unsynchronized, abi=abi, **more)
 
     @classmethod
     def _attach_identity(cls, which: Identity, name: str, *, readonly: bool) -> Self:
@@ -295,6 +365,8 @@ class Region:
         memory = self._memory
         if memory is None:
             raise ValueError("the region is closed")
+        if self._hold.process != os.getpid():
+            holding.check_after_fork(self._hold)
         return memory
 
     @property

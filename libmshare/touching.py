@@ -95,7 +95,7 @@ def _lines(path: str) -> list[str]:
         return file.read().split("\n")
 
 
-def _directory(address: int, root: str) -> str | None:
+def directory_of(address: int, root: str) -> str | None:
     """Where the mount tells of the region, whether or not it has its name still."""
     memory = ""
     for line in _lines("/proc/self/maps"):
@@ -116,7 +116,7 @@ def _directory(address: int, root: str) -> str | None:
 def _mapped(address: int, length: int, root: str) -> str:
     """What is mapped in the range, as far as that can be told: memory, a file, or nothing."""
     try:
-        directory = _directory(address, root)
+        directory = directory_of(address, root)
         lines = _lines(f"{directory}/maps") if directory else None
     except OSError:
         lines = None

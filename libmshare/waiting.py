@@ -131,6 +131,12 @@ def interruptible(function: Callable[[], _T], undo: Callable[[], object] = lambd
     return call.result.pop()  # type: ignore[return-value] # what the function returned
 
 
+def aside(function: Callable[[], object]) -> None:
+    """Have it called, and wait for nothing.  What it raises is lost."""
+    if _start(function, lambda: None) is None:
+        function()
+
+
 # -- calls of the C library --
 
 

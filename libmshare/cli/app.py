@@ -88,6 +88,9 @@ def _version(wanted: bool) -> None:
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="the region's name", autocompletion=_complete)
 ]
+Url = Annotated[
+    str, typer.Argument(metavar="URL", help="of the image: s3://bucket/name.img, file:///…")
+]
 Pids = Annotated[
     list[int] | None,
     typer.Option(
@@ -334,7 +337,9 @@ def web(
 def create(
     ctx: typer.Context,
     name: Name,
-    size: Annotated[int, typer.Option(metavar="SIZE", parser=_bytes, help="its size: 64M")],
+    size: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=_bytes, help="its size: 64M")
+    ] = None,
     start: Annotated[
         int | None,
         typer.Option(
@@ -350,12 +355,25 @@ def create(
     anonymous: Annotated[
         bool, typer.Option("--anonymous", help="fill it with anonymous memory; else it is a hole")
     ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="URL", help="begin with the bytes of this object: s3://bucket/key"
+        ),
+    ] = None,
 ) -> None:
     """Create a region that stays under its name."""
     from libmshare.cli import create as create_
 
     kind = None if backing is None else backing.value
     bits = _mode(mode)
+    if source is not None:
+        from libmshare.cli import images
+
+        images.load(os.fsencode(name), source, start, size, bits, kind)
+        return
+    if size is None:
+        raise typer.BadParameter("how large is it to be?", param_hint="--size")
     create_.create(os.fsencode(name), start, size, bits, kind, ctx.obj, anonymous=anonymous)
 
 
@@ -373,6 +391,55 @@ def wait(
     from libmshare.cli import waiting
 
     waiting.wait(os.fsencode(name), for_, ctx.obj, patience)
+
+
+@app.command()
+def push(
+    name: Name,
+    url: Url,
+    unsynchronized: Annotated[
+        bool,
+        typer.Option("--unsynchronized", help="although other processes may write it meanwhile"),
+    ] = False,
+    abi: Annotated[
+        str, typer.Option(metavar="TAG", help="how what is in it is laid out, for pull --abi")
+    ] = "",
+) -> None:
+    """Write an image of a region to an object store."""
+    from libmshare.cli import images
+
+    images.push(os.fsencode(name), url, unsynchronized=unsynchronized, abi=abi)
+
+
+@app.command()
+def pull(
+    url: Url,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="the region's name [the URL's last part, less .img]"),
+    ] = None,
+    mode: Annotated[str, typer.Option(metavar="MODE", help="the mode of its file, octal")] = "0600",
+    backing: Annotated[
+        Backing | None, typer.Option(help="what holds its pages, instead of the daemon's choice")
+    ] = None,
+    digest: Annotated[
+        str | None,
+        typer.Option(metavar="sha256:…", help="which image it has to be, as push told it"),
+    ] = None,
+    abi: Annotated[
+        str | None, typer.Option(metavar="TAG", help="what the image has to say of its layout")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="until all of it is there: so it is in any case")
+    ] = False,
+) -> None:
+    """Make the region of an image, at its address, unless it is here already."""
+    from libmshare.cli import images
+
+    del wait
+    kind = None if backing is None else backing.value
+    called = None if name is None else os.fsencode(name)
+    images.pull(url, called, _mode(mode), kind, digest, abi)
 
 
 @app.command()

@@ -9,6 +9,7 @@ concurrent.futures wait for their children at exit, and would hang there.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pickle
@@ -17,11 +18,17 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from types import FrameType
+from typing import Any, Final, NoReturn, TypeVar
 
 from libmshare.cli.errors import CommandError, NotAnsweringError
 
 T = TypeVar("T")
+P = TypeVar("P")
+
+_ENDING: Final = 5.0
+"""How long a child that is interrupted has to tidy up (seconds)."""
 
 
 def bounded(function: Callable[[], T], seconds: float) -> T:
@@ -53,7 +60,7 @@ def begin(function: Callable[[], object]) -> tuple[int, int]:
         os.close(sending)
         raise
     if child == 0:
-        _run(function, sending)
+        _run(lambda _: function(), sending)
     os.close(sending)
     return child, receiving
 
@@ -80,8 +87,61 @@ def silent(seconds: float) -> NotAnsweringError:
     )
 
 
-def _run(function: Callable[[], object], sending: int) -> NoReturn:
-    """In the child."""
+def followed(function: Callable[[Callable[[P], None]], T], heard: Callable[[P], object]) -> T:
+    """As `bounded`, for what takes as long as it takes.
+
+    What `function` tells, by the call that it is given, `heard` gets.  Who interrupts us
+    interrupts the child; if it does not end soon, it is killed, and left behind.
+    """
+    receiving, sending = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        _run(partial(_tell, function), sending, signal.default_int_handler)
+    os.close(sending)
+    try:
+        with open(receiving, "rb") as pipe:
+            while True:
+                kind, value = pickle.load(pipe)  # noqa: S301 - from our own child
+                if kind is not None:
+                    break
+                heard(value)
+    except EOFError:
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        raise CommandError(f"the process that did it ended with {ended}") from None
+    except BaseException:
+        _interrupt(child)
+        raise
+    os.waitpid(child, 0)
+    if not kind:
+        raise value
+    result: T = value
+    return result
+
+
+def _tell(function: Callable[[Callable[[P], None]], T], pipe: int) -> T:
+    def tell(value: P) -> None:
+        os.write(pipe, pickle.dumps((None, value)))  # (small: all of it, or nothing)
+
+    return function(tell)
+
+
+def _interrupt(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGINT)
+    deadline = time.monotonic() + _ENDING
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+
+
+def _run(
+    function: Callable[[int], object],
+    sending: int,
+    on_interrupt: Callable[[int, FrameType | None], object] | None = None,
+) -> NoReturn:
+    """In the child; the function is given what its answer goes into."""
     try:
         # Who reads our output must not wait for a child that was left behind, nor must
         # who waits for a lock in a descriptor that was passed on to us.
@@ -92,9 +152,9 @@ def _run(function: Callable[[], object], sending: int) -> NoReturn:
         os.closerange(3, kept)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
         signal.set_wakeup_fd(-1)  # an event loop's, which is closed here
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if on_interrupt is None else on_interrupt)
         try:
-            reply = pickle.dumps((True, function()))
+            reply = pickle.dumps((True, function(kept)))
         except Exception as error:  # noqa: BLE001 - it is raised in the parent
             if not isinstance(error, (OSError, CommandError)):
                 error.add_note(traceback.format_exc())

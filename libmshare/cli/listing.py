@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from libmshare import texts
 from libmshare.cli import output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import CommandError, no_such_region
@@ -108,7 +109,7 @@ def row(region: regions.Region) -> list[str]:
     ]
 
 
-def sharer_row(sharer: regions.Sharer) -> list[str]:
+def sharer_row(sharer: texts.Sharer) -> list[str]:
     """A sharer's line."""
     return [
         str(sharer.pid),
@@ -144,7 +145,7 @@ def _group(gid: int) -> str:
 def ls(timeout: float, choice: Choice, *, json: bool, removed: bool = False) -> None:
     """Regions; with `removed` also those that have lost their names, and who has them."""
 
-    def ask() -> list[tuple[regions.Region, list[regions.Sharer]]]:
+    def ask() -> list[tuple[regions.Region, list[texts.Sharer]]]:
         return [
             (region, regions.holders(region) if region.removed else [])
             for region in choice.of(regions.everything(removed=removed))
@@ -173,7 +174,7 @@ def ls(timeout: float, choice: Choice, *, json: bool, removed: bool = False) -> 
 def info(name: bytes, timeout: float, *, json: bool) -> None:
     """One region, and who has attached it."""
 
-    def ask() -> tuple[regions.Region, list[regions.Sharer]]:
+    def ask() -> tuple[regions.Region, list[texts.Sharer]]:
         region = regions.one(name)
         return region, regions.sharers(name) if region.info else []
 
@@ -204,7 +205,7 @@ def maps(name: bytes, timeout: float, *, json: bool) -> None:
     """A region's objects."""
     text = bounded(lambda: regions.text(name, "maps"), timeout)
     if json:
-        output.write_json(regions.parse_maps(text))
+        output.write_json(texts.parse_maps(text))
     else:
         _write_text(text)
 

@@ -86,6 +86,13 @@ def write_json(value: Any) -> None:
     write(json.dumps(value, indent=2))
 
 
+def write_line_of_json(value: Any) -> None:
+    """The same on one line, at once: of what goes on there are many."""
+    import json  # noqa: PLC0415 - as above
+
+    print(json.dumps(value), flush=True)  # noqa: T201 - a command's output
+
+
 def write_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """A table: with rich on a terminal, else as aligned text with all its columns."""
     if not on_terminal():

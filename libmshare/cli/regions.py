@@ -5,48 +5,26 @@ Everything here touches the mount, so it is called through `ask.bounded`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from libmshare import core
 from libmshare.cli.errors import CommandError, explain, not_mounted
 from libmshare.cli.output import printable
+from libmshare.texts import Sharer, parse_info, parse_sharers
 
 _REMOVED: Final = b".removed-"
 HUGE_PAGE: Final = 2 << 20
 """What page tables are had back by (bytes)."""
 _TABLE: Final = 4096
 """A page table of one huge page's small ones (bytes)."""
-_SHARER: Final = re.compile(r"(\d+) +(\d+) +(\S+) +(\S+) (.*)")
-_MAP: Final = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) +(.*)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Sharer:
-    """A process that has attached a region, as `sharers` tells it."""
-
-    pid: int
-    uid: int
-    access: str
-    since: str
-    command: str
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "pid": self.pid,
-            "uid": self.uid,
-            "access": self.access,
-            "since": self.since,
-            "command": self.command,
-        }
+_IMAGE: Final = b"user.mshare.image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +183,15 @@ def one(name: bytes) -> Region:
     """The region of that name.  Raises CommandError."""
     check_name(name)
     try:
-        return _region(root(), name)
+        found = _region(mount := root(), name)
     except OSError as error:
         raise explain(error, name) from None
+    if not found.info:
+        return found
+    with contextlib.suppress(OSError):  # it is of no image
+        image = os.getxattr(os.path.join(os.fsencode(mount), name), _IMAGE)
+        return replace(found, info={**found.info, "image": os.fsdecode(image)})
+    return found
 
 
 def _region(mount: str, directory: bytes) -> Region:
@@ -285,42 +269,3 @@ def sharers(name: bytes) -> list[Sharer]:
 def holders(region: Region) -> list[Sharer]:
     """Who has it attached, as far as one may know; nobody, if it has gone meanwhile."""
     return parse_sharers(told(region, "sharers") or "")
-
-
-def parse_info(content: str) -> dict[str, str]:
-    """`info`: one `key: value` a line."""
-    # Lines end with newlines and nothing else: a name may have other separators in it.
-    pairs = (line.partition(":") for line in content.split("\n"))
-    return {key: value.strip() for key, colon, value in pairs if colon}
-
-
-def parse_sharers(content: str) -> list[Sharer]:
-    """`sharers`: a heading, then one process a line."""
-    found = []
-    for line in content.split("\n"):
-        match = _SHARER.fullmatch(line)
-        if match:
-            pid, uid, access, since, command = match.groups()
-            found.append(Sharer(int(pid), int(uid), access, since, command))
-    return found
-
-
-def parse_maps(content: str) -> list[dict[str, Any]]:
-    """`maps`: the format of /proc/PID/maps (proc_pid_maps(5))."""
-    found = []
-    for line in content.split("\n"):
-        match = _MAP.fullmatch(line)
-        if match:
-            start, end, permissions, offset, device, inode, name = match.groups()
-            found.append(
-                {
-                    "start": int(start, 16),
-                    "end": int(end, 16),
-                    "permissions": permissions,
-                    "offset": int(offset, 16),
-                    "device": device,
-                    "inode": int(inode),
-                    "name": name,
-                }
-            )
-    return found

@@ -14,8 +14,9 @@ from typing import Final
 
 from libmshare.cli import listing, output
 from libmshare.cli.output import Column, printable
-from libmshare.cli.regions import Region, Sharer
+from libmshare.cli.regions import Region
 from libmshare.cli.views import Order
+from libmshare.texts import Sharer
 from msharefsd.telemetry.figures import plural
 
 _REGIONS: Final = (

@@ -20,13 +20,18 @@ int details_read(int region, struct details *details)
 
 int details_place(int region, size_t length, struct details *details)
 {
+	static const char no_room[] = "no range of so many addresses is left for a region";
 	uint64_t wanted[2] = { length, 0 };
 
 	for (int tries = 0; tries < MOST_TRIES; tries++) {
 		int mapped;
 
-		if (pwrite(region, wanted, sizeof wanted, DETAILS_OFFSET) < 0 ||
-		    details_read(region, details) < 0)
+		if (pwrite(region, wanted, sizeof wanted, DETAILS_OFFSET) < 0) {
+			if (errno == ENOMEM)
+				reason_say(no_room);
+			return -1;
+		}
+		if (details_read(region, details) < 0)
 			return -1;
 		mapped = window_reserve((char *)(uintptr_t)details->start, details->size);
 		if (mapped <= 0)
@@ -34,6 +39,7 @@ int details_place(int region, size_t length, struct details *details)
 		/* Something of this process is there: a sanitizer's, or another region. */
 		wanted[1] = details->start + details->size;
 	}
+	reason_say(no_room);
 	errno = ENOMEM;
 	return -1;
 }

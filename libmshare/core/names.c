@@ -16,16 +16,20 @@ int name_check(const char *name)
 		errno = EFAULT;
 		return -1;
 	}
-	if (*name == '\0')
+	if (*name == '\0') {
+		reason_say("a region's name is not empty");
 		errno = ENOENT;
-	else if (strchr(name, '/'))
+	} else if (strchr(name, '/')) {
+		reason_say("a region's name has no slash");
 		errno = EINVAL;
-	else if (strlen(name) > NAME_MAX)
+	} else if (strlen(name) > NAME_MAX) {
 		errno = ENAMETOOLONG;
-	else if (*name == '.' || strcmp(name, "mshare_info") == 0)
+	} else if (*name == '.' || strcmp(name, "mshare_info") == 0) {
+		reason_say("this name is reserved by msharefs: choose another");
 		errno = EPERM;
-	else
+	} else {
 		return 0;
+	}
 	return -1;
 }
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 SECONDS: Final = 5.0
 """How long one connection has for its request and its answer."""
 FRESH_SECONDS: Final = 1.0
-AGAIN_SECONDS: Final = 5.0
+AGAIN_SECONDS: Final = 2.0
 """Until it is tried again to listen, or to start."""
 MOST_CONNECTIONS: Final = 64
 MOST_REQUEST: Final = 8 << 10

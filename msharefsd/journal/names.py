@@ -27,7 +27,8 @@ CREATE TABLE names (
     major INTEGER NOT NULL, minor INTEGER NOT NULL, inode INTEGER NOT NULL,
     identity BLOB NOT NULL,
     length INTEGER NOT NULL,
-    making INTEGER NOT NULL
+    making INTEGER NOT NULL,
+    image BLOB NOT NULL
 ) STRICT;
 """
     volatile = ("names",)

@@ -86,3 +86,4 @@ class SavedName(NamedTuple):
     identity: bytes
     length: int
     making: int
+    image: bytes

@@ -102,7 +102,7 @@ def adopt_regions(
                 _lose_hidden(journal, region, region.backing)
         regions.adopt(region)
         if row.id in known:
-            regions.learn(known[row.id])
+            regions.learn(known[row.id], has_name=known[row.id].linked)
     for file in unused.values():
         file.let_go()
     barrier("recovery.regions")

@@ -16,6 +16,7 @@ never all busy.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -76,6 +77,10 @@ DETAILS_STRUCT: Final = struct.Struct("=16sQQQ")
 """Identity; length; start and size, or those kept for it as long as it has no range."""
 PLACE_STRUCT: Final = struct.Struct("=QQ")
 """Written there: find a range for so many bytes, at or above an address."""
+EXACT_STRUCT: Final = struct.Struct("=QQQ")
+"""Written there: the range will be for so many bytes, at that address; and 0."""
+IMAGE: Final = b"user.mshare.image"
+"""The one extended attribute that a region's file has: what its contents came from."""
 
 FOREVER: Final = 3600.0
 A_MOMENT: Final = 0.01
@@ -106,6 +111,7 @@ _MAKING: Final = b".making-"
 next.  A name that is created as it stands is there until it is removed."""
 _IDENTITY: Final = re.compile(rb"\.identity-([0-9a-f]{32})")
 """A region's file once more, whatever its name, and if it has none any more."""
+_RENAME_NOREPLACE: Final = 1
 _TEXTS: Final[dict[bytes, tuple[int, Text]]] = {
     b"info": (2, "info"),
     b"maps": (3, "maps"),
@@ -403,7 +409,21 @@ class FileSystem(_GuardedOperations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        raise FUSEError(errno.EPERM)
+        # What has no name gets one; nothing else is renamed, and nothing replaced.
+        if (
+            (parent_inode_old, parent_inode_new) != (ROOT, ROOT)
+            or not _IDENTITY.fullmatch(name_old)
+            or flags & ~_RENAME_NOREPLACE
+        ):
+            raise FUSEError(errno.EPERM)
+        region = self._region(self._resolve(ROOT, name_old))
+        async with self._turns.turn(ctx.uid):
+            self._names.give(region, name_new)
+        barrier("give")
+        # Its pager is to know before its last user can end: an answer says that it does.  (If
+        # there is none, the name goes with the region: see Names.gone.)
+        with contextlib.suppress(Refused):
+            await self._asking.text(ctx.uid, region, "info")
 
     async def link(
         self,
@@ -451,16 +471,30 @@ class FileSystem(_GuardedOperations):
             self._names.change(region, **changes)
         return self._attributes(inode)
 
+    def _has_image(self, inode: int, name: bytes) -> Name | None:
+        """The region whose file that is, if it has that attribute."""
+        if name != IMAGE or self._is_ours(inode) or _split_inode(inode)[1] not in _FILES:
+            return None
+        return self._region(inode)
+
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        raise FUSEError(pyfuse3.ENOATTR)
+        region = self._has_image(inode, name)
+        if region is None or not region.image:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return region.image
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return []
+        region = self._has_image(inode, IMAGE)
+        return [XAttrNameT(IMAGE)] if region is not None and region.image else []
 
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        raise FUSEError(errno.EOPNOTSUPP)
+        region = self._has_image(inode, name)
+        if region is None:
+            raise FUSEError(errno.EOPNOTSUPP)
+        async with self._turns.turn(ctx.uid):
+            self._names.say_image(region, value)
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         raise FUSEError(errno.EOPNOTSUPP)
@@ -543,10 +577,15 @@ class FileSystem(_GuardedOperations):
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         region = self._open_files.get(fh)
-        if region is None or off != DETAILS or len(buf) != PLACE_STRUCT.size:
+        if region is None or off != DETAILS:
             raise FUSEError(errno.EINVAL)
         async with self._turns.turn(self._costs[fh][0]):
-            self._names.find_place(region, *PLACE_STRUCT.unpack(buf))
+            if len(buf) == PLACE_STRUCT.size:
+                self._names.find_place(region, *PLACE_STRUCT.unpack(buf))
+            elif len(buf) == EXACT_STRUCT.size and buf.endswith(bytes(8)):
+                self._names.keep_place(region, *EXACT_STRUCT.unpack(buf)[:2])
+            else:
+                raise FUSEError(errno.EINVAL)
         return len(buf)
 
     async def flush(self, fh: FileHandleT) -> None:

@@ -8,6 +8,7 @@ Nothing here awaits: each method runs to its end before anything else does.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -30,6 +31,8 @@ from msharefsd.telemetry.labels import label
 NAME_MAX: Final = 255
 INFO_FILE: Final = b"mshare_info"
 IDENTITY_BYTES: Final = 16
+IMAGE_BYTES: Final = 256
+"""The most that is remembered of where a region's contents came from."""
 
 
 def check_name(name: bytes) -> None:
@@ -68,6 +71,10 @@ class Name:
     """It is a name for memory that its maker is about to give it, and goes with that one."""
     users: int = 0
     """How many have its file open."""
+    image: bytes = b""
+    """What its writers say that it came from; nothing here depends on it."""
+    given: bool = False
+    """Whether it was given its name when it had memory: it goes with that, then."""
     place: tuple[int, int] = (0, 0)
     """Start and size of what is kept for it, as long as it has no range."""
     backing: tuple[int, int, int] | None = None
@@ -157,6 +164,7 @@ def _row(name: Name) -> SavedName:
         name.identity,
         name.length,
         name.making,
+        name.image,
     )
 
 
@@ -179,6 +187,7 @@ def _from_row(row: SavedName) -> Name:
         identity=row.identity,
         length=row.length,
         making=bool(row.making),
+        image=row.image,
     )
 
 
@@ -333,6 +342,53 @@ class Names:
         if name.making and not name.size and name.users == 0:
             self.unlink(name)
 
+    def give(self, region: Name, name: bytes) -> None:
+        """A region that has lost its name, or never had one for long, gets one.
+
+        Whoever looks finds all of it under that name, or nothing.
+        Raises Refused: EEXIST, EPERM if it has a name, ESTALE if it has no memory, ENOSPC, and
+        as create().
+        """
+        check_name(name)
+        if region.linked:
+            raise Refused(errno.EPERM, "the region has a name")
+        if not region.size:
+            raise Refused(errno.ESTALE, "the region has no memory")
+        if name in self._by_name:
+            raise Refused(errno.EEXIST, "a region of that name exists")
+        before, region.name = region.name, name
+        region.given = True
+        try:
+            self.change(region, linked=True, ctime_ns=time.time_ns())
+        except Refused:
+            region.name, region.given = before, False
+            raise
+        self._by_name[name] = region
+
+    def say_image(self, region: Name, image: bytes) -> None:
+        """Remember what it came from.  Raises Refused: ERANGE, ENOSPC."""
+        if len(image) > IMAGE_BYTES:
+            raise Refused(errno.ERANGE, f"that has at most {IMAGE_BYTES} bytes")
+        before, region.image = region.image, image
+        try:
+            self._journal.save(_row(region))
+        except Refused:
+            region.image = before
+            raise
+
+    def keep_place(self, name: Name, length: int, start: int) -> None:
+        """Its creator wants `length` bytes at `start`, whoever else has regions there.
+
+        Raises Refused(EINVAL).
+        """
+        if name.size:
+            raise Refused(errno.EINVAL, "the region has its range already")
+        size = -(-length // self.alignment) * self.alignment
+        if length <= 0 or start % self.alignment or start + size > 1 << 63:
+            raise Refused(errno.EINVAL, f"a region begins at a multiple of {self.alignment} bytes")
+        self.change(name, length=length)
+        name.place = start, size
+
     def find_place(self, name: Name, length: int, above: int) -> None:
         """Keep a range of at least `length` bytes at or above `above` for a name without one.
 
@@ -397,8 +453,15 @@ class Names:
         name = self._by_id.get(number)
         if name is None:
             return
+        if name.linked and name.given:
+            # Its last user has ended while it was given its name: nothing is under it.
+            with contextlib.suppress(Refused):
+                name.given = False
+                self.unlink(name)
         if name.linked:
             self.emptied(number)
+            return
+        if number not in self._by_id:  # unlink() has had it said again
             return
         name.let_go()
         del self._by_id[number]

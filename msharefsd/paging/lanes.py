@@ -50,7 +50,7 @@ LITTLE_PATIENCE: Final = 0.1
 """The same for a user of whom somebody was given up within so many seconds:"""
 REMEMBERED: Final = 60.0
 LOOK_SECONDS: Final = 0.05
-ASKED_SECONDS: Final = 2.0
+ASKED_SECONDS: Final = 10.0
 """How long a new sharer may wait behind what is late of its user's."""
 FETCH_SECONDS: Final = 0.2
 """How long the next pager waits for a sharer's userfaultfd;"""
@@ -108,7 +108,7 @@ class Far:
 
         def call(table: Descriptors) -> T:
             if self.given_up:
-                raise ProcessLookupError
+                raise ProcessLookupError(errno.ESRCH, "it is gone")
             return function(table[self._key], *arguments, **named)
 
         return call
@@ -139,7 +139,7 @@ class Far:
             with socket.socket(fileno=os.dup(table[key])) as sock:
                 _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             if not fds:
-                raise ProcessLookupError
+                raise ProcessLookupError(errno.ESRCH, "it is gone")
             os.set_blocking(fds[0], False)
             return fds[0]
 

@@ -89,7 +89,7 @@ class Regions:
         """Names as the front knows them now; of most of them nobody ever wants anything."""
         for record in records:
             if record.id in self._by_id:
-                self.learn(record)
+                self.learn(record, has_name=record.linked)
             elif record.linked:
                 self._named[record.id] = record
 
@@ -106,8 +106,12 @@ class Regions:
             del self._by_id[number]
             region.account.regions.discard(region)
 
-    def learn(self, record: NameRecord) -> Region:
-        """A name as the front knows it now."""
+    def learn(self, record: NameRecord, *, has_name: bool | None = None) -> Region:
+        """A name as the front knows it, or knew it when it handed a connection over.
+
+        `has_name`: whether it has one, and which: what comes with a connection may be older
+        than what has been told since, and does not say that of a region that is known.
+        """
         self._named.pop(record.id, None)
         region = self._by_id.get(record.id)
         if region is None:
@@ -125,14 +129,18 @@ class Regions:
             self.adopt(region)
             return region
         region.length, region.identity = record.length, record.identity
-        linked = region.linked and record.linked
-        if (region.mode, region.uid, region.gid, region.linked) != (
+        linked, name = region.linked, region.name
+        if has_name is not None:
+            linked, name = has_name and not self.is_going(record.id), record.name
+        if (region.mode, region.uid, region.gid, region.linked, region.name) != (
             record.mode,
             record.uid,
             record.gid,
             linked,
+            name,
         ):
             region.mode, region.gid, region.linked = record.mode, record.gid, linked
+            region.name = name
             if record.uid != region.uid:
                 self._give(region, record.uid)
             self._save(region)
@@ -145,7 +153,7 @@ class Regions:
             self._going.discard(record.id)
         region = self._by_id.get(record.id)
         if region is not None:
-            self.learn(record)
+            self.learn(record, has_name=record.linked)
             self.reap(region)
         elif record.linked:
             self._named[record.id] = record

@@ -20,6 +20,7 @@ Everything but `_look`, `_work`, `_close`, `let_go` and what they call is for th
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -92,7 +93,7 @@ class Descriptors:
         try:
             return self._numbers[key]
         except KeyError:
-            raise ProcessLookupError from None
+            raise ProcessLookupError(errno.ESRCH, "it is gone") from None
 
     def take(self, key: int) -> None:
         """The next one that was handed in is called `key`."""

@@ -48,7 +48,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 from walls import own_shm as _own_shm  # noqa: F401 - what tests ask for
 
-from libmshare import core
+from libmshare import core, texts
 from libmshare.cli import app, ask, doctor, output, regions
 from libmshare.cli.errors import CommandError, DaemonGoneError, NotAnsweringError
 from libmshare.cli.exits import Exit
@@ -890,19 +890,19 @@ def test_sizes(count: int | None, text: str) -> None:
 
 
 def test_texts_of_a_daemon() -> None:
-    assert regions.parse_info("name: a\u2028size: 3\nsize:  5\n\nx") == {
+    assert texts.parse_info("name: a\u2028size: 3\nsize:  5\n\nx") == {
         "name": "a\u2028size: 3",
         "size": "5",
     }
     heading = "PID      UID      ACCESS     SINCE                COMMAND\n"
-    assert regions.parse_sharers(heading) == []
-    named, nameless = regions.parse_sharers(
+    assert texts.parse_sharers(heading) == []
+    named, nameless = texts.parse_sharers(
         f"{heading}12       3        read-only  2026-01-01T00:00:00Z two words\n"
         "13       4        read-write 2026-01-01T00:00:00Z \n"
     )
     assert (named.pid, named.uid, named.access, named.command) == (12, 3, "read-only", "two words")
     assert nameless.command == ""
-    (item,) = regions.parse_maps("1000-2000 r--p 00001000 fe:01 77      /a file (deleted)\n")
+    (item,) = texts.parse_maps("1000-2000 r--p 00001000 fe:01 77      /a file (deleted)\n")
     assert (item["offset"], item["device"], item["inode"]) == (4096, "fe:01", 77)
     assert item["name"] == "/a file (deleted)"
 

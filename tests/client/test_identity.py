@@ -253,7 +253,7 @@ def test_what_is_dropped_is_given_back(daemon: Daemon) -> None:
         " not closed: use `with`, or close()"
     ]
     seen.clear()  # a warning keeps what it is about
-    assert daemon.sharers("r") == 0
+    eventually(lambda: daemon.sharers("r") == 0, "nobody has it")
     with warnings.catch_warnings(action="error"), Region.attach("r") as again:
         again.unlink()
 

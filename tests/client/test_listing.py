@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from libmshare.cli import listing, output
+from libmshare.cli.errors import CommandError
 from libmshare.cli.exits import Exit
+from libmshare.cli.listing import Choice
 from libmshare.cli.output import Column
 from libmshare.cli.regions import Region
 from libmshare.cli.views import Order
@@ -29,30 +31,42 @@ def names(text: str) -> list[str]:
     return [line.split()[0] for line in text.splitlines()[1:]]
 
 
-def test_which_and_in_which_order(
+def test_ls_lists_what_it_is_asked_for(
     mshare: Command, daemon: Daemon, spawn: Callable[..., Client]
 ) -> None:
     _donor = donate(spawn, "web-1")
-    make(mshare, "web-2", "--start=32T")
-    for name in ("a[1]", "a1"):
+    for name in ("web-2", "a[1]"):
         (daemon.mount / name).touch()
-    os.chown(daemon.mount / "a1", 65534, 65534)
-    assert names(mshare.ok("ls")) == ["a1", "'a[1]'", "web-1", "web-2"]
-    assert names(mshare.ok("ls", "web*")) == ["web-1", "web-2"]
-    assert names(mshare.ok("ls", "a[1]")) == ["a1", "'a[1]'"]  # a name as it is, too
-    assert names(mshare.ok("ls", "web-2", "a1")) == ["a1", "web-2"]
-    assert names(mshare.ok("ls", "--reverse")) == ["web-2", "web-1", "'a[1]'", "a1"]
-    assert names(mshare.ok("ls", "--sort=memory"))[0] == "web-1"
-    assert names(mshare.ok("ls", "--sort=size"))[2:] == ["a1", "'a[1]'"]
-    assert names(mshare.ok("ls", "--sort=address"))[0] == "web-1"
-    assert names(mshare.ok("ls", "--sort=sharers"))[0] == "web-1"
-    for user in ("nobody", "65534"):
-        assert names(mshare.ok("ls", "--user", user)) == ["a1"]
+    os.chown(daemon.mount / "web-2", 65534, 65534)
+    assert names(mshare.ok("ls")) == ["'a[1]'", "web-1", "web-2"]
+    assert names(mshare.ok("ls", "web*", "--reverse", "--sort=memory")) == ["web-2", "web-1"]
+    assert names(mshare.ok("ls", "--user=nobody")) == ["web-2"]
     listed = mshare.json("ls", "web*", "--sort=memory")
     assert [each["name"] for each in listed] == ["web-1", "web-2"]
-    assert mshare.ok("ls", "none*").splitlines()[1:] == []
     assert "nope: no such region" in mshare.fails("ls", "nope", "web*")
-    assert "no such user; give a name or a number" in mshare.fails("ls", "--user=nope")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "found"),
+    [
+        ((), ["a1", "a[1]", "web-1"]),
+        (("a[1]",), ["a1", "a[1]"]),  # a name as it is, too
+        (("web-1", "a1"), ["a1", "web-1"]),
+        (("none*",), []),
+        (("?1", "w*"), ["a1", "web-1"]),
+    ],
+)
+def test_patterns(patterns: tuple[str, ...], found: list[str]) -> None:
+    there = [region(name) for name in (b"web-1", b"a[1]", b"a1")]
+    assert [os.fsdecode(each.name) for each in Choice(patterns).of(there)] == found
+
+
+def test_what_nobody_is_called() -> None:
+    with pytest.raises(CommandError, match="nope: no such region"):
+        Choice(("nope", "a*")).of([region(b"a")])
+    with pytest.raises(CommandError, match="no such user; give a name or a number"):
+        Choice(user="nope").of([])
+    assert Choice(user="1").of([region(b"a")]) == []
 
 
 def region(name: bytes, **info: str) -> Region:

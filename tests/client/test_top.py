@@ -18,9 +18,10 @@ from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
 from test_cli import stopped
 
 from libmshare.cli import output
-from libmshare.cli.regions import Region, Sharer
+from libmshare.cli.regions import Region
 from libmshare.cli.screen import Screen, Seen, heading, page
 from libmshare.cli.views import Order
+from libmshare.texts import Sharer
 
 SINCE = "2026-01-01T00:00:00Z"
 

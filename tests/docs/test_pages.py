@@ -20,9 +20,11 @@ SHOWN = ("text", "toml")
 """Languages that nobody runs: figures, what programs print, settings of others."""
 RUN = {
     "README.md": {"console", "python", "c"},
+    "beyond.md": {"python", "sh"},  # images/test_images.py; its Dask has no test here
     "cpp.md": {"console", "cpp"},
     "filesystem.md": {"console"},
     "hugetlb.md": {"console"},
+    "monitoring.md": {"console"},  # and life/test_metrics.py
     "numpy-workers.md": {"python"},  # test_python_pages.py
     "python.md": {"python"},  # the same
     "page-tables.md": {"sh"},  # tables/test_document.py
@@ -68,7 +70,13 @@ def follow(make_daemon: Callable[..., Daemon], directory: Path) -> Iterator[Call
 @pytest.mark.skipif(os.geteuid() != 0, reason="its files are root's")
 @pytest.mark.parametrize(
     ("page", "count"),
-    [(README, 6), (DOCS / "cpp.md", 4), (DOCS / "filesystem.md", 10), (DOCS / "hugetlb.md", 2)],
+    [
+        (README, 6),
+        (DOCS / "cpp.md", 4),
+        (DOCS / "filesystem.md", 10),
+        (DOCS / "hugetlb.md", 2),
+        (DOCS / "monitoring.md", 1),
+    ],
     ids=lambda value: value.name if isinstance(value, Path) else "",
 )
 def test_what_a_page_tells_to_do_is_done(
@@ -122,14 +130,6 @@ def test_the_readmes_c_is_that_of_the_example() -> None:
     (shown,) = [block.text for block in blocks(README) if block.language == "c"]
     for statement in shown.split(";"):
         assert re.sub(r"\s+", " ", statement).strip() in source
-
-
-def test_figures_are_the_same_wherever_they_are() -> None:
-    """The README has some rows of the table that docs/sharing.md has."""
-    row = re.compile(r"^[a-z].* MiB +.* ms$", re.MULTILINE)
-    shown = row.findall(README.read_text())
-    assert len(shown) == 5
-    assert set(shown) <= set(row.findall((DOCS / "sharing.md").read_text()))
 
 
 def test_the_readmes_links_lead_somewhere() -> None:

@@ -12,21 +12,15 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import Daemon, compile_c
-from pages import DOCS, PROJECT, blocks
+from pages import DOCS, PROJECT, blocks, functions
 
+import libmshare
 from libmshare.cli import collapsing
 from msharefsd import config
 
 pytestmark = pytest.mark.shm_only
 
 MANUAL = sorted(path for path in DOCS.iterdir() if re.fullmatch(r"\.[1-9]", path.suffix))
-
-
-def functions() -> set[str]:
-    """What mshare.h declares."""
-    header = (PROJECT / "libmshare/include/mshare.h").read_text()
-    header = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
-    return set(re.findall(r"^\w[\w *]*?\b(mshare\w*)\([^;]*\);", header, re.MULTILINE))
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
@@ -109,6 +103,17 @@ def usual(settings: object) -> dict[str, str]:
         name: "none" if value is None else msgspec.json.encode(value).decode()
         for name, value in values.items()
     }
+
+
+def test_the_page_of_the_package_has_all_of_it() -> None:
+    """But numbers, and what is as in C anyhow; errors it takes from their module."""
+    page = (DOCS / "python-api.md").read_text()
+    names = set(libmshare.__all__) - {"MAP_FIXED", "MAP_FIXED_NOREPLACE", "__version__"}
+    errors = {name for name in names if isinstance(getattr(libmshare, name), type)}
+    errors = {name for name in errors if issubclass(getattr(libmshare, name), Exception)}
+    assert len(errors) > 10 and ".. automodule:: libmshare.errors" in page
+    for name in names - errors:
+        assert re.search(rf"^\.\. auto\w+:: libmshare\.{name}$", page, re.MULTILINE), name
 
 
 def test_the_page_of_settings_has_all_of_them_and_what_they_are() -> None:

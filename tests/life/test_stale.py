@@ -20,7 +20,7 @@ from libmshare import Region, Stale
 region = Region.create("r", "8M")
 region.buf[0] = 1
 reader = Region.attach("r", readonly=True)
-sent, identity = pickle.dumps(region), region.identity
+sent, identity, view = pickle.dumps(region), region.identity, region.buf
 
 def in_child(touch):
     child = os.fork()
@@ -49,7 +49,8 @@ for name, call in calls.items():
         call()
     except Stale as error:
         print(name, error.errno, error.strerror, flush=True)
-print(in_child(lambda: region.buf[0]), in_child(lambda: region.buf[4 << 20]), flush=True)
+print(in_child(lambda: view[0]), in_child(lambda: view[4 << 20]), flush=True)
+del view
 reader.close()
 region.close()
 """

@@ -136,6 +136,48 @@ def test_a_name_that_is_being_taken_away_is_given_to_nobody(
     assert backings.open == set()
 
 
+def test_a_region_that_has_no_name_is_given_one(regions: Both, backings: Backings) -> None:
+    region = regions.create(b"temporary", 0o600, 0, 0)
+    regions.make(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=True)
+    regions.commit(region)
+    sharer = attach(regions, region)
+    regions.unlink(region)
+    before = region.record()
+    name = regions.names.with_id(region.id)
+    assert name is not None and not region.linked
+    regions.names.give(name, b"r")
+    assert regions.learn(before) is region  # a connection that was handed over before
+    assert region.linked and region.name == b"r"
+    for other in (b"r", b"s"):  # it has a name now
+        with pytest.raises(Refused):
+            regions.names.give(name, other)
+    regions.detach(sharer)
+    assert regions.find(b"r") is region and regions.find(b"temporary") is None
+    regions.unlink(region)
+    assert backings.open == set()
+
+
+def test_a_region_that_ends_while_it_is_given_a_name_leaves_none(
+    regions: Both, backings: Backings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region = regions.create(b"temporary", 0o600, 0, 0)
+    regions.make(region, ALIGNMENT, ALIGNMENT, read_only=False, made_file=True)
+    regions.commit(region)
+    sharer = attach(regions, region)
+    regions.unlink(region)
+    name = regions.names.with_id(region.id)
+    assert name is not None
+    told = list[Emptied | Gone | Unlink]()
+    monkeypatch.setattr(regions, "_tell", told.append)
+    regions.detach(sharer)  # its pager says so, and hears later of the name
+    regions.names.give(name, b"r")
+    for message in told:
+        regions._hear(message)
+    assert regions.find(b"r") is None and regions.names.find(b"r") is None
+    assert regions.names.with_id(region.id) is None
+    assert backings.open == set()
+
+
 def test_a_name_that_was_removed_while_the_region_was_built(
     regions: Both, backings: Backings
 ) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from building import PROJECT
 from conftest import BIN
+from pages import functions
 
 from libmshare import core
 from msharefsd import config
@@ -34,12 +35,6 @@ def run(*words: object, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def functions() -> set[str]:
-    """What libmshare.so exports of its own."""
-    text = (PROJECT / "libmshare/core/libmshare.map").read_text()
-    return set(re.findall(r"^\t(mshare\w*);$", text, re.MULTILINE))
 
 
 def test_all_is_installed_and_nothing_stays(tmp_path: Path) -> None:

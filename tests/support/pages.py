@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ def blocks(page: Path) -> list[Block]:
             language, rest = (words[0], words[1:]) if words else ("", [])
             found.append(Block(language, rest, token.content, token.map[0] + 2))
     return found
+
+
+def functions() -> set[str]:
+    """What mshare.h declares: each of these has its manual page."""
+    header = (PROJECT / "libmshare/include/mshare.h").read_text()
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    return set(re.findall(r"^\w[\w *]*?\b(mshare\w*)\([^;]*\);", header, re.MULTILINE))
 
 
 class Said(NamedTuple):

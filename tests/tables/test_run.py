@@ -107,7 +107,7 @@ def test_dry_run_runs_nothing(mapper: Path) -> None:
     assert done.returncode == 0
     assert "LD_PRELOAD=" in done.stdout
     assert "of the pool" in done.stdout
-    assert done.stdout.splitlines()[-1] == f"{mapper} a\\040b"
+    assert done.stdout.splitlines()[-1] == f"{mapper} $'a\\040b'"
 
 
 # -- what it does not reach, and says so --

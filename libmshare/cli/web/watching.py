@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from libmshare import texts
 from libmshare.cli import listing, regions, top
 from libmshare.cli.errors import CommandError
 from libmshare.cli.output import printable, printable_line
-from libmshare.cli.regions import Region, Sharer
+from libmshare.cli.regions import Region
 from libmshare.cli.screen import Seen
 from libmshare.cli.views import Order
 from libmshare.cli.web.asking import Asker
+from libmshare.texts import Sharer
 
 POINTS: Final = 900
 """How many looks are remembered: half an hour, at one every two seconds."""
@@ -85,7 +87,7 @@ def _sharer(region: Region, sharer: Sharer) -> dict[str, Any]:
 def objects(region: Region) -> dict[str, Any]:
     """What is mapped in a region, in the child; `maps` is None if that may not be known."""
     text = regions.told(region, "maps")
-    found = None if text is None else regions.parse_maps(text)
+    found = None if text is None else texts.parse_maps(text)
     return {
         "count": len(found or ()),
         "maps": found

@@ -1,0 +1,310 @@
+"""An object store, as far as images need one; by obstore.
+
+Every answer is checked here: how long it is, which version of the object it is of, and what is
+in it.  There are servers that ignore the condition of a request, and proxies that cut.
+
+Credentials are found as the platform has them (its environment, files, metadata service), or in
+sources.toml.  They are in no URL: those are in /proc, in logs and in what region files say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import threading
+import tomllib
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote, urlsplit
+
+from libmshare.errors import ImageError
+
+if TYPE_CHECKING:
+    from obstore import GetResult
+
+SCHEMES: Final = ("s3", "gs", "az", "http", "https", "file")
+PARTS: Final = "parts"
+"""The directory of parts, beside manifests."""
+PATIENCE: Final = timedelta(seconds=30)
+"""How long a store that is not reached, or answers that it cannot, is asked again."""
+ANSWER: Final = timedelta(seconds=60)
+"""How long one answer may take, to its last byte."""
+CONNECT: Final = timedelta(seconds=5)
+_WORST: Final = 300
+"""How much of a store's own words is told."""
+_TRIES: Final = 2
+"""How often a part is asked for whose answer ends too early, or is wrong."""
+_AGAIN: Final = {errno.EIO, errno.EHOSTUNREACH, errno.ETIMEDOUT}
+_PRIVATE: Final = 0o077
+
+
+def sources_file() -> Path:
+    """Where this user says how stores are spoken to."""
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "msharefs" / "sources.toml"
+
+
+class Url:
+    """Where an image is: a directory, and its name there.  Raises ImageError (EINVAL)."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            user = parts.username or parts.password
+        except ValueError:
+            raise ImageError(errno.EINVAL, "this is no URL") from None
+        if parts.scheme not in SCHEMES:
+            raise ImageError(errno.EINVAL, f"a URL begins with one of {', '.join(SCHEMES)}")
+        if user or parts.query or parts.fragment or "?" in url or "#" in url:
+            # (It is not said again: what is wrong there may be a secret.)
+            raise ImageError(
+                errno.EINVAL,
+                "a URL has no credentials, query or fragment in it: everybody sees it",
+            )
+        directory, _, name = parts.path.rpartition("/")
+        self.name = unquote(name)
+        self.directory = f"{parts.scheme}://{parts.netloc}{directory}"
+        self.scheme = parts.scheme
+        if not self.name.strip(".") or "/" in self.name or not self.name.isprintable():
+            raise ImageError(errno.EINVAL, "a URL ends with the name of an object")
+        if parts.scheme != "file" and not parts.netloc:
+            raise ImageError(errno.EINVAL, "a URL says which bucket or host")
+
+    def __str__(self) -> str:
+        return f"{self.directory}/{self.name}"
+
+
+def _sources() -> list[dict[str, Any]]:
+    """What sources.toml has.  Raises ImageError for one that others may read, or is wrong."""
+    path = sources_file()
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & _PRIVATE:
+                raise ImageError(
+                    errno.EACCES, "it has credentials, and is not this user's alone", str(path)
+                )
+            found = tomllib.load(file)
+    except FileNotFoundError:
+        return []
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        # (Not what is in it.)
+        raise ImageError(errno.EINVAL, "it is no TOML", str(path)) from None
+    sources = found.get("source")
+    good = found.keys() == {"source"} and isinstance(sources, list)
+    if not good or any(
+        not isinstance(each, dict)
+        or not isinstance(each.get("prefix"), str)
+        or any(not isinstance(value, str) for value in each.values())
+        for each in sources or []
+    ):
+        raise ImageError(errno.EINVAL, "it has [[source]] tables of texts, with prefix", str(path))
+    return list(sources or [])
+
+
+def _settings(url: Url) -> dict[str, str]:
+    """The settings of the source with the longest prefix of the URL."""
+    fitting = [each for each in _sources() if str(url).startswith(each["prefix"])]
+    best = max(fitting, key=lambda each: len(each["prefix"]), default={})
+    return {key: value for key, value in best.items() if key != "prefix"}
+
+
+_used: Final[dict[str, int]] = {}
+"""By which process obstore was used first."""
+
+
+def _library() -> Any:
+    try:
+        import obstore  # noqa: PLC0415 - an extra
+        import obstore.store  # noqa: PLC0415
+    except ImportError as error:
+        raise ImageError(
+            errno.EOPNOTSUPP, "images need obstore: pip install 'msharefs[images]'"
+        ) from error
+    # Its threads are not in a child, and what it does there would wait for them for ever.
+    if _used.setdefault("by", os.getpid()) != os.getpid():
+        raise ImageError(
+            errno.EDEADLK, "a store was used before this process was forked: start it by spawn"
+        )
+    return obstore
+
+
+class Store:
+    """One directory of a store.
+
+    Synchronization: any thread may call any method.
+    """
+
+    def __init__(self, url: Url, *, make: bool = False) -> None:
+        """`make`: a directory of the file system, if there is none.  Raises ImageError."""
+        self._library = _library()
+        self.asked = 0
+        """How many requests were made, as far as we know."""
+        self.fetched = 0
+        """Bytes that came."""
+        self._lock = threading.Lock()
+        more: dict[str, Any] = {}
+        if url.scheme == "file":
+            more = {"mkdir": make}
+        else:
+            more["retry_config"] = {
+                "max_retries": 10,
+                "retry_timeout": PATIENCE,
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "base": 2.0,
+                    "max_backoff": timedelta(seconds=5),
+                },
+            }
+            settings = _settings(url)
+            client: dict[str, Any] = {"timeout": ANSWER, "connect_timeout": CONNECT}
+            endpoint = settings.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
+            if url.scheme == "http" or endpoint.startswith("http://"):
+                client["allow_http"] = True
+            more["client_options"] = client
+            if settings:
+                more["config"] = settings
+        with self._explained(url.directory):
+            self._store = self._library.store.from_url(url.directory, **more)
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """What obstore raises, as ImageError."""
+        known = self._library.exceptions
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ImageError(errno.ENOENT, "it is not in the store", what) from error
+        except (known.PermissionDeniedError, known.UnauthenticatedError, PermissionError) as error:
+            raise ImageError(errno.EACCES, "the store says that this is not allowed", what) from (
+                None if what else error
+            )
+        except known.PreconditionError:
+            raise ImageError(errno.ESTALE, "it was replaced meanwhile", what) from None
+        except known.NotSupportedError:
+            raise ImageError(errno.EOPNOTSUPP, "this store cannot do that", what) from None
+        except (known.BaseError, ValueError) as error:
+            raise ImageError(_code_of(error), f"the store failed: {_words(error)}", what) from None
+
+    def _get(self, key: str, **options: Any) -> GetResult:
+        with self._lock:
+            self.asked += 1
+        result: GetResult = self._library.get(self._store, key, options=options or None)
+        return result
+
+    def _came(self, data: Any, length: int, key: str) -> Any:
+        with self._lock:
+            self.fetched += len(data)
+        if len(data) != length:
+            raise ImageError(
+                errno.EIO, f"the answer has {len(data)} bytes instead of {length}", key
+            )
+        return data
+
+    def get(self, key: str, most: int) -> bytes:
+        """A small object.  Raises ImageError, of EFBIG too."""
+        with self._explained(key):
+            result = self._get(key)
+            if (length := result.meta["size"]) > most:
+                raise ImageError(errno.EFBIG, f"it has {length} bytes", key)
+            return bytes(self._came(result.bytes(), length, key))
+
+    def part(self, name: str, length: int) -> memoryview:
+        """A part, whose contents are what it is called.  Raises ImageError, of EIO if not."""
+        key = part_key(name)
+        for left in reversed(range(_TRIES)):
+            try:
+                with self._explained(key):
+                    result = self._get(key)
+                    if result.meta["size"] != length:
+                        raise ImageError(
+                            errno.EIO,
+                            f"it has {result.meta['size']} bytes instead of {length}",
+                            key,
+                        )
+                    data = memoryview(self._came(result.bytes(), length, key))
+                    if hashlib.sha256(data).hexdigest() != name:
+                        raise ImageError(errno.EIO, "its contents are not what it is called", key)
+                    return data
+            except ImageError as error:
+                if error.errno not in _AGAIN or not left:
+                    raise
+        raise AssertionError
+
+    def version(self, key: str) -> tuple[int, str]:
+        """The size of an object, and what tells this version of it from others."""
+        with self._explained(key):
+            with self._lock:
+                self.asked += 1
+            return _version(self._library.head(self._store, key), key)
+
+    def range(self, key: str, offset: int, length: int, version: tuple[int, str]) -> memoryview:
+        """A part of an object, of that version.  Raises ImageError, of ESTALE if it is not."""
+        for left in reversed(range(_TRIES)):
+            try:
+                with self._explained(key):
+                    match = {"if_match": version[1]} if version[1].startswith('"') else {}
+                    result = self._get(key, range=(offset, offset + length), **match)
+                    if _version(result.meta, key) != version:
+                        raise ImageError(errno.ESTALE, "it was replaced meanwhile", key)
+                    if tuple(result.range) != (offset, offset + length):
+                        raise ImageError(errno.EIO, "the answer is another part of it", key)
+                    return memoryview(self._came(result.bytes(), length, key))
+            except ImageError as error:
+                if error.errno not in _AGAIN or not left:
+                    raise
+        raise AssertionError
+
+    def has_part(self, name: str, length: int) -> bool:
+        """Whether the part is there, as long as it should be."""
+        key = part_key(name)
+        try:
+            with self._explained(key):
+                with self._lock:
+                    self.asked += 1
+                return bool(self._library.head(self._store, key)["size"] == length)
+        except ImageError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Write an object: all of it is there then, or what was there before."""
+        with self._explained(key):
+            with self._lock:
+                self.asked += 1
+            self._library.put(self._store, key, bytes(data), use_multipart=False)
+
+
+def part_key(name: str) -> str:
+    """Where the part is that is called so."""
+    return f"{PARTS}/{name[:2]}/{name}"
+
+
+def _version(meta: Any, key: str) -> tuple[int, str]:
+    """A tag, or, where a server has none, when it was written."""
+    tag = meta.get("e_tag") or ""
+    if not tag or tag.startswith("W/"):
+        when = meta.get("last_modified")
+        if when is None or when.timestamp() == 0:
+            raise ImageError(errno.EOPNOTSUPP, "the store does not tell versions of it apart", key)
+        tag = f"{tag} {when.isoformat()}"
+    return int(meta["size"]), str(tag)
+
+
+def _code_of(error: BaseException) -> int:
+    text = str(error).lower()
+    if "timed out" in text or "timeout" in text.split("retry_timeout")[0]:
+        return errno.ETIMEDOUT
+    return errno.EHOSTUNREACH
+
+
+def _words(error: BaseException) -> str:
+    """A store's own words: one line of them, and not all."""
+    lines = str(error).strip().split("\n", 1)
+    return "".join(char if char.isprintable() else " " for char in lines[0])[:_WORST]

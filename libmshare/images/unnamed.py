@@ -1,0 +1,236 @@
+"""A region that nobody sees until it is complete.
+
+It has no name from its first moment on, so it ends with this process, whatever ends that; it
+gets its name, its mode and what it came from when everything is in it.  The daemon may be
+killed and started again meanwhile, as in every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from libmshare import core
+from libmshare.errors import GONE, AccessDenied, ImageError, NoMemory, RegionExists
+
+if TYPE_CHECKING:
+    from libmshare.region import Region
+
+T = TypeVar("T")
+
+IMAGE: Final = "user.mshare.image"
+_DETAILS: Final = 4096
+_EXACT: Final = struct.Struct("=QQQ")
+_IDENTITY: Final = 16
+_AGAIN: Final = 0.1
+_NAME_MAX: Final = 255
+_PULLING: Final = ".pulling"
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call it, and again for as long as the daemon is away: $MSHARE_RECONNECT_SECONDS."""
+    try:
+        seconds = float(os.environ.get("MSHARE_RECONNECT_SECONDS", "30"))
+    except ValueError:
+        seconds = 30.0
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in GONE or time.monotonic() >= deadline:
+                raise
+        time.sleep(_AGAIN)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for what no region is called."""
+    encoded = core.encode(name)
+    if not encoded or b"/" in encoded or encoded.startswith(b".") or len(encoded) > _NAME_MAX:
+        raise ValueError("a region's name has up to 255 bytes, no slash, and no dot at its begin")
+
+
+class Unnamed:
+    """One, while it is filled."""
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        identity = region.identity
+        self._path = f"{identity.root}/.identity-{identity.id}"
+
+    def give(self, name: str, mode: int, image: str = "") -> None:
+        """It is complete.  Raises RegionExists, OSError."""
+        root = self.region.identity.root
+        patiently(lambda: os.chmod(self._path, mode))
+        if image:
+            patiently(lambda: os.setxattr(self._path, IMAGE, image.encode()))
+        try:
+            patiently(lambda: os.rename(self._path, f"{root}/{name}"))
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.EPERM):
+                raise
+            # If the daemon was killed when it had done so, this was the second time.
+            if not self._is_called(f"{root}/{name}"):
+                raise RegionExists(
+                    errno.EEXIST, "another region has been given that name meanwhile", name
+                ) from error
+        self.region._name = name  # noqa: SLF001 - it has none of its own
+
+    def _is_called(self, path: str) -> bool:
+        with contextlib.suppress(OSError):
+            fd = patiently(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            try:
+                found = os.pread(fd, _IDENTITY, _DETAILS)
+            finally:
+                os.close(fd)
+            return found.hex() == self.region.identity.id
+        return False
+
+
+def make(start: int, size: int, end: int, backing: str | None) -> Region:
+    """A region without a name and without memory, of `size` bytes at `start`.
+
+    `end`: how much of it is wanted for what will be mapped, in bytes.
+    Raises AddressTaken, NoMemory, ImageError (EINVAL), OSError.
+    """
+    from libmshare.region import Region as Made  # noqa: PLC0415 - it imports us
+
+    root = core.mshare_root()
+    with open(f"{root}/mshare_info") as file:
+        alignment = int(file.read())
+    if start % alignment:
+        raise ImageError(
+            errno.EINVAL, f"here regions lie at multiples of {alignment:#x}, and not at {start:#x}"
+        )
+    whole = -(-max(size, end) // alignment) * alignment
+    name = f"pull-{secrets.token_hex(16)}"
+    path = f"{root}/{name}"
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(fd, _EXACT.pack(size, start, 0), _DETAILS)
+        os.close(fd)
+        request = core.OpenRequest(
+            name=core.encode(name),
+            addr=start,
+            size=whole,
+            oflags=os.O_RDWR | os.O_CREAT,
+            mode=0o600,
+            backing=None if backing is None else core.encode(backing),
+            flags=core.EMPTY | core.EPHEMERAL,
+        )
+        return Made._open(request, name, readonly=False)  # noqa: SLF001 - no name is kept
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def check_room(root: str, wanted: int, backing: str) -> None:
+    """Raises NoMemory (ENOSPC) if so many bytes are not left, as far as that can be told."""
+    if backing == "shm":
+        found = os.statvfs(root)
+        room = found.f_bavail * found.f_frsize
+        if wanted > room:
+            raise NoMemory(
+                errno.ENOSPC, f"it takes {wanted} bytes of shared memory, and {room} are left"
+            )
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Nobody else of this user, on this mount, is in here for that name.
+
+    What says so is a lock on a name without a range, so it holds across containers that share
+    the mount; whoever is killed has it no more.  Another user's does not count.
+    """
+    encoded = core.encode(name)
+    if len(encoded) + len(_PULLING) > _NAME_MAX:
+        name = hashlib.sha256(encoded).hexdigest()
+    path = f"{core.mshare_root()}/{name}{_PULLING}"
+    fd = _locked(path)
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _locked(path: str) -> int:
+    while True:
+        try:
+            fd = patiently(lambda: os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        except PermissionError:
+            return -1
+        try:
+            while _is(path, fd):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is(path, fd):
+                        return fd
+                time.sleep(_AGAIN)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _is(path: str, fd: int) -> bool:
+    """Whether the file still has that name: who had the lock before has taken it away."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
+
+
+def attach_image(name: str, image: str) -> Region | None:
+    """The region of that name, if it is of that image; None if there is none.
+
+    Only root's and this user's own regions are believed.  Raises RegionExists if it is another
+    one; OSError.
+    """
+    from libmshare.region import Region as Made  # noqa: PLC0415 - it imports us
+
+    root = core.mshare_root()
+    try:
+        status = patiently(lambda: os.stat(f"{root}/{name}"))
+        _check_image(f"{root}/{name}", name, image, status.st_uid)
+        writes = os.access(f"{root}/{name}", os.W_OK)
+        region = Made.attach(name, readonly=not writes)
+    except FileNotFoundError:
+        return None
+    except AccessDenied as error:
+        if error.errno != errno.EPERM:  # it may be written by nobody
+            raise
+        region = Made.attach(name, readonly=True)
+    try:  # under that name may be another one by now
+        path = f"{root}/.identity-{region.identity.id}"
+        _check_image(path, name, image, patiently(lambda: os.stat(path)).st_uid)
+    except BaseException:
+        region.close()
+        raise
+    return region
+
+
+def _check_image(path: str, name: str, image: str, owner: int) -> None:
+    try:
+        found = patiently(lambda: os.getxattr(path, IMAGE))
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EACCES):
+            raise
+        found = b""
+    if owner not in (0, os.geteuid()):
+        raise RegionExists(errno.EEXIST, "another user has a region of that name", name)
+    if found != image.encode():
+        what = "is of another image" if found else "is of no image"
+        raise RegionExists(errno.EEXIST, f"a region of that name exists, and {what}", name)
