@@ -24,6 +24,7 @@ from libmshare.cli.keys import keys
 from libmshare.cli.output import Column, printable
 from libmshare.cli.screen import Screen, Seen, heading, memory_of, page
 from libmshare.cli.views import Order
+from libmshare.texts import Sharer
 
 _FAULTS: Final = "msharefs_faults_total"
 _ENDING: Final = frozenset({"q", "Q", "\x03", "\x04"})
@@ -129,7 +130,7 @@ def region_record(now: Seen, before: Seen | None, region: regions.Region) -> dic
     }
 
 
-def sharer_record(region: regions.Region, sharer: regions.Sharer) -> dict[str, Any]:
+def sharer_record(region: regions.Region, sharer: Sharer) -> dict[str, Any]:
     """A sharer's, with memory and page tables of the whole process (bytes)."""
     rss, tables = memory_of(sharer)
     return sharer.record() | {"region": os.fsdecode(region.name), "rss": rss, "tables": tables}
