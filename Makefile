@@ -42,7 +42,7 @@ $(VENV)/.system: scripts/system-packages
 # pyfuse3, too: it comes first, and the build uses what it finds (--no-build-isolation)
 # instead of fetching what no file of ours names.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
-LOCKS := $(addprefix requirements/,build.txt runtime.txt dev.txt docs.txt)
+LOCKS := $(addprefix requirements/,build.txt runtime.txt web.txt dev.txt docs.txt)
 
 $(VENV)/.dependencies: $(VENV)/.system $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
@@ -140,9 +140,12 @@ lock:
 	$(COMPILE) --constraint requirements/build.txt --extra daemon pyproject.toml \
 		--output-file requirements/runtime.txt
 	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
-		--group dev --output-file requirements/dev.txt
+		--extra web pyproject.toml --output-file requirements/web.txt
 	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
-		--constraint requirements/dev.txt --group docs --output-file requirements/docs.txt
+		--constraint requirements/web.txt --group dev --output-file requirements/dev.txt
+	$(COMPILE) --constraint requirements/build.txt --constraint requirements/runtime.txt \
+		--constraint requirements/web.txt --constraint requirements/dev.txt --group docs \
+		--output-file requirements/docs.txt
 	$(COMPILE) --constraint requirements/dev.txt --group client \
 		--output-file requirements/client.txt
 

@@ -314,6 +314,26 @@ def top(
 
 
 @app.command()
+def web(
+    ctx: typer.Context,
+    port: Annotated[
+        int,
+        typer.Option(metavar="PORT", min=0, max=65535, help="of 127.0.0.1; 0: any that is free"),
+    ] = 0,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=86400, help="between two looks")
+    ] = 2.0,
+) -> None:
+    """Show regions and sharers live, on a page for this machine's browser; Ctrl-C ends it."""
+    try:
+        from libmshare.cli.web.server import web as web_
+    except ModuleNotFoundError as error:
+        missing = (error.name or "more").partition(".")[0]
+        raise CommandError(f"the page needs {missing}: install msharefs[web]") from None
+    web_(ctx.obj, port, interval)
+
+
+@app.command()
 def create(
     ctx: typer.Context,
     name: Name,

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from libmshare.cli.errors import CommandError, NotAnsweringError
 
@@ -37,11 +37,7 @@ def bounded(function: Callable[[], T], seconds: float) -> T:
     Results travel by pickle.  Raises NotAnsweringError when the time is over; what the child
     was doing may then still be done when the daemon answers again.
     """
-    receiving, sending = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        _run(lambda _: function(), sending)
-    os.close(sending)
+    child, receiving = begin(function)
     try:
         reply = _read(receiving, seconds)
     except BaseException:
@@ -50,14 +46,45 @@ def bounded(function: Callable[[], T], seconds: float) -> T:
     finally:
         os.close(receiving)
     _, status = os.waitpid(child, 0)
+    result: T = answer(reply, status)
+    return result
+
+
+def begin(function: Callable[[], object]) -> tuple[int, int]:
+    """Call it in a child; returns that, and a pipe with what `answer` takes, to its end."""
+    receiving, sending = os.pipe2(os.O_CLOEXEC)
+    try:
+        child = os.fork()
+    except OSError:
+        os.close(receiving)
+        os.close(sending)
+        raise
+    if child == 0:
+        _run(lambda _: function(), sending)
+    os.close(sending)
+    return child, receiving
+
+
+def answer(reply: bytes, status: int) -> Any:
+    """What the child's function has returned, or raises what it has raised.
+
+    `status` is how the child has ended (waitpid(2)).
+    """
     if not reply:
         ended = os.waitstatus_to_exitcode(status)
         raise CommandError(f"the process that asks the daemon ended with {ended}")
     done, value = pickle.loads(reply)  # noqa: S301 - from our own child
     if not done:
         raise value
-    result: T = value
-    return result
+    return value
+
+
+def silent(seconds: float) -> NotAnsweringError:
+    """For when the daemon had so long for its answer."""
+    return NotAnsweringError(
+        f"no answer from the daemon within {seconds:g} s; look for a msharefsd that is "
+        "stopped or stuck"
+    )
 
 
 def followed(function: Callable[[Callable[[P], None]], T], heard: Callable[[P], object]) -> T:
@@ -124,6 +151,7 @@ def _run(
             os.dup2(nothing, standard)
         os.closerange(3, kept)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+        signal.set_wakeup_fd(-1)  # an event loop's, which is closed here
         signal.signal(signal.SIGINT, signal.SIG_DFL if on_interrupt is None else on_interrupt)
         try:
             reply = pickle.dumps((True, function(kept)))
@@ -147,10 +175,7 @@ def _read(pipe: int, seconds: float) -> bytes:
     while True:
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000):
-            raise NotAnsweringError(
-                f"no answer from the daemon within {seconds:g} s; look for a msharefsd that is "
-                "stopped or stuck"
-            )
+            raise silent(seconds)
         part = os.read(pipe, 1 << 20)
         if not part:
             return b"".join(parts)

@@ -220,6 +220,14 @@ def unescaped(label: str) -> bytes:
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), os.fsencode(label))
 
 
+def told(region: Region, file: str) -> str | None:
+    """The text FILE of a region that was found; None if it has gone, or may not be read."""
+    try:
+        return _read(root(), region.directory, file)
+    except OSError:
+        return None
+
+
 def text(name: bytes, file: str) -> str:
     """The text .regions/NAME/FILE.  Raises CommandError."""
     check_name(name)
@@ -260,7 +268,4 @@ def sharers(name: bytes) -> list[Sharer]:
 
 def holders(region: Region) -> list[Sharer]:
     """Who has it attached, as far as one may know; nobody, if it has gone meanwhile."""
-    try:
-        return parse_sharers(_read(root(), region.directory, "sharers"))
-    except OSError:
-        return []
+    return parse_sharers(told(region, "sharers") or "")

@@ -24,6 +24,7 @@ from libmshare.cli.keys import keys
 from libmshare.cli.output import Column, printable
 from libmshare.cli.screen import Screen, Seen, heading, memory_of, page
 from libmshare.cli.views import Order
+from libmshare.texts import Sharer
 
 _FAULTS: Final = "msharefs_faults_total"
 _ENDING: Final = frozenset({"q", "Q", "\x03", "\x04"})
@@ -107,24 +108,32 @@ def record(now: Seen, before: Seen | None, wanted: Wanted) -> dict[str, Any]:
         "root": now.root,
         "faults_per_second": now.rate(before),
         "regions": [
-            region.record()
-            | {
-                "saved": region.saved,
-                "faults_per_second": now.rate_of(before, region, "faults"),
-                "populated_per_second": now.rate_of(before, region, "populated"),
-            }
+            region_record(now, before, region)
             for region in listing.in_order(
                 shown, wanted.order, more=lambda each: now.rate_of(before, each, "faults") or 0
             )
         ],
         "processes": [
-            sharer.record()
-            | {"region": os.fsdecode(region.name)}
-            | dict(zip(("rss", "tables"), memory_of(sharer), strict=True))
+            sharer_record(region, sharer)
             for region, sharer in now.sharers
             if region.directory in names
         ],
     }
+
+
+def region_record(now: Seen, before: Seen | None, region: regions.Region) -> dict[str, Any]:
+    """A region's part of that; figures a second are None while they cannot be told."""
+    return region.record() | {
+        "saved": region.saved,
+        "faults_per_second": now.rate_of(before, region, "faults"),
+        "populated_per_second": now.rate_of(before, region, "populated"),
+    }
+
+
+def sharer_record(region: regions.Region, sharer: Sharer) -> dict[str, Any]:
+    """A sharer's, with memory and page tables of the whole process (bytes)."""
+    rss, tables = memory_of(sharer)
+    return sharer.record() | {"region": os.fsdecode(region.name), "rss": rss, "tables": tables}
 
 
 def live(timeout: float, wanted: Wanted) -> None:

@@ -401,8 +401,8 @@ def test_a_daemon_that_does_not_answer(mshare: Command, daemon: Daemon) -> None:
     assert [each["name"] for each in mshare.json("ls")][-1] == "r"
 
 
-@pytest.fixture
-def mute_mount(directory: Path) -> Iterator[Path]:
+@pytest.fixture(name="mute_mount")
+def mute_mount_fixture(directory: Path) -> Iterator[Path]:
     """A file system whose daemon takes requests and never answers.
 
     Who has made one waits in the kernel, and SIGKILL does not change that.

@@ -29,6 +29,7 @@ RUN = {
     "python.md": {"python"},  # the same
     "page-tables.md": {"sh"},  # tables/test_document.py
     "systemd.md": {"sh"},  # life/test_supply.py, and what life/test_systemd.py installs
+    "web.md": {"sh"},  # client/test_web.py
     "tutorial.md": {"console", "c", "python"},  # packages/test_packages.py
 }
 """What is run of each page, and by whom if it is not here."""

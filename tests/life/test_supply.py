@@ -17,7 +17,7 @@ from packaging.version import Version
 pytestmark = pytest.mark.shm_only
 
 PROJECT = TESTS.parent
-LOCKS = ("build", "runtime", "dev", "docs", "client", "lock")
+LOCKS = ("build", "runtime", "web", "dev", "docs", "client", "lock")
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
@@ -57,7 +57,8 @@ def declared() -> list[tuple[str, str]]:
     pairs = [("build", text) for text in document["build-system"]["requires"]]
     assert document["project"]["dependencies"] == []  # a client needs nothing
     for extra, texts in document["project"]["optional-dependencies"].items():
-        pairs += [("runtime" if extra == "daemon" else "dev", text) for text in texts]
+        lock = {"daemon": "runtime", "web": "web"}.get(extra, "dev")
+        pairs += [(lock, text) for text in texts]
     for group, texts in document["dependency-groups"].items():
         pairs += [(group, text) for text in texts if isinstance(text, str)]
     return pairs

@@ -1,0 +1,1 @@
+"""`mshare web`: a page that shows what is, in a browser of this machine."""
