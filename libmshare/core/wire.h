@@ -5,8 +5,8 @@
  * SOCK_SEQPACKET: one message is one call, one message its reply, and
  * descriptors travel with their message (SCM_RIGHTS).  A connection attaches one
  * region; its end is the end of the sharer.  Both ends are on one machine, so
- * integers have its byte order.  msharefsd/wire.py mirrors this file, and
- * tests/test_wire.py compares the two.
+ * integers have its byte order.  msharefsd/control/wire.py mirrors it, and
+ * tests/control/test_wire.py compares the two.
  */
 #ifndef MSHARE_WIRE_H
 #define MSHARE_WIRE_H
