@@ -168,8 +168,11 @@ def _data(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _memory_of(address: int) -> int:
-    """A descriptor of the memory that is mapped there; -1 if this process has lost its own."""
-    wanted = None
+    """A descriptor of the memory that is mapped there; -1 if this process has lost its own.
+
+    Only what has the memory's name is looked at: fstat(2) asks the server of any other file.
+    """
+    wanted, path = None, ""
     with open("/proc/self/maps", errors="surrogateescape") as file:
         for line in file:
             words = line.split(None, 5)
@@ -177,8 +180,11 @@ def _memory_of(address: int) -> int:
             if low <= address < high:
                 major, minor = (int(word, 16) for word in words[3].split(":"))
                 wanted = os.makedev(major, minor), int(words[4])
+                path = words[5].rstrip("\n") if len(words) > 5 else ""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") != path:
+                continue
             copy = os.dup(int(name))
             status = os.fstat(copy)
             if (status.st_dev, status.st_ino) == wanted:

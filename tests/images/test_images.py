@@ -389,6 +389,25 @@ def test_a_server_that_ignores_conditions(here: Daemon, sources: Sources) -> Non
             region.unlink()
 
 
+def test_descriptors_of_a_mount_that_is_dead_are_left_alone(
+    here: Daemon, make_daemon: Callable[..., Daemon], directory: Path
+) -> None:
+    """Whoever pushes looks for the one of the region's memory among all that there are."""
+    other = make_daemon().start()
+    with (other.mount / "mshare_info").open("rb"):
+        other.kill()
+        with Region.create("r", SIZE) as region:
+            region[0] = 1
+            counts = []
+            for _ in range(3):
+                region.push(f"file://{directory}/r.img")
+                counts.append(len(os.listdir("/proc/self/fd")))
+            region.unlink()
+    assert counts[0] == counts[1] == counts[2]
+    other.expected.append("taking down the mount")
+    other.start()
+
+
 def test_an_ordinary_user(here: Daemon, directory: Path) -> None:
     """With nothing but their own rights; and another's region is not taken for an image."""
     store = directory / "store"
