@@ -74,7 +74,9 @@ def free_pages() -> int:
 def test_who_removes_everything_is_not_told_to_reserve_huge_pages(daemon: Daemon) -> None:
     with no_free_huge_pages():
         daemon.start()
-        assert "no huge pages are reserved" in daemon.log()
+        # The machine may have some of its own.
+        warned = "no huge pages are reserved" in daemon.log()
+        assert warned == (Pool(Path("/nowhere"), HUGE).total() == 0)
         daemon.kill()
         done = daemon.purge()
     assert (done.returncode, "reserved" in done.stderr) == (0, False), done.stderr
