@@ -131,6 +131,8 @@ class Orphans:
             await self._guards.keep(sharer)
         except Refused as refused:
             log.error("a child of process %d: %s", parent, refused.message)
+        if sharer not in self._orphans:
+            self._guards.drop(sharer.number)  # it ended while that was under way
 
     @staticmethod
     async def _room(sharer: Sharer) -> None:

@@ -151,7 +151,8 @@ class Part:
 
     def protect(self, dice: random.Random, first: int, last: int) -> None:
         prot = dice.choice((BOTH, READ, 0))
-        self.call("mprotect", first, last, prot)
+        holes = any(page.kind == "hole" for page in self.pages[first:last])
+        assert self.call("mprotect", first, last, prot) == ("-12" if holes else "0")
         for page in self.pages[first:last]:
             if page.kind == "hole":
                 break
