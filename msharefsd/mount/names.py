@@ -194,9 +194,12 @@ def _from_row(row: SavedName) -> Name:
 def _is_abandoned(row: SavedName) -> bool:
     """Whether its maker died while no daemon was there, before it had memory.
 
-    (The number may be another process's by now: then it is left for the next time.)
+    (The number may be another process's by now: then it is left for the next time.  So is that
+    of a process which our pid namespace does not see, whose number is 0: it may live.)
     """
-    return bool(row.making) and not row.size and processes.state(row.creator) in ("", "Z", "X")
+    if not row.making or row.size or not row.creator:
+        return False
+    return processes.state(row.creator) in ("", "Z", "X")
 
 
 class Names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from test_filesystem import CONTEXT, ROOT, fails, files, regions  # noqa: F401 - fixtures
 
 from msharefsd.errors import Refused
+from msharefsd.journal.names import NamesJournal
 from msharefsd.link.messages import Extent
 from msharefsd.mount.filesystem import DETAILS, DETAILS_STRUCT, PLACE_STRUCT
 from msharefsd.mount.names import Name, Names
@@ -106,3 +108,15 @@ async def test_a_region_is_found_by_its_identity(files: Any, regions: Names) -> 
     await fails(errno.ENOENT, files.lookup(ROOT, path, CONTEXT))
     for unknown in (b".identity-", b".identity-" + b"0" * 32, path.upper(), path + b"0"):
         await fails(errno.ENOENT, files.lookup(ROOT, unknown, CONTEXT))
+
+
+def test_a_name_whose_maker_is_not_seen_is_there_for_the_next_daemon(tmp_path: Path) -> None:
+    """In another pid namespace it has no number, and may live; who is known to be dead does not."""
+    journal = NamesJournal(tmp_path)
+    names = Names(UNIT, journal=journal)
+    names.create(b"unseen", 0o600, 1, 1, making=True)
+    names.create(b"dead", 0o600, 1, 1, creator=(1 << 22) + 1, making=True)  # beyond pid_max
+    journal.close()
+    journal = NamesJournal(tmp_path)
+    assert [each.name for each in Names(UNIT, journal=journal)] == [b"unseen"]
+    journal.close(remove=True)
