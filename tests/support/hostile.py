@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -161,6 +161,31 @@ def also(function: Callable[[], object], uid: int = 0) -> int:
     except BaseException:  # noqa: BLE001 - the attack must not go on here
         traceback.print_exc()
     os._exit(1)
+
+
+def at_once(evil: Evil, prepares: Sequence[Callable[[], Callable[[], object]]]) -> None:
+    """A process for each: what its `prepare` returns is done when all are prepared.
+
+    One that begins while others of hers attack already may be the one whom they hold up.
+    """
+    prepared, ready = os.pipe()
+    may_begin, begin = os.pipe()
+    begun, has_begun = os.pipe()
+
+    def one(prepare: Callable[[], Callable[[], object]]) -> None:
+        act = prepare()
+        os.write(ready, b"x")
+        os.read(may_begin, 1)
+        act()
+        os.write(has_begun, b"x")
+
+    for each in prepares:
+        also(lambda prepare=each: one(prepare))  # type: ignore[misc] # a default
+    for _ in prepares:
+        os.read(prepared, 1)
+    os.write(begin, bytes(len(prepares)))
+    for _ in prepares:
+        os.read(begun, 1)
 
 
 def _ends_with_parent() -> None:
@@ -795,27 +820,31 @@ def hold_address_space(evil: Evil, *then: Callable[[], object]) -> None:
 
 @attack("the address space's lock, by /proc/self/mem", needs_hung=True)
 def address_space_lock(evil: Evil) -> None:
+    _lock_address_space(evil, _to_be_locked(evil))
+    evil.held()
+
+
+def _to_be_locked(evil: Evil) -> Attached:
     one = evil.create()
     one.mmap(0, one.size, 3, SHARED | ANONYMOUS)
+    return one
+
+
+def _lock_address_space(evil: Evil, one: Attached) -> None:
     anonymous = SHARED | ANONYMOUS | syscalls.MAP_FIXED
     read_only = message(Op.MMAP, (0, PAGE, 0, 1, anonymous))  # it is armed
     hold_address_space(evil, lambda: one.byte(4 * PAGE), lambda: one.byte(one.size - PAGE))
     one.send(read_only)
-    evil.held()
 
 
 @attack("the same in all that a process forks", needs_hung=True)
 def address_space_locks(evil: Evil) -> None:
-    def lock() -> None:
-        address_space_lock(evil)
+    def prepare() -> Callable[[], None]:
+        one = _to_be_locked(evil)
+        return lambda: _lock_address_space(evil, one)
 
-    one = evil.ready
-    reader, evil.ready = os.pipe()
-    for _ in range(6):
-        also(lock)
-    for _ in range(6):
-        os.read(reader, 1)
-    os.write(one, b"x")
+    at_once(evil, [prepare] * 6)
+    evil.held()
 
 
 @attack("the address space's lock, by a debugger", needs_hung=True)
@@ -1270,26 +1299,17 @@ def writer_lock(evil: Evil) -> None:
 )
 def writers_let_go(evil: Evil) -> None:
     """The last descriptor of each userfaultfd is the daemon's: its close takes the lock."""
-    said = evil.ready
-    reader, evil.ready = os.pipe()
-    may_begin, begin = os.pipe()
 
-    def lock() -> None:
+    def prepare() -> Callable[[], None]:
         mine = evil.join(evil.alice)
         mine.byte(0)
         os.close(mine.uffd)
-        evil.held()
-        os.read(may_begin, 1)  # who comes after the first lock is not let in
-        hold_address_space(
+        return lambda: hold_address_space(
             evil, lambda: syscalls.mmap(None, PAGE, 1, PRIVATE | ANONYMOUS, -1, 0), mine.sock.close
         )
 
-    for _ in range(6):
-        also(lock)
-    for _ in range(6):
-        os.read(reader, 1)
-    os.write(begin, bytes(6))
-    os.write(said, b"x")
+    at_once(evil, [prepare] * 6)
+    evil.held()
 
 
 @attack("readers that are stopped, with userfaultfds that block", on_alice=True)

@@ -174,8 +174,14 @@ def seaweedfs() -> Iterator[S3]:
             "-volume.max=50",
             *(f"-{name}={port}" for name, port in zip(names.split(), ports, strict=True)),
         ]
-        with _running(_program("weed"), arguments, directory, ports[6]) as server:
-            yield server
+        try:
+            with _running(_program("weed"), arguments, directory, ports[6]) as server:
+                yield server
+        finally:
+            # It makes sockets in /tmp, whatever TMPDIR says, and leaves them.
+            for port in ports:
+                for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                    path.unlink()
 
 
 @contextlib.contextmanager
