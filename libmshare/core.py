@@ -175,6 +175,13 @@ _library.mshare_apart_begin.argtypes = [ctypes.POINTER(Apart)]
 _library.mshare_apart_make.argtypes = [ctypes.POINTER(Apart)]
 _library.mshare_apart_make.restype = None
 _library.mshare_apart_wait.argtypes = [ctypes.POINTER(Apart), ctypes.c_int]
+_library.mshare_await.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
+_library.mshare_fill.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_uint64),
+]
 _library.mshare_heap.argtypes = [ctypes.POINTER(OpenRegion)]
 _library.mshare_alloc.argtypes = [
     ctypes.POINTER(OpenRegion),
@@ -223,6 +230,7 @@ MAP_FIXED: Final = 0x10
 MAP_FIXED_NOREPLACE: Final = 0x100000
 _MAP_NORESERVE: Final = 0x4000
 _MS_SYNC: Final = 4
+_NOWHERE: Final = (1 << 64) - 1
 
 
 class RegionInfo(NamedTuple):
@@ -394,6 +402,26 @@ def mshare_atomic(
 def mshare_madvise(addr: int, length: int, advice: int) -> None:
     """madvise(2), in a region for every sharer.  Raises OSError."""
     _check_range(_library.mshare_madvise(addr, length, advice), addr, length)
+
+
+def mshare_await(addr: int, length: int, prot: int, flags: int) -> None:
+    """Map memory of a region whose contents mshare_fill() will bring; bytes, in whole pages.
+
+    `flags` is mmap.MAP_SHARED or MAP_PRIVATE.  Raises OSError.
+    """
+    _check_range(_library.mshare_await(addr, length, prot, flags), addr, length)
+
+
+def mshare_fill(addr: int, length: int, memory: int) -> int | None:
+    """Bring the contents that the memfd has, from its first byte on; bytes, in whole pages.
+
+    The offset in the region at which somebody waits for other contents, or None.
+    Raises OSError: ENOMEM, EDQUOT.
+    """
+    wanted = ctypes.c_uint64()
+    code = _library.mshare_fill(addr, length, memory, ctypes.byref(wanted))
+    _check_range(code, addr, length)
+    return None if wanted.value == _NOWHERE else wanted.value
 
 
 def alignment(root: str | None = None) -> int:

@@ -121,6 +121,15 @@ void mshare_apart_make(struct mshare_apart *apart);
  */
 int mshare_apart_wait(struct mshare_apart *apart, int milliseconds);
 
+/* bring.c: for the Python package. */
+/* Map memory whose contents will be brought by mshare_fill(), in place of what is there. */
+int mshare_await(void *addr, size_t length, int prot, int flags);
+/*
+ * Bring them: those of the memfd, from its first byte on.  `wanted`: the offset in the region
+ * at which somebody waits for what is still to come, or UINT64_MAX.
+ */
+int mshare_fill(void *addr, size_t length, int fd, uint64_t *wanted);
+
 /* waiting.c */
 /* For one call of a program, however many daemons die in it; begins as zeros. */
 struct waiting {

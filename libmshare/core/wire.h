@@ -70,6 +70,16 @@ enum mshare_wire_op {
 	 * attachment.  fd: the backing.  ESTALE: there is none any more.
 	 */
 	MSHARE_WIRE_REJOIN = 14,
+	/*
+	 * On one object, which is mapped there in place of what is: its contents will be
+	 * brought, and who touches it waits for them.  flags: MAP_SHARED or MAP_PRIVATE.
+	 */
+	MSHARE_WIRE_AWAIT = 15,
+	/*
+	 * The range of one object is brought.  fd: a memfd that has the contents, from its
+	 * first byte on.  What is not awaited is left as it is.  Reply: WANTED.
+	 */
+	MSHARE_WIRE_FILL = 16,
 };
 
 /* The op of a message that answers no call: see READY. */
@@ -86,6 +96,7 @@ enum mshare_wire_op {
 #define MSHARE_WIRE_DONATE 2u         /* ATTACH: copy your memory, then COMMIT */
 #define MSHARE_WIRE_USER_MODE_ONLY 4u /* USERFAULTFD: none to be had; user-mode faults only */
 #define MSHARE_WIRE_PROTECTED 8u      /* ATTACH, COMMIT: ask READY before opening the window */
+#define MSHARE_WIRE_WANTED 16u /* FILL: somebody waits for what is to come at the offset `start` */
 
 /* What holds the pages of a region that ATTACH creates */
 #define MSHARE_WIRE_BACKING_DEFAULT 0u /* what the daemon is set to */

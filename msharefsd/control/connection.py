@@ -30,6 +30,7 @@ from msharefsd.barriers import barrier
 from msharefsd.control import wire
 from msharefsd.control.attach import Attaching
 from msharefsd.control.calls import Calls
+from msharefsd.control.contents import Contents
 from msharefsd.control.control import Control
 from msharefsd.control.peer import peer_of
 from msharefsd.control.receiving import (
@@ -64,6 +65,7 @@ class Connection:
         self._state = Sharing(control, self._peer, region, self._send_note)
         self._attaching = Attaching(self._state)
         self._calls = Calls(self._state)
+        self._contents = Contents(self._state)
         self._noted = False
         self._is_far = control.pages.lanes.needs_one(self._peer.uid)
 
@@ -225,6 +227,28 @@ class Connection:
 
     async def _handle(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
         """One call; takes from `fds` what it keeps."""
+        reply = Reply(request.op)
+        match request.op:
+            case Op.READY:
+                await self._calls.ready()
+            case Op.DETACH:
+                self._state.need_attached()
+                await self._state.give_up()
+            case Op.UNLINK:
+                self._state.need_attached()
+                await self._state.detach_and_unlink()
+            case Op.AWAIT | Op.FILL:
+                reply = await self._contents.call(request, fds)
+                self._state.progress()
+            case Op.MMAP | Op.MUNMAP | Op.MPROTECT | Op.MSYNC | Op.DISCARD:
+                await self._calls.change(request, fds)
+                self._state.progress()
+            case _:
+                return await self._attach(request, fds)
+        return reply, None
+
+    async def _attach(self, request: Request, fds: list[int]) -> tuple[Reply, int | None]:
+        """A call by which a process becomes a sharer, or is about to."""
         match request.op:
             case Op.ATTACH:
                 return await self._attaching.attach(request, fds)
@@ -236,17 +260,6 @@ class Connection:
                 return self._attaching.userfaultfd(request, fds)
             case Op.VMA_FILE:
                 return await self._attaching.vma_file(request, fds)
-            case Op.NEED:
+            case _:  # NEED
                 self._attaching.need(request.size)
-            case Op.READY:
-                await self._calls.ready()
-            case Op.DETACH:
-                self._state.need_attached()
-                await self._state.give_up()
-            case Op.UNLINK:
-                self._state.need_attached()
-                await self._state.detach_and_unlink()
-            case _:
-                await self._calls.change(request, fds)
-                self._state.progress()
         return Reply(request.op), None

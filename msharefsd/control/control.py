@@ -16,6 +16,7 @@ from msharefsd.linux.features import Capabilities
 from msharefsd.linux.processes import Deaths
 from msharefsd.memory.kept import Files
 from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.bringing import Bringing
 from msharefsd.paging.server import PageServer
 from msharefsd.region.region import Region, Sharer, region_of_file
 from msharefsd.region.registry import Regions
@@ -54,6 +55,7 @@ class Control:
     regions: Regions
     pages: PageServer
     spaces: AddressSpaces
+    bringing: Bringing
     features: Capabilities
     deaths: Deaths
     metrics: Metrics

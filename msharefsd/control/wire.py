@@ -47,12 +47,16 @@ class Op(IntEnum):
     DISCARD = 12
     NEED = 13
     REJOIN = 14
+    AWAIT = 15
+    FILL = 16
 
 
 NOTE: Final = 0x4E
 """The `op` of a message that answers no call: ask READY before you open your window."""
 
-_ONE_OBJECT: Final = frozenset({Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.MSYNC, Op.DISCARD})
+_ONE_OBJECT: Final = frozenset(
+    {Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.MSYNC, Op.DISCARD, Op.AWAIT, Op.FILL}
+)
 
 
 class RequestFlag(IntFlag):
@@ -82,6 +86,7 @@ class ReplyFlag(IntFlag):
     DONATE = 2
     USER_MODE_ONLY = 4
     PROTECTED = 8
+    WANTED = 16
 
 
 NO_FLAGS: Final = ReplyFlag(0)

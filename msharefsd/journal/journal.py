@@ -53,7 +53,8 @@ CREATE TABLE files (
     uid INTEGER NOT NULL,
     may_write INTEGER NOT NULL,
     path BLOB NOT NULL,
-    major INTEGER NOT NULL, minor INTEGER NOT NULL, inode INTEGER NOT NULL
+    major INTEGER NOT NULL, minor INTEGER NOT NULL, inode INTEGER NOT NULL,
+    awaited INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE objects (
     region INTEGER NOT NULL REFERENCES regions ON DELETE CASCADE,
@@ -109,7 +110,7 @@ class Journal(Database):
     """What one pager does."""
 
     file = "journal.sqlite"
-    schema = 4
+    schema = 5
     tables = _TABLES
     volatile = ("regions", "files")
     share = 16

@@ -37,6 +37,7 @@ class SavedFile(NamedTuple):
     major: int
     minor: int
     inode: int
+    awaited: int
 
 
 class SavedObject(NamedTuple):

@@ -43,6 +43,9 @@ class MappedFile:
     user lets go.
     """
 
+    takes_writes = True
+    """Whether what is written to a shared mapping goes to it."""
+
     def __init__(
         self,
         fd: int,
@@ -185,6 +188,18 @@ def check_mappable(fd: int, *, shared: bool, write: bool) -> bool:
             raise Refused(errno.EPERM, "the memfd is sealed against writing")
         may_write = False
     return may_write
+
+
+def check_memory(fd: int) -> None:
+    """Raise Refused(EINVAL) unless it is a memfd, or a file of tmpfs or hugetlbfs.
+
+    Only those have seals (memfd_get_seals(), mm/memfd.c).  To read one asks no server.
+    """
+    check_mappable(fd, shared=False, write=False)
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise Refused(errno.EINVAL, "what is brought comes in a memfd") from error
 
 
 def _is_sealed(fd: int) -> bool:

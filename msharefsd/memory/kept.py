@@ -14,6 +14,7 @@ from msharefsd.journal.database import unsigned
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedFile
 from msharefsd.linux import syscalls
+from msharefsd.memory.awaited import Awaited
 from msharefsd.memory.files import MappedFile
 from msharefsd.telemetry.labels import label
 from msharefsd.threads.disposal import Disposal
@@ -66,8 +67,17 @@ class Files:
             raise
         return file
 
+    def awaited(self, uid: int) -> Awaited:
+        """Contents that somebody will bring."""
+        return self._awaited(next(self._keys), uid)
+
+    def _awaited(self, key: int, uid: int) -> Awaited:
+        return Awaited(uid, close=partial(self._close, key, uid), key=key)
+
     def restore(self, saved: SavedFile, fd: int) -> MappedFile:
         """A file that another daemon had; `fd` is -1 if its descriptor was lost."""
+        if saved.awaited:
+            return self._awaited(saved.key, saved.uid)
         path, inode = label(saved.path), unsigned(saved.inode)
         if fd >= 0:
             found = syscalls.identify(fd)

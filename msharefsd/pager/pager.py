@@ -51,6 +51,7 @@ from msharefsd.pager import purging
 from msharefsd.pager.accepting import Accepting
 from msharefsd.pager.dialog import Dialog, FrontEndedError
 from msharefsd.paging.addressspace import AddressSpaces
+from msharefsd.paging.bringing import Bringing
 from msharefsd.paging.collapse import Collapser
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.writeback import Writeback
@@ -260,6 +261,7 @@ class _Pager:
                 regions,
                 pages,
                 spaces,
+                Bringing(threads, self._journal, pages, spaces),
                 found,
                 deaths,
                 self._metrics,

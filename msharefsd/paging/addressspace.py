@@ -103,7 +103,7 @@ class AddressSpaces:
                     await self._server.poison.clear(pages, new.offset, new.length, empty=True)
                     removal.alive(region)
                     self._journal.cleared(region.id)
-                    await _let_go_of_plain(region, new)
+                    await let_go_of_plain(region, new)
 
     async def _thin_out(self, region: Region, start: int, end: int) -> None:
         """Take objects out until few are left in the range: those go in one piece.
@@ -126,7 +126,7 @@ class AddressSpaces:
         """
         removed = region.objects.insert(new) if new else region.objects.remove(offset, length)
         try:
-            with self._forgetting(region, [(offset, offset + length)]):
+            with forgetting(self._journal, region, [(offset, offset + length)]):
                 save_objects(
                     self._journal,
                     region,
@@ -145,19 +145,6 @@ class AddressSpaces:
             new.file.hold()
         removal.let_go(region, removed)
         return removed
-
-    @contextlib.contextmanager
-    def _forgetting(self, region: Region, ranges: list[tuple[int, int]]) -> Iterator[None]:
-        """With what is written down meanwhile: nothing in these is put any more."""
-        watch = pages_of(region).watch
-        if watch is None:
-            yield
-            return
-        with self._journal.transaction():
-            watch.write_gone(ranges)
-            yield
-        for start, end in ranges:
-            watch.forget(start, end)
 
     async def _finish_removal(
         self, region: Region, offset: int, length: int, removed: list[Object]
@@ -220,6 +207,8 @@ class AddressSpaces:
         if prot & ~_PROTECTIONS:
             raise Refused(errno.EINVAL, "unknown protection bits")
         async with region.change:
+            if prot == syscalls.PROT_NONE:
+                await _check_awaited(region, offset, length)
             at, end, breath = offset, offset + length, Breath()
             while (item := region.objects.first(at, end)) is not None and item.offset == at:
                 new = replace(item, prot=prot)
@@ -290,7 +279,7 @@ class AddressSpaces:
             removal.alive(region)
             await self._server.poison.clear(pages_of(region), new.offset, new.length)
             removal.alive(region)
-        await _let_go_of_plain(region, new)
+        await let_go_of_plain(region, new)
 
     def _prepare_to_protect(self, region: Region, new: Object) -> None:
         assert region.backing is not None
@@ -344,13 +333,16 @@ class AddressSpaces:
         async with region.change:
             if region.backing is None:
                 return
+            await _check_awaited(region, offset, length)
             # Nobody may write to what the next daemon would discard again.
             with removal.leaving(region, offset, offset + length), _to_the_end():
                 private = await removal.some_private(region, offset, offset + length)
                 while True:
                     after = private[-1].end if private else offset + length
                     rest = await removal.some_private(region, after, offset + length)
-                    with self._forgetting(region, [(item.offset, item.end) for item in private]):
+                    with forgetting(
+                        self._journal, region, [(item.offset, item.end) for item in private]
+                    ):
                         save_objects(
                             self._journal,
                             region,
@@ -379,7 +371,21 @@ def _to_the_end() -> trio.CancelScope:
     return trio.CancelScope(shield=True)
 
 
-async def _let_go_of_plain(region: Region, new: Object) -> None:
+@contextlib.contextmanager
+def forgetting(journal: Journal, region: Region, ranges: list[tuple[int, int]]) -> Iterator[None]:
+    """With what is written down meanwhile: nothing in these is put any more."""
+    watch = pages_of(region).watch
+    if watch is None:
+        yield
+        return
+    with journal.transaction():
+        watch.write_gone(ranges)
+        yield
+    for start, end in ranges:
+        watch.forget(start, end)
+
+
+async def let_go_of_plain(region: Region, new: Object) -> None:
     """An object is there now: if its memory is plain nobody need look at what comes there.
 
     But for what is in the stash: zeros in its place would be wrong.
@@ -389,6 +395,19 @@ async def _let_go_of_plain(region: Region, new: Object) -> None:
         return
     if backing.stash is None or backing.stash.next_data(new.offset) >= new.end:
         await protection.disarm(pages, new.offset, new.end)
+
+
+async def _check_awaited(region: Region, offset: int, length: int) -> None:
+    """Raise Refused(EBUSY) if contents of the range are still to be brought.
+
+    They would come to where nothing is to come any more.
+    """
+    breath, at, end = Breath(), offset, offset + length
+    while (item := region.objects.first(at, end)) is not None:
+        if item.awaited:
+            raise Refused(errno.EBUSY, "its contents are still to come: wait until it is filled")
+        at = item.end
+        await breath.take()
 
 
 def _splits(region: Region, start: int, end: int) -> int:

@@ -80,8 +80,11 @@ class Fills:
         self._seldom = Seldom()
 
     def join(self, found: Object, waiting: Waiting) -> bool:
-        """Wait for who reads the page just now; False if nobody does, or it is in the stash."""
+        """Wait for who reads or brings the page; False if nobody does, or it is in the stash."""
         region = waiting.window.region
+        if found.awaited:
+            pages_of(region).awaiting.add(waiting.window, waiting.offset)
+            return True
         fill = pages_of(region).filling(found.file, waiting.offset)
         if fill is None or region.backing is None or region.backing.is_stashed(waiting.offset):
             return False

@@ -14,6 +14,7 @@ from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.linux.uffd import Fault, Mode
 from msharefsd.memory.buffers import BUFFER
 from msharefsd.memory.files import MappedFile
+from msharefsd.paging.awaiting import Awaiting
 from msharefsd.paging.dirty import Dirty
 from msharefsd.paging.watch import Watch
 from msharefsd.paging.window import Window, window_of
@@ -64,6 +65,8 @@ class Pages:
     """If somebody untrusted can read it: what belongs there."""
     dirty: Dirty = field(default_factory=Dirty)
     """Pages of shared file mappings that are to be written back."""
+    awaiting: Awaiting = field(default_factory=Awaiting)
+    """Who waits for contents that somebody is to bring."""
     leaving: Ranges = field(default_factory=Ranges)
     """Ranges that are being replaced: who faults there waits until that is done."""
     held: bool = False

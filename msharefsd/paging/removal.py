@@ -35,7 +35,7 @@ def leaving(region: Region, start: int, end: int) -> Iterator[None]:
         yield
     finally:
         pages.leaving.clear()
-        if pages.held:
+        if pages.held or pages.awaiting:
             pages.held = False
             protection.wake(region, start, end)
 

@@ -108,12 +108,12 @@ class PageServer:
         far_reader = uffd.Reader(nowait=capabilities.nowait, may_wait=True)
         self.lanes = Lanes(owner, far_reader, self._background, self.give_up)
         self.fresh = Fresh()
-        self._populate = Populate(metrics, self.fresh, region_memory)
+        self.populate = Populate(metrics, self.fresh, region_memory)
         self._hunger = Hunger()
         self.fills = Fills(
-            threads, self._populate, self._background, self._settled, self._not_settled
+            threads, self.populate, self._background, self._settled, self._not_settled
         )
-        self.poison = Poison(capabilities, journal, self._populate, self.fills, self._hunger)
+        self.poison = Poison(capabilities, journal, self.populate, self.fills, self._hunger)
         self._violations = Violations(capabilities, self.poison, self._background)
         self.watching = Watching(
             capabilities, journal, metrics, threads, self._background, region_memory
@@ -242,6 +242,7 @@ class PageServer:
     def _forget(self, window: Window) -> None:
         """A sharer is going: whoever waits there looks again (and finds no server)."""
         self._hunger.forget(window)
+        pages_of(window.region).awaiting.forget(window)
         if window.detached:
             return
         with contextlib.suppress(OSError):
@@ -265,7 +266,7 @@ class PageServer:
 
     def check_memory(self, region: Region) -> None:
         """Raise Refused(EDQUOT) if a region has more than its limits, by a donor's writing."""
-        self._populate.check_memory(region)
+        self.populate.check_memory(region)
 
     def starve(self, window: Window, start: int, end: int) -> None:
         """What is poisoned there, and an object's, is to be populated when it can be."""
@@ -346,7 +347,7 @@ class PageServer:
         self, window: Window, chunk: tuple[int, int], found: Object, offset: int, fault: Fault
     ) -> Outcome:
         """The page at `offset` of an object, and its chunk as far as it goes."""
-        part = self._populate.part(window.region, found, chunk, offset)
+        part = self.populate.part(window.region, found, chunk, offset)
         if part is None:
             if self.watching.relieve(window, offset):
                 self._later = True
@@ -355,7 +356,7 @@ class PageServer:
         if found.file is not None and not part.stashed:
             self.fills.read(found, part.start, part.end, self._wait(window, offset, fault))
             return Outcome.DONE
-        outcome = self._populate.around(window, found, part, offset)
+        outcome = self.populate.around(window, found, part, offset)
         if outcome is Outcome.NO_MEMORY:
             return self._no_memory(window, offset, fault.thread)
         if outcome is Outcome.STRANGE:

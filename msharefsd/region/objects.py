@@ -14,6 +14,7 @@ from typing import Final
 from sortedcontainers import SortedDict
 
 from msharefsd.linux import syscalls
+from msharefsd.memory.awaited import Awaited
 from msharefsd.memory.files import MappedFile
 
 MOST_OBJECTS: Final = 65530
@@ -54,7 +55,12 @@ class Object:
     @property
     def written_back(self) -> bool:
         """Whether what is written goes to a file."""
-        return self.file is not None and not self.private
+        return self.file is not None and self.file.takes_writes and not self.private
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody brings its contents, and they are not there yet."""
+        return isinstance(self.file, Awaited)
 
     @property
     def guarded(self) -> bool:
@@ -208,6 +214,12 @@ class ObjectMap:
     def uses(self, file: MappedFile) -> bool:
         """Whether any object is of that mapping of a file."""
         return file in self._uses
+
+    def awaited(self) -> int:
+        """How many bytes of it are still to be brought."""
+        if not any(isinstance(file, Awaited) for file in self._uses):
+            return 0
+        return sum(item.length for item in self if item.awaited)
 
     def files(self) -> Iterable[MappedFile]:
         """Each mapped file once."""

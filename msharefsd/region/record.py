@@ -8,6 +8,7 @@ from functools import partial
 from msharefsd.journal.database import signed
 from msharefsd.journal.journal import Journal
 from msharefsd.journal.rows import SavedFile, SavedObject, SavedRegion, SavedSharer
+from msharefsd.memory.awaited import Awaited
 from msharefsd.memory.files import MappedFile
 from msharefsd.memory.names import stamp
 from msharefsd.region.objects import Object
@@ -73,6 +74,7 @@ def _file_row(file: MappedFile) -> SavedFile:
         identity.major,
         identity.minor,
         signed(identity.inode),
+        isinstance(file, Awaited),
     )
 
 

@@ -38,6 +38,7 @@ def info(region: Region) -> str:
         ("mode", f"{region.mode:04o}"),
         ("owner", f"{region.uid}:{region.gid}"),
         ("memory", region.allocated()),
+        ("awaited", region.objects.awaited()),
         ("objects", len(region.objects)),
         ("sharers", len(region.sharers)),
         ("faults", region.counts.faults),
@@ -68,7 +69,9 @@ def maps(region: Region) -> Iterator[str]:
                 ("x", syscalls.PROT_EXEC),
             )
         )
-        if item.file is None:
+        if item.awaited:
+            file, name = "00000000 00:00 0", f"[awaited:{region.label()}]"
+        elif item.file is None:
             file = "00000000 00:00 0"
             name = f"[{'anon' if item.private else 'anon_shmem'}:{region.label()}]"
         else:

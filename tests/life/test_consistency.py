@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon, watched
+from stops import arm, reached
 from test_lost_state import checkpoint, journals
-from test_restart import LACKS, MATRIX, Series, Stage, arm, dies_at, reached, series_for
+from test_restart import LACKS, MATRIX, Series, Stage, dies_at, series_for
 from test_restart import series_fixture as _series_fixture  # noqa: F401 - what the tests ask for
 from test_restart import step_fixture as _step_fixture  # noqa: F401 - the same
 

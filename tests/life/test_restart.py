@@ -37,9 +37,10 @@ from conftest import (
     temporary,
     watched,
 )
+from stops import arm, may_stop, reached, stopped
 
 from msharefsd.control.wire import Op, RequestFlag
-from msharefsd.linux import mounts, processes, syscalls, uffd
+from msharefsd.linux import mounts, syscalls, uffd
 
 SIZE = 4 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -61,11 +62,6 @@ def often(directory: Path) -> str:
     settings = directory / "settings.toml"
     settings.write_text("collapse_seconds = 0.2\n")
     return f"--config={settings}"
-
-
-def stopped(pid: int) -> bool:
-    """Whether a process has stopped itself."""
-    return processes.state(pid) == "T"
 
 
 def launch_parked(daemon: Daemon, barrier: str) -> None:
@@ -198,7 +194,7 @@ class Series:
         daemon = Daemon(directory, f"--alignment={ALIGNMENT}")
         daemon.expected += [STALE, LACKS, "cannot be used", "No space left", "make room"]
         daemon.expected += ["cannot be written", "cannot write"]
-        daemon.variables = {"MSHAREFSD_PARK": f"@{directory / 'barrier'}"}
+        may_stop(daemon)
         if self._cramped:
             self.disk = enter(_small_file_system(directory / "disk"))
             daemon.run = self.disk / "run"
@@ -244,19 +240,6 @@ def step_fixture(series: Series) -> Iterator[Stage]:
     made = series.step()
     with watched([made.daemon]):
         yield made
-
-
-def arm(daemon: Daemon, barrier: str) -> None:
-    """It runs, and will stop there."""
-    file = daemon.directory / "barrier"
-    file.with_suffix(".new").write_text(barrier)
-    file.with_suffix(".new").rename(file)
-
-
-def reached(daemon: Daemon) -> None:
-    """Wait until it is there; it would not stop there again."""
-    eventually(lambda: any(map(stopped, daemon.processes())), "the barrier")
-    (daemon.directory / "barrier").unlink()
 
 
 def kill_and_arm(daemon: Daemon, barrier: str) -> None:

@@ -450,7 +450,7 @@ async def test_what_is_copied_too_late_is_not_copied(
         return results[-1]
 
     monkeypatch.setattr(uffd, "copy", slowly)
-    populate = world.server._populate
+    populate = world.server.populate
     buffer, address = populate.buffers.take(PAGE), None
     if content:
         buffer.view[:PAGE] = content * PAGE
@@ -485,7 +485,7 @@ async def test_what_cannot_be_protected_is_not_shown(
     plain(world, READ)
     protection.arm(pages, 0, 16 * PAGE)
     await world.lock(lock)
-    outcome = world.server._populate.put(world.window, 0, PAGE, None, guarded=True)
+    outcome = world.server.populate.put(world.window, 0, PAGE, None, guarded=True)
     assert outcome is Outcome.RETRY
     assert pages.behind == {world.window}
     world.touch(PAGE)  # whoever it is
