@@ -255,13 +255,16 @@ class Region:
         digest: str | None = None,
         abi: str | None = None,
         mode: int = _DEFAULT_MODE,
+        wait: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> Region:
         """The region of an image in an object store: fetched, unless it is here already.
 
-        It lies where the one lay that was pushed, with the same contents and protections, and
-        is under its name when all of it is there.  If it is here, pulled by this user or root,
-        that one is attached; of several that pull it at one time one fetches.
+        It lies where the one lay that was pushed, with the same contents and protections.  All
+        of it is there when this returns; others may attach it before, and what they touch is
+        fetched first.  If it is here, pulled by this user or root, that one is attached; of
+        several that pull it at one time one fetches.  If a pull of it was killed, this one goes
+        on with what is left.
 
         `url`: of its manifest: s3://bucket/wiki.img, gs, az, http, https, file.  Credentials are
         the platform's, or those of sources.toml; see docs/beyond.md.
@@ -271,18 +274,51 @@ class Region:
         no store.
         `abi`: what the image has to say of its layout.
         `mode`: of the region's file.
-        `progress`: told bytes, and of how many, again and again.
+        `wait`: False returns as soon as the region can be used, and another process of this
+        user fills it; see `filled`.
+        `progress`: told bytes, and of how many, again and again; not without `wait`.
 
         Raises ImageError for what the store has or does (its errno says which), RegionExists if
         the name is another region's, NoMemory if it does not fit, AddressTaken, ValueError, and
-        OSError as create().  Then there is nothing new.  Needs obstore.
+        OSError as create().  Then there is nothing new, but if another process has attached the
+        region meanwhile: it waits for what it touches until somebody pulls the rest.
+        Needs obstore.
         """
-        from libmshare.images.pull import pull  # noqa: PLC0415 - few need it, and its imports
+        from libmshare.images.pull import name_of, pull  # noqa: PLC0415 - few need it, and its imports
 
-        more = {} if progress is None else {"progress": progress}
-        region = pull(url, name, backing=backing, digest=digest, abi=abi, mode=mode, **more)
+        if not wait and progress is not None:
+            raise ValueError("who does not wait is told of no progress")
+        called = name_of(url) if name is None else name
+        how = (backing, digest, abi, mode)
+        if wait:
+            region = pull(url, called, *how, progress=progress)
+        else:
+            from libmshare.images import fetcher  # noqa: PLC0415 - as above
+
+            region = fetcher.attach(url, called, *how)
         region._warn = True
         return region
+
+    @property
+    def filled(self) -> bool:
+        """Whether all that it is pulled from has come: nobody waits for any of it any more.
+
+        Raises OSError if this process may not read what the mount tells of the region.
+        """
+        from libmshare.images.told import Told  # noqa: PLC0415 - as above
+
+        self._opened()
+        return Told(self).awaited() == 0
+
+    def wait_filled(self, timeout: float | None = None) -> None:
+        """Wait until it is filled, for up to so many seconds.
+
+        Raises TimeoutError; Stale if the region is gone; OSError as `filled`.
+        """
+        from libmshare.images.told import wait_filled  # noqa: PLC0415 - as above
+
+        self._opened()
+        wait_filled(self, timeout)
 
     def push(
         self,

@@ -430,16 +430,16 @@ def pull(
         str | None, typer.Option(metavar="TAG", help="what the image has to say of its layout")
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="until all of it is there: so it is in any case")
-    ] = False,
+        bool,
+        typer.Option("--wait/--no-wait", help="until all of it is there, or in the background"),
+    ] = True,
 ) -> None:
     """Make the region of an image, at its address, unless it is here already."""
     from libmshare.cli import images
 
-    del wait
     kind = None if backing is None else backing.value
     called = None if name is None else os.fsencode(name)
-    images.pull(url, called, _mode(mode), kind, digest, abi)
+    images.pull(url, called, _mode(mode), kind, digest, abi, wait=wait)
 
 
 @app.command()

@@ -45,11 +45,14 @@ def pull(
     backing: str | None,
     digest: str | None,
     abi: str | None,
+    *,
+    wait: bool,
 ) -> None:
     """Make the region of an image.  Raises CommandError."""
     if name is not None:
         regions.check_name(name)
-    _tell_region(_follow("pulling", partial(_pull, url, name, mode, backing, digest, abi)))
+    call = partial(_pull, url, name, mode, backing, digest, abi, wait=wait)
+    _tell_region(_follow("pulling", call))
 
 
 def load(
@@ -109,6 +112,8 @@ def _pull(
     digest: str | None,
     abi: str | None,
     tell: Tell,
+    *,
+    wait: bool,
 ) -> Result:
     from libmshare.region import Region  # noqa: PLC0415 - in the child
 
@@ -121,7 +126,8 @@ def _pull(
             digest=digest,
             abi=abi,
             mode=mode,
-            progress=lambda done, of: tell((done, of)),
+            wait=wait,
+            progress=(lambda done, of: tell((done, of))) if wait else None,
         )
         with region:
             return {"name": region.name, "start": region.start, "size": region.size}

@@ -9,18 +9,41 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import threading
 from typing import TYPE_CHECKING
 
 from libmshare import core
 from libmshare.errors import ImageError
 from libmshare.images import crew, unnamed
 from libmshare.images.manifest import PART
-from libmshare.images.pull import Fill, pages_of
 from libmshare.images.store import Store, Url
+from libmshare.images.told import Told
 from libmshare.images.unnamed import Unnamed
 
 if TYPE_CHECKING:
     from libmshare.region import Region
+
+
+class _Fill:
+    """What is copied where; the threads share it."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._buffer = region.buf
+        self._lock = threading.Lock()
+        self.done = 0
+
+    def close(self) -> None:
+        """The memory is not held any more, whatever holds this: a failure's traceback, say."""
+        self._buffer.release()
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Contents come to an offset.  Raises NoMemory."""
+        # First the memory: to touch what cannot be had is SIGBUS, and this is an error.
+        self._region.populate(offset, len(data))
+        self._buffer[offset : offset + len(data)] = data
+        with self._lock:
+            self.done += len(data)
 
 
 def load(
@@ -48,8 +71,8 @@ def load(
         raise ImageError(errno.EFBIG, f"it has {length} bytes, and the region {size}", str(where))
     region = _made(start, size, backing)
     try:
-        unnamed.check_room(region.identity.root, length, pages_of(region)[0])
-        with contextlib.closing(Fill(region)) as fill:
+        unnamed.check_room(region.identity.root, length, Told(region).pages()[0])
+        with contextlib.closing(_Fill(region)) as fill:
 
             def fetch(offset: int) -> None:
                 part = min(PART, length - offset)
@@ -73,7 +96,7 @@ def _made(start: int | None, size: int, backing: str | None) -> Region:
         return made
     region = unnamed.make(start, size, size, backing)
     try:
-        page = pages_of(region)[1]
+        page = Told(region).pages()[1]
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | core.MAP_FIXED_NOREPLACE
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         core.mshare_mmap(start, -(-size // page) * page, prot, flags)

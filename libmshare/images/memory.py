@@ -18,11 +18,13 @@ import itertools
 import mmap
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from libmshare import texts, touching, waiting
+from libmshare import touching, waiting
 from libmshare.errors import Busy, ImageError
 from libmshare.images.manifest import PAGE, PART, Object
+from libmshare.images.told import Told
 
 if TYPE_CHECKING:
     from libmshare.region import Region
@@ -40,15 +42,11 @@ class Contents:
         """Raises Busy if others may write it, unless that is wanted; ImageError; OSError."""
         self._region = region
         self._unsynchronized = unsynchronized
-        root = region.identity.root
-        directory = waiting.interruptible(lambda: touching.directory_of(region.start, root))
-        if directory is None:
-            raise ImageError(
-                errno.EACCES, "only who may read a region's file may push it", region.name
-            )
-        self._directory = directory
+        self._told = waiting.interruptible(partial(Told, region))
         self._maps = self._look()
-        self.backing = self._field("backing").split(" ")[0]
+        self.backing = waiting.interruptible(self._told.pages)[0]
+        if any(each["name"].startswith("[awaited:") for each in self._maps):
+            raise Busy(errno.EBUSY, "it is not filled yet: see Region.wait_filled()", region.name)
         self.objects = tuple(self._object(each) for each in self._maps)
         self._alone = not self._writers()
         frozen = all(not each.prot & _WRITE for each in self.objects)
@@ -71,22 +69,12 @@ class Contents:
 
     # -- what the daemon says --
 
-    def _text(self, file: str) -> str:
-        def read() -> str:
-            with open(f"{self._directory}/{file}", errors="surrogateescape") as opened:
-                return opened.read()
-
-        return waiting.interruptible(read)
-
-    def _field(self, key: str) -> str:
-        return texts.parse_info(self._text("info"))[key]
-
     def _look(self) -> list[dict[str, Any]]:
-        return texts.parse_maps(self._text("maps"))
+        return waiting.interruptible(self._told.maps)
 
     def _writers(self) -> bool:
         """Whether another process may write it."""
-        sharers = texts.parse_sharers(self._text("sharers"))
+        sharers = waiting.interruptible(self._told.sharers)
         return any(each.access == "read-write" and each.pid != os.getpid() for each in sharers)
 
     def _object(self, line: dict[str, Any]) -> Object:

@@ -1,8 +1,13 @@
-"""Pulling: a region without a name is filled, checked part by part, and then given its name.
+"""Pulling: a region of an image, which can be used while it is filled.
 
-So nobody ever sees a region that is half filled, or has zeros where contents belong; who is
-killed leaves nothing, and who comes again begins anew.  What a manifest says is immutable, so
-there are never two versions in one region, whatever happens in the store meanwhile.
+It is made without a name; what is mapped in it is as in the image, and all that has contents
+there is memory that waits for them.  Then it gets its name, and the parts are fetched, checked
+one by one, and brought (core.mshare_fill()): in order, but first what somebody waits for.
+Nobody ever sees zeros where contents belong.
+
+Who is killed meanwhile leaves what has come; who pulls the same image then goes on with the
+rest.  What a manifest says is immutable, so there are never two versions in one region,
+whatever happens in the store.
 """
 
 from __future__ import annotations
@@ -10,47 +15,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import os
 import platform
-import threading
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from libmshare import core, texts, touching, waiting
+from libmshare import core, waiting
 from libmshare.errors import ImageError, RegionExists
 from libmshare.images import crew, unnamed
+from libmshare.images.bringing import Bringing
 from libmshare.images.manifest import LARGEST, Manifest, Object, check_digest, digest_of, parse
 from libmshare.images.store import Store, Url
+from libmshare.images.told import Told
+from libmshare.images.units import Unit, units_of
 from libmshare.images.unnamed import Unnamed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from libmshare.region import Region
 
 
 _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _SUFFIX: Final = ".img"
-
-
-class Fill:
-    """What is copied where; the threads share it."""
-
-    def __init__(self, region: Region) -> None:
-        self._region = region
-        self._buffer = region.buf
-        self._lock = threading.Lock()
-        self.done = 0
-
-    def close(self) -> None:
-        """The memory is not held any more, whatever holds this: a failure's traceback, say."""
-        self._buffer.release()
-
-    def put(self, offset: int, data: memoryview) -> None:
-        """Contents come to an offset.  Raises NoMemory."""
-        # First the memory: to touch what cannot be had is SIGBUS, and this is an error.
-        self._region.populate(offset, len(data))
-        self._buffer[offset : offset + len(data)] = data
-        with self._lock:
-            self.done += len(data)
 
 
 def name_of(url: str) -> str:
@@ -61,45 +48,91 @@ def name_of(url: str) -> str:
 
 def pull(
     url: str,
-    name: str | None = None,
+    called: str,
+    backing: str | None,
+    digest: str | None,
+    abi: str | None,
+    mode: int,
     *,
-    backing: str | None = None,
-    digest: str | None = None,
-    abi: str | None = None,
-    mode: int = 0o600,
-    progress: crew.Progress = lambda _done, _of: None,
+    progress: crew.Progress | None = None,
+    begun: Callable[[str], object] = lambda _digest: None,
 ) -> Region:
-    """See Region.pull()."""
-    called = name_of(url) if name is None else name
+    """See Region.pull().
+
+    `begun`: told the image's digest when the region has its name; perhaps twice.
+    """
     unnamed.check_name(called)
+    core.mshare_root()  # later it may be that a daemon comes back
     if digest is not None:
         found = unnamed.attach_image(called, check_digest(digest))
-        if found is not None:
+        if found is not None and _is_filled(found):
+            begun(digest)
             return found
+        if found is not None:
+            found.close()
     where = Url(url)
     store = Store(where)
     manifest, got = _described(store, where, digest, abi)
-    found = unnamed.attach_image(called, got)
-    if found is not None:
-        return found
+    if (found := unnamed.attach_image(called, got)) is not None:
+        found.close()
+        begun(got)  # although somebody else may be at it
     with unnamed.alone(called):
-        found = unnamed.attach_image(called, got)
-        if found is not None:
-            return found
-        region = unnamed.make(manifest.start, manifest.size, _end(manifest), backing)
+        region = unnamed.attach_image(called, got)
+        if region is None:
+            region = _begin(called, got, manifest, backing, mode)
+        with _given_up(region):
+            begun(got)
+            if region._readonly:  # noqa: SLF001 - who may write it fills it
+                region.wait_filled()
+            else:
+                _fill(region, manifest, store, progress)
+    return region
+
+
+def _is_filled(region: Region) -> bool:
+    with _closed_by_failure(region):
+        return region.filled
+
+
+@contextlib.contextmanager
+def _closed_by_failure(region: Region) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        region.close()
+        raise
+
+
+@contextlib.contextmanager
+def _given_up(region: Region) -> Iterator[None]:
+    """If it cannot be filled it goes, unless somebody else uses it: who comes may go on with it."""
+    with _closed_by_failure(region):
         try:
-            _fill(region, manifest, store, progress)
-            Unnamed(region).give(called, mode, got)
-        except RegionExists:  # by somebody who is not held off by our lock
-            region.close()
-            found = unnamed.attach_image(called, got)
-            if found is None:
-                raise
-            return found
+            yield
         except BaseException:
-            region.close()
+            with contextlib.suppress(OSError):
+                told = Told(region)
+                if all(each.pid == os.getpid() for each in told.sharers()):
+                    region.unlink()
             raise
-        return region
+
+
+def _begin(called: str, got: str, manifest: Manifest, backing: str | None, mode: int) -> Region:
+    """The region, which has its name and waits for its contents."""
+    region = unnamed.make(manifest.start, manifest.size, _end(manifest), backing)
+    try:
+        _map(region, manifest)
+        Unnamed(region).give(called, mode, got)
+    except RegionExists:  # by somebody who is not held off by our lock
+        region.close()
+        found = unnamed.attach_image(called, got)
+        if found is None:
+            raise
+        return found
+    except BaseException:
+        region.close()
+        raise
+    return region
 
 
 def _described(
@@ -124,8 +157,9 @@ def _end(manifest: Manifest) -> int:
     return max((each.offset + each.length for each in manifest.objects), default=0)
 
 
-def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progress) -> None:
-    kind, page = pages_of(region)
+def _map(region: Region, manifest: Manifest) -> None:
+    """What is mapped in the image is mapped, and what has contents there waits for them."""
+    kind, page = Told(region).pages()
     unnamed.check_room(region.identity.root, manifest.stored(), kind)
     objects = [_whole(each, page) for each in manifest.objects]
     for each, behind in zip(objects, [*objects[1:], None], strict=True):
@@ -134,43 +168,48 @@ def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progr
         kind_of = mmap.MAP_SHARED if each.shared else mmap.MAP_PRIVATE
         flags = kind_of | mmap.MAP_ANONYMOUS | core.MAP_FIXED_NOREPLACE
         # (Not Region.mmap(): the last page may end beyond the region's size.)
-        _call(core.mshare_mmap, region, each, _READ_WRITE, flags)
-    places: dict[tuple[str, int], list[int]] = {}
-    for part in manifest.parts:
-        places.setdefault((part.hash, part.length), []).append(part.offset)
-    total = manifest.stored()
-    with contextlib.closing(Fill(region)) as fill:
+        _call(core.mshare_mmap, region, each, each.prot, flags)
+    for item in _awaited(objects, units_of(manifest, page)):
+        kind_of = mmap.MAP_SHARED if item.shared else mmap.MAP_PRIVATE
+        _call(core.mshare_await, region, item, item.prot, kind_of)
 
-        def fetch(item: tuple[tuple[str, int], list[int]]) -> None:
-            (name, length), offsets = item
-            data = store.part(name, length)
-            for offset in offsets:
-                fill.put(offset, data)
 
-        crew.each(places.items(), fetch, lambda: progress(fill.done, total))
+def _awaited(objects: list[Object], units: list[Unit]) -> Iterator[Object]:
+    """What waits: of each object the runs of units that lie behind each other."""
+    left = iter(units)
+    unit = next(left, None)
     for each in objects:
-        if each.prot != _READ_WRITE:
-            _call(core.mshare_mprotect, region, each, each.prot)
+        end = each.offset + each.length
+        while unit is not None and unit.start < end:
+            start, stop = unit.start, unit.end
+            unit = next(left, None)
+            while unit is not None and unit.start == stop and unit.end <= end:
+                stop = unit.end
+                unit = next(left, None)
+            yield Object(start, stop - start, each.prot, each.shared)
+
+
+def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progress | None) -> None:
+    """Fetch and bring what it still waits for."""
+    told = Told(region)
+    awaited = [
+        (each["start"] - region.start, each["end"] - region.start)
+        for each in told.maps()
+        if each["name"].startswith("[awaited:")
+    ]
+    units = units_of(manifest, told.pages()[1])
+    bringing = Bringing(region, units, awaited, store, manifest.stored())
+
+    def tick() -> None:
+        if progress is not None:
+            progress(bringing.done, bringing.total)
+
+    crew.each(bringing, bringing.bring, tick)
 
 
 def _call(function: Callable[..., object], region: Region, item: Object, *more: int) -> None:
     call = partial(function, region.start + item.offset, item.length, *more)
     waiting.interruptible(call)
-
-
-def pages_of(region: Region) -> tuple[str, int]:
-    """What kind of memory it has, and of how large pages."""
-    root = region.identity.root
-
-    def ask() -> dict[str, str]:
-        directory = touching.directory_of(region.start, root)
-        if directory is None:
-            raise ImageError(errno.EIO, "the daemon does not say what memory it is")
-        with open(f"{directory}/info", errors="surrogateescape") as file:
-            return texts.parse_info(file.read())
-
-    info = unnamed.patiently(ask)
-    return info["backing"].split(" ")[0], int(info["page"])
 
 
 def _whole(item: Object, page: int) -> Object:

@@ -15,40 +15,22 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
 
 from libmshare import core
-from libmshare.errors import GONE, AccessDenied, ImageError, NoMemory, RegionExists
+from libmshare.errors import AccessDenied, ImageError, NoMemory, RegionExists
+from libmshare.images.patience import AGAIN, mounted, patiently
 
 if TYPE_CHECKING:
     from libmshare.region import Region
-
-T = TypeVar("T")
 
 IMAGE: Final = "user.mshare.image"
 _DETAILS: Final = 4096
 _EXACT: Final = struct.Struct("=QQQ")
 _IDENTITY: Final = 16
-_AGAIN: Final = 0.1
 _NAME_MAX: Final = 255
 _PULLING: Final = ".pulling"
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """Call it, and again for as long as the daemon is away: $MSHARE_RECONNECT_SECONDS."""
-    try:
-        seconds = float(os.environ.get("MSHARE_RECONNECT_SECONDS", "30"))
-    except ValueError:
-        seconds = 30.0
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return call()
-        except OSError as error:
-            if error.errno not in GONE or time.monotonic() >= deadline:
-                raise
-        time.sleep(_AGAIN)
 
 
 def check_name(name: str) -> None:
@@ -103,9 +85,8 @@ def make(start: int, size: int, end: int, backing: str | None) -> Region:
     """
     from libmshare.region import Region as Made  # noqa: PLC0415 - it imports us
 
-    root = core.mshare_root()
-    with open(f"{root}/mshare_info") as file:
-        alignment = int(file.read())
+    root = mounted()
+    alignment = patiently(lambda: core.alignment(root))
     if start % alignment:
         raise ImageError(
             errno.EINVAL, f"here regions lie at multiples of {alignment:#x}, and not at {start:#x}"
@@ -154,7 +135,7 @@ def alone(name: str) -> Iterator[None]:
     encoded = core.encode(name)
     if len(encoded) + len(_PULLING) > _NAME_MAX:
         name = hashlib.sha256(encoded).hexdigest()
-    path = f"{core.mshare_root()}/{name}{_PULLING}"
+    path = f"{mounted()}/{name}{_PULLING}"
     fd = _locked(path)
     try:
         yield
@@ -178,7 +159,7 @@ def _locked(path: str) -> int:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if _is(path, fd):
                         return fd
-                time.sleep(_AGAIN)
+                time.sleep(AGAIN)
         except BaseException:
             os.close(fd)
             raise
@@ -201,7 +182,7 @@ def attach_image(name: str, image: str) -> Region | None:
     """
     from libmshare.region import Region as Made  # noqa: PLC0415 - it imports us
 
-    root = core.mshare_root()
+    root = mounted()
     try:
         status = patiently(lambda: os.stat(f"{root}/{name}"))
         _check_image(f"{root}/{name}", name, image, status.st_uid)

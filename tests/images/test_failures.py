@@ -27,7 +27,8 @@ from objectstores import sources_fixture as _sources  # noqa: F401 - a fixture
 from libmshare import ImageError, NoMemory, Region, RegionExists
 from libmshare.images import store as stores
 from libmshare.images.load import load
-from libmshare.images.manifest import PART, digest_of
+from libmshare.images.manifest import PART, digest_of, parse
+from libmshare.texts import parse_maps
 
 Sources = Callable[[str], Path]
 AT = (0, PART + 5 * 4096, 2 * PART, 3 * PART - 4096)
@@ -317,43 +318,78 @@ def wrong(*arguments, **options):
 setattr(owner, name, wrong)
 Region.pull(url, mode=0o644)
 """
-STEPS = [
+BEFORE = [
     ("os.pwrite", "before", 1),
     ("os.pwrite", "after", 1),
     ("libmshare.waiting.apart", "after", 1),
     ("libmshare.core.mshare_mmap", "after", 1),
-    ("libmshare.images.store.Store.part", "after", 2),
-    ("libmshare.touching.populate", "after", 2),
+    ("libmshare.core.mshare_await", "after", 2),
     ("os.chmod", "before", 1),
     ("os.setxattr", "before", 1),
     ("os.rename", "before", 1),
+]
+FILLING = [
     ("os.rename", "after", 1),
+    ("libmshare.images.store.Store.part", "after", 2),
+    ("libmshare.core.mshare_fill", "before", 2),
+    ("libmshare.core.mshare_fill", "after", 4),
 ]
 
 
-@pytest.mark.parametrize(("where", "when", "which"), STEPS)
-def test_whoever_pulls_is_killed(
-    here: Daemon, image: Image, where: str, when: str, which: int
-) -> None:
-    """At each step: nothing is under the name, or all of it; and then it is pulled anew."""
+def killed(image: Image, where: str, when: str, which: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, image.url, where, when, str(which)],
         check=False,
         timeout=60,
     )
     assert done.returncode == -9
-    complete = (where, when) == ("os.rename", "after")
-    assert (here.mount / "r").exists() == complete
-    eventually(lambda: len(here.shm_objects()) == complete, "no other memory is left")
+
+
+@pytest.mark.parametrize(("where", "when", "which"), BEFORE)
+def test_whoever_pulls_is_killed(
+    here: Daemon, image: Image, where: str, when: str, which: int
+) -> None:
+    """As long as there is no region, nothing is left; and then it is pulled anew."""
+    killed(image, where, when, which)
+    assert not (here.mount / "r").exists()
+    eventually(lambda: here.shm_objects() == [], "no memory is left")
     leftover = [name for name in named(here) if name.startswith("pull-")]
     assert not leftover or where == "os.pwrite"
     for name in leftover:
         os.unlink(here.mount / name)
     image.check()
     # What held others off may stay as a name without memory; who pulls takes it away.
-    assert (here.mount / "r.pulling").exists() == complete
-    if complete:
-        os.unlink(here.mount / "r.pulling")
+    assert not (here.mount / "r.pulling").exists()
+
+
+def awaited_parts(daemon: Daemon, image: Image, region: Region) -> int:
+    """How many parts of the image have not come."""
+    lines = parse_maps(daemon.info("r", "maps"))
+    ranges = [(line["start"], line["end"]) for line in lines if "[awaited:" in line["name"]]
+    parts = [region.start + part.offset for part in parse(image.manifest.read_bytes()).parts]
+    return sum(any(start <= part < end for start, end in ranges) for part in parts)
+
+
+@pytest.mark.parametrize(("where", "when", "which"), FILLING)
+def test_whoever_fills_is_killed(
+    here: Daemon, image: Image, where: str, when: str, which: int
+) -> None:
+    """What has come stays, nobody sees the rest, and the next one fetches that alone."""
+    killed(image, where, when, which)
+    with Region.attach("r") as region:
+        eventually(lambda: here.sharers("r") == 1, "it is known to be dead")
+        left = awaited_parts(here, image, region)
+        assert left and not region.filled
+        with pytest.raises(TimeoutError):
+            region.wait_filled(0.05)
+        image.server.requests.clear()
+        with Region.pull(image.url) as again:
+            assert again.identity == region.identity
+            assert region.filled and image.is_in(region)
+        fetched = [path for path in image.server.requests if is_part(path)]
+        assert len(fetched) == len(set(fetched)) == left
+        region.unlink()
+    assert not (here.mount / "r.pulling").exists()
 
 
 def test_the_daemon_is_killed(here: Daemon, image: Image) -> None:

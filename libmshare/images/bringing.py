@@ -1,0 +1,99 @@
+"""The parts of an image come to a region: fetched, and brought in one piece each.
+
+In order; but what somebody waits for comes next, as the pager tells with each part that is
+brought.  That is soon enough: before one is brought nobody can take up another one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import os
+import threading
+from typing import TYPE_CHECKING, Final
+
+from libmshare import core
+from libmshare.images.store import Store
+from libmshare.images.units import Unit, jobs_of
+
+if TYPE_CHECKING:
+    from libmshare.region import Region
+
+_CLOEXEC: Final = os.MFD_CLOEXEC
+
+
+class Bringing:
+    """What is left to be brought; the threads share it, and each takes the next by `next()`."""
+
+    def __init__(
+        self,
+        region: Region,
+        units: list[Unit],
+        awaited: list[tuple[int, int]],
+        store: Store,
+        total: int,
+    ) -> None:
+        """`awaited`: what of the region waits (offsets, by offset); `total`: bytes of the image."""
+        self._region = region
+        self._store = store
+        left = [unit for unit in units if _meets(awaited, unit)]
+        self._jobs = dict(enumerate(jobs_of(left)))
+        self._order = collections.deque(self._jobs)
+        self._wanted: collections.deque[int] = collections.deque()
+        places = sorted((unit.start, number) for number, job in self._jobs.items() for unit in job)
+        self._starts = [start for start, _ in places]
+        self._numbers = [number for _, number in places]
+        self._lock = threading.Lock()
+        self.total = total
+        """Bytes of contents."""
+        self.done = total - sum(part.length for unit in left for part in unit.parts)
+        """How many of them are there."""
+
+    def __iter__(self) -> Bringing:
+        return self
+
+    def __next__(self) -> list[Unit]:
+        with self._lock:
+            for queue in (self._wanted, self._order):
+                while queue:
+                    job = self._jobs.pop(queue.popleft(), None)
+                    if job is not None:
+                        return job
+        raise StopIteration
+
+    def bring(self, job: list[Unit]) -> None:
+        """Fetch the parts of some units, and put them in place.  Raises ImageError, OSError."""
+        fetched: dict[tuple[str, int], memoryview] = {}
+        for unit in job:
+            memory = os.memfd_create("mshare-part", _CLOEXEC)
+            try:
+                os.ftruncate(memory, unit.end - unit.start)
+                for part in unit.parts:
+                    key = part.hash, part.length
+                    if key not in fetched:
+                        fetched[key] = self._store.part(*key)
+                    _write(memory, fetched[key], part.offset - unit.start)
+                address = self._region.start + unit.start
+                wanted = core.mshare_fill(address, unit.end - unit.start, memory)
+            finally:
+                os.close(memory)
+            self._brought(unit, wanted)
+
+    def _brought(self, unit: Unit, wanted: int | None) -> None:
+        with self._lock:
+            self.done += sum(part.length for part in unit.parts)
+            if wanted is not None:
+                at = bisect.bisect_right(self._starts, wanted) - 1
+                if at >= 0:
+                    self._wanted.append(self._numbers[at])
+
+
+def _write(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(file, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _meets(ranges: list[tuple[int, int]], unit: Unit) -> bool:
+    at = bisect.bisect_left(ranges, (unit.end, 0)) - 1
+    return at >= 0 and ranges[at][1] > unit.start
