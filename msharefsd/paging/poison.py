@@ -32,6 +32,7 @@ from msharefsd.journal.journal import Journal
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.uffd import Mode, Outcome
 from msharefsd.memory.backing import Backing
+from msharefsd.paging import protection
 from msharefsd.paging.fills import Fills
 from msharefsd.paging.hunger import Hunger
 from msharefsd.paging.marks import Marks
@@ -166,15 +167,27 @@ class Poison:
         at = self.repair(window, found, start, end)
         return at if at > start else end
 
-    def _clear(self, window: Window, start: int, end: int, content: int | None = None) -> int:
-        """Replace markers by pages with that content, or zeros, and free them again."""
+    def _clear(
+        self,
+        window: Window,
+        start: int,
+        end: int,
+        content: int | None = None,
+        *,
+        guarded: bool = False,
+    ) -> int:
+        """Replace markers by pages with that content, or zeros, and free them again.
+
+        `guarded`: nobody can write to them meanwhile; the range is armed.
+        """
         backing = window.region.backing
         assert backing is not None
-        outcome = self._populate.put(window, start, end, content, guarded=False)
+        outcome = self._populate.put(window, start, end, content, guarded=guarded)
         if outcome in _LATER and end > start + backing.page:
             # Not so much memory, or several VMAs.
             backing.punch(start, end - start)
-            return self._clear(window, start, _half(start, end, backing.page), content)
+            half = _half(start, end, backing.page)
+            return self._clear(window, start, half, content, guarded=guarded)
         if outcome in _LATER:
             # Something may be mapped there in a moment: then the page is the region's.
             self._hunger.notice(window, start, end)
@@ -197,18 +210,25 @@ class Poison:
         """
         backing = window.region.backing
         assert backing is not None
-        pages_of(window.region).clean(start, end)
+        pages = pages_of(window.region)
+        pages.clean(start, end)
         end, present, stashed = _alike(backing, start, end)
         if present:  # populated by another, and not hidden yet
             self.mapped(window, start, end, by_others=True)
             return end
+        try:
+            # A system call that comes in the moment in which the page is there must not write.
+            protection.arm(pages, start, end)
+        except Refused:
+            self._hunger.notice(window, start, end)
+            return end  # a touch is SIGBUS until then, and not SIGSEGV
         if stashed:
             assert backing.stash is not None
             buffer = self._populate.buffers.take(end - start)
             try:
                 got = os.preadv(backing.stash.fd, [buffer.view[: end - start]], start)
                 if got == end - start:
-                    return self._clear(window, start, end, buffer.address)
+                    return self._clear(window, start, end, buffer.address, guarded=True)
                 return end  # truncated by a sharer
             finally:
                 self._populate.buffers.give_back(buffer)
@@ -216,8 +236,8 @@ class Poison:
             try:
                 self._journal.add_clearing(window.region.id, start, end - start)
             except Refused:
-                return end  # a touch is SIGBUS then, and not SIGSEGV
-        return self._clear(window, start, end)
+                return end  # as above
+        return self._clear(window, start, end, guarded=True)
 
     def repair(self, window: Window, found: Object, start: int, end: int) -> int:
         """Populate poisoned pages of an object in this sharer: a piece from `start` on.

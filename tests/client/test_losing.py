@@ -172,7 +172,7 @@ class Matrix:
         self.answers()
         self.shown()
         self.calls()
-        assert self.wrong == []
+        assert not self.wrong, "\n".join(self.wrong)
         self.end()
 
     def lose(self) -> None:

@@ -84,6 +84,8 @@ class Programs(RuleBasedStateMachine):
         """What is mapped at each page: enough to know what a program may do next."""
         self.refused: set[tuple[int, int]] = set()
         """Sharer and page."""
+        self.done: list[str] = []
+        """What was done so far: where it cannot be done again, that is all there is to go by."""
 
     def teardown(self) -> None:
         """Unmap everything: what was written is in the files then."""
@@ -100,8 +102,13 @@ class Programs(RuleBasedStateMachine):
         """Do it on both sides; the answers must be equal."""
         theirs = self.plain(who, *words)
         ours = self.world.sharers[who].do(*words)
-        assert ours == theirs, (who, *words)
+        self.note(who, *words, ours)
+        assert ours == theirs, "\n".join(self.done)
         return ours
+
+    def note(self, who: int, *words: object) -> None:
+        told = (hex(each) if isinstance(each, int) and each >= BASE else each for each in words)
+        self.done.append(" ".join(map(str, (who, *told))))
 
     def plain(self, who: int, *words: object) -> str:
         return self.world.plain.do(*(("thread",) if who else ()), *words)
@@ -214,7 +221,8 @@ class Programs(RuleBasedStateMachine):
         here = "hole" if self.map[page] is None else "object"
         if (who, page) in self.refused and ours != theirs:
             here = "refused"
-        assert ours == DIFFERENCES.get((here, theirs), theirs), (here, who, *words)
+        self.note(who, *words, ours, here)
+        assert ours == DIFFERENCES.get((here, theirs), theirs), "\n".join(self.done)
 
     def system_call(self, who: int, page: int, *words: object) -> None:
         answer = self.both(who, *words)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ALIGNMENT, BASE, PAGE, Client, Daemon, eventually
+from conftest import ALIGNMENT, BASE, PAGE, Client, Daemon, clients, eventually
+from stops import arm, may_stop, reached
 
 SIZE = 4 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -141,3 +143,35 @@ def test_a_process_of_another_pid_namespace(
         assert stranger.do("to_memory", at(2), 1) == f"-{errno.EFAULT}"
         eventually(partial(loads, stranger, 2, "0"), "back again")
     assert stranger.do("load", at(9)) == "SIGBUS"
+
+
+def test_what_is_hidden_is_not_written_while_its_poison_goes(
+    make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    """For a moment a page is there, and whoever calls the system in it is refused all the same."""
+    daemon = make_daemon(f"--alignment={ALIGNMENT}")
+    may_stop(daemon)
+    daemon.start()
+    with clients(client_program, daemon) as spawn:
+        first, second = spawn(), spawn()
+        first.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        for page, hidden in ((0, False), (16, True)):  # one was never touched
+            first.ok("mmap", at(page), PAGE, BOTH, SHARED)
+            if hidden:
+                first.ok("store", at(page), 9)
+            first.ok("mprotect", at(page), PAGE, 0)
+            arm(daemon, "poison.cleared")
+            assert first.do("to_memory", at(page), 1) == str(-errno.EFAULT)
+            reached(daemon)
+            second.send("to_memory", at(page), 1)
+            eventually(lambda: _waits(second.pid), "it waits for the pager")
+            for pid in daemon.processes():
+                os.kill(pid, signal.SIGCONT)
+            assert second.result() == str(-errno.EFAULT)
+            first.ok("mprotect", at(page), PAGE, BOTH)
+            eventually(partial(loads, first, page, "9" if hidden else "0"), "what belongs there")
+
+
+def _waits(pid: int) -> bool:
+    return "handle_userfault" in Path(f"/proc/{pid}/wchan").read_text()
