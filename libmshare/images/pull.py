@@ -25,6 +25,7 @@ from libmshare.errors import ImageError, RegionExists
 from libmshare.images import crew, unnamed
 from libmshare.images.bringing import Bringing
 from libmshare.images.manifest import LARGEST, Manifest, Object, check_digest, digest_of, parse
+from libmshare.images.patience import patiently
 from libmshare.images.store import Store, Url
 from libmshare.images.told import Told
 from libmshare.images.units import Unit, units_of
@@ -62,7 +63,7 @@ def pull(
     `begun`: told the image's digest when the region has its name; perhaps twice.
     """
     unnamed.check_name(called)
-    core.mshare_root()  # later it may be that a daemon comes back
+    patiently(core.mshare_root)  # (Later `mounted`: between two daemons nothing is.)
     if digest is not None:
         found = unnamed.attach_image(called, check_digest(digest))
         if found is not None and _is_filled(found):
