@@ -48,7 +48,7 @@ def _bytes(text: str) -> int:
     except (ConfigError, ValueError):
         value = _LARGEST + 1
     if value > _LARGEST:
-        raise typer.BadParameter(f"{printable(text)}: write 2T, 512G, 0x20000000000")
+        raise typer.BadParameter(f"{printable(text)}: write 4096, 64M, 512G or 0x20000000000")
     return value
 
 
@@ -268,6 +268,8 @@ def collapse(
 
     if not (everybody or pid or name or config):
         raise typer.BadParameter("of whom: --all, --pid PID or --name PATTERN?")
+    if everybody and pid:
+        raise typer.BadParameter("either --all or --pid", param_hint="--pid")
     options: dict[str, object] = {
         "names": name,
         "min_size": min_size,
@@ -373,7 +375,7 @@ def create(
         images.load(os.fsencode(name), source, start, size, bits, kind)
         return
     if size is None:
-        raise typer.BadParameter("how large is it to be?", param_hint="--size")
+        raise typer.BadParameter("say how large the region is: --size 64M", param_hint="--size")
     create_.create(os.fsencode(name), start, size, bits, kind, ctx.obj, anonymous=anonymous)
 
 
@@ -458,7 +460,8 @@ def rm(
     from libmshare.cli.remove import remove, remove_all
 
     if all_ == bool(names):
-        raise typer.BadParameter("give names, or --all", param_hint="NAME")
+        text = "either names or --all, not both" if all_ else "give names, or --all"
+        raise typer.BadParameter(text, param_hint="NAME")
     if force and not all_:
         raise typer.BadParameter("is for --all", param_hint="--force")
     if all_:
@@ -534,5 +537,8 @@ def _usage(error: Any) -> CommandError:
         raise SystemExit(Exit.USAGE)
     where = "mshare" if error.ctx is None else error.ctx.command_path
     text = printable_line(text[:1].lower() + text[1:].removesuffix("."))
+    text = text.replace("a valid int range", "a whole number").replace(
+        "a valid int", "a whole number"
+    )
     more = " " if text.endswith("?") else ": "
     return CommandError(f"{text}{more}see `{where} --help`", Exit.USAGE)
