@@ -78,6 +78,9 @@ def collapse(order: Order) -> bool:
     ]
     plans = [engine.plan(each, limits.filled, patience) for each in objects if each.reclaimable]
     plans = [plan for plan in plans if plan.chunks or plan.too_empty or plan.lacking]
+    if not order.json and os.geteuid() != 0:  # root sees what there is to be seen
+        for line in tables.unseen(found):
+            output.write(line)
     if order.dry_run:
         _tell_plans(plans, objects, pace, json=order.json)
         return True

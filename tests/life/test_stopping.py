@@ -131,7 +131,7 @@ def test_a_terminal_that_is_closed_is_no_upgrade(
         assert daemon.process.wait(20) == 0
         daemon.halt()
         assert "SIGHUP (the terminal is gone): stopping" in daemon.log()
-        assert "r (0, 1 sharer)" in told(daemon)
+        assert "r (0 bytes, 1 sharer)" in told(daemon)
         daemon.start()
         client.ok("mmap", BASE, PAGE, READ | WRITE, SHARED_FIXED)
 
@@ -278,7 +278,7 @@ def test_what_is_in_use_is_not_purged_without_force(
     daemon.halt()
     done = daemon.purge()
     assert done.returncode == 1
-    assert "in use: 1 region, 80K, 2 sharers: r (80K, 2 sharers)" in done.stderr
+    assert "in use: 1 region, 80K of memory, 2 sharers: r (80K, 2 sharers)" in done.stderr
     goes_on(daemon, pair)
 
 

@@ -326,3 +326,5 @@ def test_another_user_namespace_is_left_alone(sharers: Sharers) -> None:
     done = collapse("--pid", program.pid, user=NOBODY)
     assert done.returncode == 0, done.stderr
     assert "nothing to be had back" in done.stdout
+    assert "1 process could not be looked at" in done.stdout
+    assert "other users' processes take root" in done.stdout
