@@ -96,7 +96,7 @@ def collapse(order: Order) -> bool:
 
 
 def _nothing(plans: Sequence[Plan]) -> str:
-    text = "nothing to be had back"
+    text = "nothing to free"
     if empty := sum(plan.too_empty for plan in plans):
         text += f"; {empty} chunks of 2 MiB are too empty (--min-filled)"
     for plan in plans:
@@ -353,7 +353,7 @@ class _Report:
                     float(totals.silent),
                 ),
                 "reclaimable_objects": (
-                    "Shared memory with page tables to be had back",
+                    "Shared memory with page tables that can be freed",
                     "gauge",
                     float(totals.objects),
                 ),

@@ -323,7 +323,7 @@ def advice(found: Survey) -> list[str]:
         label = printable_line(each.label)
         if each.reclaimable >= WORTH_ADVICE:
             lines.append(
-                f"{label}: {output.size(each.reclaimable)} can be had back now: mshare collapse "
+                f"{label}: {output.size(each.reclaimable)} can be freed now: mshare collapse "
                 f"--pid {min(each.sharers)}"
             )
         elif each.congruent < len(each.sharers):
