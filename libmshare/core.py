@@ -167,6 +167,7 @@ _library.mshare_mmap.argtypes = [
     ctypes.c_long,
 ]
 _library.mshare_mmap.restype = ctypes.c_void_p
+_library.mshare_populate.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _library.mshare_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _library.mshare_open.argtypes = [ctypes.POINTER(OpenRequest), ctypes.POINTER(OpenRegion)]
 _library.mshare_close.argtypes = [ctypes.POINTER(OpenRegion)]
@@ -231,6 +232,7 @@ MAP_FIXED_NOREPLACE: Final = 0x100000
 _MAP_NORESERVE: Final = 0x4000
 _MS_SYNC: Final = 4
 _NOWHERE: Final = (1 << 64) - 1
+_MADV_POPULATE_READ: Final = 22
 
 
 class RegionInfo(NamedTuple):
@@ -275,7 +277,7 @@ class Operation(enum.IntEnum):
 def encode(name: str) -> bytes:
     """A name or a path as the C library takes it.  Raises ValueError for a null byte, TypeError."""
     if not isinstance(name, str):  # bytes and paths would be other names to whoever compares them
-        raise TypeError(f"a text is wanted, not {type(name).__name__}")
+        raise TypeError(f"a name or a path is a str, not {type(name).__name__}")
     data = os.fsencode(name)
     if b"\0" in data:
         raise ValueError("embedded null byte in a region's name")
@@ -422,6 +424,12 @@ def mshare_fill(addr: int, length: int, memory: int) -> int | None:
     code = _library.mshare_fill(addr, length, memory, ctypes.byref(wanted))
     _check_range(code, addr, length)
     return None if wanted.value == _NOWHERE else wanted.value
+
+
+def mshare_populate(addr: int, length: int) -> int:
+    """Have a region's pages there; holds no lock while it waits.  Returns an errno, or 0."""
+    done = _library.mshare_populate(addr, length, _MADV_POPULATE_READ)
+    return ctypes.get_errno() if done else 0
 
 
 def alignment(root: str | None = None) -> int:

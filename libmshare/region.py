@@ -43,6 +43,7 @@ _UNITS: Final = {unit: 1 << (10 * power) for power, unit in enumerate("BKMGTPE")
 _DEFAULT_MODE: Final = 0o600
 _ADDRESSES: Final = 1 << 63
 """ctypes would take a larger number for what its lower bits say."""
+_MOST_POSTED: Final = (1 << 31) - 1
 _METHODS: Final = {
     core.Kind.LOCK: "lock",
     core.Kind.SEMAPHORE: "semaphore",
@@ -212,7 +213,13 @@ class Region:
         if exist_ok:
             with contextlib.suppress(errors.NoSuchRegion):
                 region = cls.attach(wanted, readonly=readonly)
-        region = region if region is not None else cls._open(request, wanted, readonly=readonly)
+        try:
+            region = region if region is not None else cls._open(request, wanted, readonly=readonly)
+        except errors.RegionExists as error:
+            if error.strerror != os.strerror(errno.EEXIST):  # there is a reason
+                raise
+            text = "the region exists: choose another name, attach() it, or say exist_ok=True"
+            raise errors.RegionExists(errno.EEXIST, text, wanted) from None
         try:
             if not region._hold.region.created:
                 waiting.interruptible(
@@ -644,7 +651,12 @@ class Region:
         return sync.Lock(self._named(name, core.Kind.LOCK, 0, recover=recover), recover=recover)
 
     def semaphore(self, name: str, value: int = 1) -> sync.Semaphore:
-        """The semaphore of that name; `value` is that of a new one.  Raises as lock()."""
+        """The semaphore of that name; `value` is that of a new one.
+
+        Raises ValueError, and as lock().
+        """
+        if not 0 <= value <= _MOST_POSTED:
+            raise ValueError(f"a semaphore is 0 to {_MOST_POSTED}, not {value}")
         return sync.Semaphore(self._named(name, core.Kind.SEMAPHORE, value))
 
     def atomic(
@@ -677,7 +689,10 @@ class Region:
         """The offset of an array of one integer, and its type.  Raises ValueError."""
         if array.size != 1 or not array.dtype.isnative:
             raise ValueError("say which integer: an array of one, as `array[3:4]`")
-        return int(array.__array_interface__["data"][0]) - self._hold.region.start, array.dtype
+        offset = int(array.__array_interface__["data"][0]) - self._hold.region.start
+        if not 0 <= offset < self._hold.region.length:
+            raise ValueError("the array does not lie in this region")
+        return offset, array.dtype
 
     def pin(self, offset: int = 0, length: int | None = None) -> Pin:
         """Keep the memory mapped until the pin is released or dropped; it tells the address."""
@@ -691,8 +706,8 @@ class Region:
         """Have the memory of a part of the region, by default of all, there when this returns.
 
         Other threads run, and signal handlers.  `timeout` is in seconds.
-        Raises MemoryError if there is not enough, TimeoutError, Stale, OSError if a file that is
-        mapped there cannot be read, or nothing is mapped there.
+        Raises MemoryError if there is not enough, TimeoutError, Stale, AccessDenied if a part of
+        it is PROT_NONE, OSError if a file that is mapped there cannot be read, or nothing is.
         """
         memory = self._opened()
         length = self.size - offset if length is None else length
@@ -705,7 +720,6 @@ class Region:
                 timeout,
                 self.identity.root,
                 self._name,
-                write=not self.readonly,
             )
         except errors.MshareError:
             # What this process has it does not ask for again: that fails if it is gone.
@@ -772,6 +786,13 @@ class Region:
     ) -> None:
         """A call on a part of the region, which a signal handler may end."""
         pin = self.pin(offset, length)  # as long as the call goes on
+        page = os.sysconf("SC_PAGESIZE")
+        if offset % page:
+            raise errors.MshareError(
+                errno.EINVAL,
+                f"offset {offset} is not a multiple of the page size, {page}",
+                self._name,
+            )
         waiting.interruptible(lambda: function(pin.address, pin.length, *more))
 
     def _place(self, offset: int, length: int) -> int:

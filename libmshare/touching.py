@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import threading
 from typing import Final
 
-from libmshare import errors, waiting
+from libmshare import core, errors, waiting
 
-_MADV_POPULATE_READ: Final = 22
-_MADV_POPULATE_WRITE: Final = 23
 _EHWPOISON: Final = 133
 _STEP: Final = 16 << 20
 """So much at one time: a timeout takes effect after it at the latest (bytes)."""
-
-# The C library's own: no lock of ours is held while it waits.
-_libc: Final = ctypes.CDLL("libc.so.6", use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class _Populating:
     """One call, which a thread makes: a page that does not come cannot be interrupted."""
 
-    def __init__(self, memory: object, address: int, length: int, advice: int) -> None:
+    def __init__(self, memory: object, address: int, length: int) -> None:
         self._memory: object = memory  # stays mapped
         self._at = address
         self._end = address + length
-        self._advice = advice
         self.error = 0
         self.done = threading.Event()
         self.stop = False
@@ -39,9 +31,10 @@ class _Populating:
         self._at -= self._at % page
         while self._at < self._end and not self.stop and not self.error:
             step = min(_STEP, self._end - self._at)
-            if _libc.madvise(self._at, step, self._advice) == 0:
+            code = core.mshare_populate(self._at, step)
+            if code == 0:
                 self._at += step
-            elif (code := ctypes.get_errno()) not in (errno.EAGAIN, errno.EINTR):
+            elif code not in (errno.EAGAIN, errno.EINTR):
                 self.error = code
         self._memory = None
         self.done.set()
@@ -54,15 +47,12 @@ def populate(
     timeout: float | None,
     root: str,
     name: str,
-    *,
-    write: bool,
 ) -> None:
     """Populate [address, address + length) of a region, in at most `timeout` seconds.
 
     Raises MemoryError, TimeoutError, OSError; see Region.populate().
     """
-    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
-    work = _Populating(memory, address, length, advice)
+    work = _Populating(memory, address, length)
     threading.Thread(target=work.run, name="mshare populate", daemon=True).start()
     try:
         in_time = work.done.wait(timeout)
@@ -85,6 +75,10 @@ def _why(code: int, address: int, length: int, root: str, name: str) -> OSError:
         return errors.MshareError(errno.EFAULT, "nothing is mapped in a part of it", name)
     if whose == "file":
         return errors.MshareError(errno.EIO, "a file that is mapped there cannot be read", name)
+    if whose == "nobody's":
+        return errors.AccessDenied(
+            errno.EACCES, "a part of it is PROT_NONE: protect() it otherwise first", name
+        )
     return errors.NoMemory(
         errno.ENOMEM, "there is no memory for it, or more than this user may have", name
     )
@@ -114,7 +108,11 @@ def directory_of(address: int, root: str) -> str | None:
 
 
 def _mapped(address: int, length: int, root: str) -> str:
-    """What is mapped in the range, as far as that can be told: memory, a file, or nothing."""
+    """What is in the way in the range, as far as that can be told.
+
+    "nothing" is mapped in a part of it, a part is "nobody's" to touch, there is a "file", or
+    else it is "memory".
+    """
     try:
         directory = directory_of(address, root)
         lines = _lines(f"{directory}/maps") if directory else None
@@ -132,6 +130,8 @@ def _mapped(address: int, length: int, root: str) -> str:
             continue
         if low > at:
             return "nothing"
+        if words[1].startswith("---"):
+            return "nobody's"
         if words[4] != "0":
             kind = "file"
         at = high

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--collapse",
         action=argparse.BooleanOptionalAction,
-        help="make huge pages of what several sharers have (yes)",
+        help="collapse what several sharers have into huge pages (yes)",
     )
     parser.add_argument(
         "--run-directory", metavar="DIR", help="for the lock and the like (in /run/msharefs)"
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--log-level",
         choices=["debug", "info", "warning", "error"],
-        help="what is logged besides what is worse (info)",
+        help="the lowest level that is logged (info)",
     )
     parser.add_argument(
         "--log-format",
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--without",
         action="append",
         metavar="FEATURE",
-        help="do without a kernel feature, to test that",
+        help="do not use a kernel feature, for testing",
     )
     parser.add_argument(
         "--purge",

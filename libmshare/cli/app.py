@@ -19,7 +19,7 @@ from libmshare.cli.views import For, Order, Sort, View
 
 app = typer.Typer(
     name="mshare",
-    help="Memory regions that many processes map at one address: list, make, remove, watch them.",
+    help="Memory regions that many processes map at one address: list, create, remove, watch them.",
     epilog="See mshare(1).",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain text: errors on one line, and help that starts at once
@@ -48,7 +48,7 @@ def _bytes(text: str) -> int:
     except (ConfigError, ValueError):
         value = _LARGEST + 1
     if value > _LARGEST:
-        raise typer.BadParameter(f"{printable(text)}: write 2T, 512G, 0x20000000000")
+        raise typer.BadParameter(f"{printable(text)}: write 4096, 64M, 512G or 0x20000000000")
     return value
 
 
@@ -93,9 +93,7 @@ Url = Annotated[
 ]
 Pids = Annotated[
     list[int] | None,
-    typer.Option(
-        metavar="PID", min=1, help="this process and all that it started; may be repeated"
-    ),
+    typer.Option(metavar="PID", min=1, help="this process and its descendants; may be repeated"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON, with sizes and addresses in bytes")]
 
@@ -113,7 +111,7 @@ def options(
     timeout: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0.1, max=86400, help="how long the daemon has for its answer"
+            metavar="SECONDS", min=0.1, max=86400, help="how long to wait for the daemon's answer"
         ),
     ] = DEFAULT_TIMEOUT,
     version: Annotated[
@@ -136,7 +134,7 @@ def ls(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="only these; * and ? stand for anything",
+            help="only these; * and ? are wildcards",
             autocompletion=_complete,
             show_default=False,
         ),
@@ -149,7 +147,7 @@ def ls(
     ] = None,
     all_: Annotated[
         bool,
-        typer.Option("--all", help="also those that were removed and are in use, and by whom"),
+        typer.Option("--all", help="also removed ones that are still in use, and by whom"),
     ] = False,
 ) -> None:
     """List the regions."""
@@ -161,7 +159,7 @@ def ls(
 
 @app.command()
 def status(ctx: typer.Context, json: Json = False) -> None:
-    """Tell which daemon serves the mount, with which settings and limits."""
+    """Show which daemon serves the mount, with which settings and limits."""
     from libmshare.cli import status as status_
 
     status_.status(ctx.obj, json=json)
@@ -169,7 +167,7 @@ def status(ctx: typer.Context, json: Json = False) -> None:
 
 @app.command()
 def info(ctx: typer.Context, name: Name, json: Json = False) -> None:
-    """Tell everything about one region, and who has attached it."""
+    """Show everything about one region, and who has attached it."""
     from libmshare.cli import listing
 
     listing.info(os.fsencode(name), ctx.obj, json=json)
@@ -190,7 +188,7 @@ def ptes(
         str | None,
         typer.Argument(
             metavar="[NAME]",
-            help="a region, whose page tables its daemon tells; else all processes are looked at",
+            help="a region; without one, all processes are looked at",
             autocompletion=_complete,
             show_default=False,
         ),
@@ -203,7 +201,7 @@ def ptes(
     sort: Annotated[Sort, typer.Option(help="what comes first")] = Sort.TABLES,
     top: Annotated[int, typer.Option(metavar="N", min=0, help="so many lines; 0: all")] = 20,
     json: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", help="show it live; q quits")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="update it live; q quits")] = False,
     interval: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=86400, help="between two looks")
     ] = 2.0,
@@ -235,7 +233,7 @@ def collapse(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="objects of this name, as ptes has it, with * and ?; may be repeated",
+            help="objects of this name in `mshare ptes`; * and ? are wildcards; may be repeated",
         ),
     ] = None,
     min_size: Annotated[
@@ -243,31 +241,34 @@ def collapse(
     ] = None,
     min_filled: Annotated[
         str | None,
-        typer.Option(metavar="PART", help="leave emptier 2 MiB alone, they would grow [50%]"),
+        typer.Option(metavar="PART", help="leave chunks of 2 MiB alone that are emptier [50%]"),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="PART", help="of one processor, by pauses [25%]")
+        str | None, typer.Option(metavar="PART", help="how much of one processor to use [25%]")
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="go on, and do it as soon as there is something")
+        bool, typer.Option("--watch", help="keep running, and do it as memory is filled")
     ] = False,
     interval: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="between two looks of --watch [1]")
     ] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="FILE", help="settings; options go before them")
+        str | None, typer.Option(metavar="FILE", help="settings; options take precedence")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell what would be done, and how long it would take")
+        bool,
+        typer.Option("--dry-run", help="only print what would be done, and the time it would take"),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Have page tables back from programs that run: huge pages for their shared memory."""
+    """Free page tables of running programs: huge pages for their shared memory."""
     from libmshare.cli import collapse as collapse_
     from libmshare.cli.collapsing import load
 
     if not (everybody or pid or name or config):
         raise typer.BadParameter("of whom: --all, --pid PID or --name PATTERN?")
+    if everybody and pid:
+        raise typer.BadParameter("either --all or --pid", param_hint="--pid")
     options: dict[str, object] = {
         "names": name,
         "min_size": min_size,
@@ -288,7 +289,7 @@ def top(
     pattern: Annotated[
         str,
         typer.Argument(
-            metavar="[PATTERN]", help="only regions in whose names this is", show_default=False
+            metavar="[PATTERN]", help="only regions whose names contain this", show_default=False
         ),
     ] = "",
     once: Annotated[bool, typer.Option("--once", help="print it once and exit")] = False,
@@ -373,7 +374,7 @@ def create(
         images.load(os.fsencode(name), source, start, size, bits, kind)
         return
     if size is None:
-        raise typer.BadParameter("how large is it to be?", param_hint="--size")
+        raise typer.BadParameter("say how large the region is: --size 64M", param_hint="--size")
     create_.create(os.fsencode(name), start, size, bits, kind, ctx.obj, anonymous=anonymous)
 
 
@@ -387,7 +388,7 @@ def wait(
         typer.Option("--timeout", metavar="SECONDS", min=0, help="how long; without it for ever"),
     ] = None,
 ) -> None:
-    """Wait until a region is as it is wanted."""
+    """Wait until a region is created, used, unused, collapsed or gone."""
     from libmshare.cli import waiting
 
     waiting.wait(os.fsencode(name), for_, ctx.obj, patience)
@@ -399,7 +400,7 @@ def push(
     url: Url,
     unsynchronized: Annotated[
         bool,
-        typer.Option("--unsynchronized", help="although other processes may write it meanwhile"),
+        typer.Option("--unsynchronized", help="even if other processes may write it meanwhile"),
     ] = False,
     abi: Annotated[
         str, typer.Option(metavar="TAG", help="how what is in it is laid out, for pull --abi")
@@ -458,7 +459,8 @@ def rm(
     from libmshare.cli.remove import remove, remove_all
 
     if all_ == bool(names):
-        raise typer.BadParameter("give names, or --all", param_hint="NAME")
+        text = "either names or --all, not both" if all_ else "give names, or --all"
+        raise typer.BadParameter(text, param_hint="NAME")
     if force and not all_:
         raise typer.BadParameter("is for --all", param_hint="--force")
     if all_:
@@ -484,7 +486,7 @@ def doctor(
         typer.Option(metavar="FILE", help="check this configuration of msharefsd, too"),
     ] = None,
 ) -> None:
-    """Say what this kernel, these rights and this configuration allow."""
+    """Check what this kernel, these rights and this configuration allow."""
     from libmshare.cli import doctor as doctor_
 
     if not doctor_.doctor(ctx.obj, config, json=json):
@@ -497,18 +499,20 @@ def doctor(
 def run(
     command: Annotated[list[str], typer.Argument(metavar="PROGRAM")],
     backing: Annotated[
-        Backing, typer.Option(help="what large anonymous shared memory is of")
+        Backing, typer.Option(help="where large anonymous shared memory comes from")
     ] = Backing.SHM,
     min_size: Annotated[
         int | None,
         typer.Option(metavar="SIZE", parser=_bytes, help="leave smaller mappings alone [64M]"),
     ] = None,
     no_watch: Annotated[
-        bool, typer.Option("--no-watch", help="do not have its page tables back")
+        bool, typer.Option("--no-watch", help="do not free its page tables")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what would be done")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print what would be done")
+    ] = False,
 ) -> None:
-    """Run a program whose page tables are had back, and whose mmap() acts on regions."""
+    """Run a program, free its page tables, and have its mmap() act on regions."""
     from libmshare.cli import run as run_
 
     smallest = run_.SMALLEST if min_size is None else max(min_size, 1)
@@ -534,5 +538,8 @@ def _usage(error: Any) -> CommandError:
         raise SystemExit(Exit.USAGE)
     where = "mshare" if error.ctx is None else error.ctx.command_path
     text = printable_line(text[:1].lower() + text[1:].removesuffix("."))
+    text = text.replace("a valid int range", "a whole number").replace(
+        "a valid int", "a whole number"
+    )
     more = " " if text.endswith("?") else ": "
     return CommandError(f"{text}{more}see `{where} --help`", Exit.USAGE)

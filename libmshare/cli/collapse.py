@@ -78,6 +78,9 @@ def collapse(order: Order) -> bool:
     ]
     plans = [engine.plan(each, limits.filled, patience) for each in objects if each.reclaimable]
     plans = [plan for plan in plans if plan.chunks or plan.too_empty or plan.lacking]
+    if not order.json and os.geteuid() != 0:  # root sees what there is to be seen
+        for line in tables.unseen(found):
+            output.write(line)
     if order.dry_run:
         _tell_plans(plans, objects, pace, json=order.json)
         return True
@@ -93,7 +96,7 @@ def collapse(order: Order) -> bool:
 
 
 def _nothing(plans: Sequence[Plan]) -> str:
-    text = "nothing to be had back"
+    text = "nothing to free"
     if empty := sum(plan.too_empty for plan in plans):
         text += f"; {empty} chunks of 2 MiB are too empty (--min-filled)"
     for plan in plans:
@@ -350,7 +353,7 @@ class _Report:
                     float(totals.silent),
                 ),
                 "reclaimable_objects": (
-                    "Shared memory with page tables to be had back",
+                    "Shared memory with page tables that can be freed",
                     "gauge",
                     float(totals.objects),
                 ),

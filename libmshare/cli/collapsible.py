@@ -48,7 +48,7 @@ def _rights() -> Line:
     mask = int(match[1], 16) if match else 0
     lacking = [name for name, bit in _CAPABILITIES.items() if not mask >> bit & 1]
     if not lacking:
-        return Line(check, good=True, found="can be told and had back")
+        return Line(check, good=True, found="can be shown and freed")
     return Line(
         check,
         good=False,
@@ -71,9 +71,7 @@ def _settings() -> Iterator[Line]:
     check = "shmem_enabled"
     own = _chosen(THP / "shmem_enabled")
     if own is None:
-        yield Line(
-            check, good=False, found="no transparent huge pages", advice="nothing to be had back"
-        )
+        yield Line(check, good=False, found="no transparent huge pages", advice="nothing to free")
         return
     advice = {
         "never": "shared memory lies where huge pages fit only by chance: start programs with "
@@ -92,7 +90,7 @@ def _settings() -> Iterator[Line]:
             name,
             good=False,
             found=str(sized),
-            advice=f"nothing can be had back: every try fails (EINVAL); echo inherit >{THP}/{name}",
+            advice=f"nothing can be freed: every try fails (EINVAL); echo inherit >{THP}/{name}",
         )
     elif sized is not None:
         yield Line(name, good=True, found=sized)

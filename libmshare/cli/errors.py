@@ -46,9 +46,12 @@ def not_mounted() -> DaemonGoneError:
     """For when no msharefs is found."""
     wanted = os.environ.get("MSHARE_ROOT")
     text = errors.not_mounted(printable(wanted) if wanted else None)
-    return DaemonGoneError(
-        text.replace("say where it is with MSHARE_ROOT", "say where it is with --root")
-    )
+    for environment, option in (
+        ("or unset MSHARE_ROOT", "or say where it is (--root, MSHARE_ROOT)"),
+        ("or say where it is with MSHARE_ROOT", "or say where it is with --root"),
+    ):
+        text = text.replace(environment, option)
+    return DaemonGoneError(text)
 
 
 def no_such_region(name: bytes) -> CommandError:

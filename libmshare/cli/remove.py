@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from libmshare import core
-from libmshare.cli import output, regions
+from libmshare.cli import regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.errors import CommandError, DaemonGoneError, explain
 from libmshare.cli.output import printable, printable_line
-from msharefsd.telemetry.figures import plural
+from msharefsd.telemetry.figures import amount, plural
 
 _WHOSE: Final = "not permitted; only its owner and root may remove a region"
 _ADVICE: Final = {errno.EPERM: _WHOSE, errno.EACCES: _WHOSE}
@@ -56,7 +56,7 @@ def _remove(names: Sequence[bytes], *, spare: bool = False) -> Result:
             try:
                 core.mshare_unlink(os.fsdecode(name))
             except OSError as error:
-                raise explain(error, name, _ADVICE) from None
+                raise explain(error, name, _advice(name)) from None
             result.done.append(f"{printable(name)}, {memory}")
             if holders:
                 result.notes.append(
@@ -70,13 +70,19 @@ def _remove(names: Sequence[bytes], *, spare: bool = False) -> Result:
     return result
 
 
+def _advice(name: bytes) -> dict[int, str]:
+    if any(wild in name for wild in (b"*", b"?", b"[")):
+        return _ADVICE | {errno.ENOENT: "no such region; rm takes names, and no patterns"}
+    return _ADVICE
+
+
 def _holders(name: bytes) -> tuple[str, str]:
     """Who has the region attached, for people, empty if nobody has; and how much it is."""
     try:
         region = regions.one(name)
     except CommandError:
         return "", "-"  # what it is called decides what is said of it
-    memory = output.size(region.memory)
+    memory = "-" if region.memory is None else amount(region.memory)
     if not region.sharers:
         return "", memory
     who = [f"{each.pid} {printable_line(each.command)}" for each in regions.holders(region)]

@@ -31,7 +31,7 @@ class Manner:
     smallest: int = SMALLEST
     """Smaller mappings are left alone (bytes)."""
     follow: bool = True
-    """Whether its page tables are had back."""
+    """Whether its page tables are freed."""
     dry_run: bool = False
 
 
@@ -97,7 +97,7 @@ def _tell(command: list[str], manner: Manner, libraries: list[str]) -> NoReturn:
     if manner.backing == "hugetlb":
         lines.append("if it is anonymous, it is of huge pages of the pool, as far as all are free")
     if manner.follow:
-        lines.append("what it starts is watched, and its page tables are had back")
+        lines.append("what it starts is watched, and its page tables are freed")
     lines.append(" ".join(map(printable, command)))
     print("\n".join(lines))  # noqa: T201 - a command's output
     sys.stdout.flush()

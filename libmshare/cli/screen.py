@@ -17,7 +17,7 @@ from libmshare.cli.output import Column, printable
 from libmshare.cli.regions import Region
 from libmshare.cli.views import Order
 from libmshare.texts import Sharer
-from msharefsd.telemetry.figures import plural
+from msharefsd.telemetry.figures import amount, plural
 
 _REGIONS: Final = (
     Column("NAME"),
@@ -139,10 +139,10 @@ def heading(now: Seen, before: Seen | None) -> str:
     memory = sum(region.memory for region in now.regions)
     text = (
         f"{plural(len(now.regions), 'region')}, {plural(len(now.sharers), 'sharer')}, "
-        f"{output.size(memory)} of memory"
+        f"{amount(memory)} of memory"
     )
     if removed := [region for region in now.regions if region.removed]:
-        text += f" ({output.size(sum(each.memory for each in removed))} of it removed)"
+        text += f" ({amount(sum(each.memory for each in removed))} of it removed)"
     rate = now.rate(before)
     return text if rate is None else f"{text}, {rate:.0f} faults/s"
 

@@ -9,7 +9,7 @@ from libmshare.cli import output, regions
 from libmshare.cli.ask import bounded
 from libmshare.cli.listing import user
 from libmshare.cli.output import Column, printable, printable_line
-from msharefsd.telemetry.figures import duration, plural
+from msharefsd.telemetry.figures import amount, duration, plural
 
 _FLAGS: Final = {"yes": True, "no": False, "-": None}
 
@@ -28,7 +28,7 @@ def status(timeout: float, *, json: bool) -> None:
     output.write(f"since {told.get('since', '-')}, for {duration(float(told.get('uptime', 0)))}")
     output.write(
         f"{printable(root)}: {plural(count['regions'], 'region')}, "
-        f"{plural(count['sharers'], 'sharer')}, {output.size(count['memory'])} of memory"
+        f"{plural(count['sharers'], 'sharer')}, {amount(count['memory'])} of memory"
     )
     for title, rows in _tables(told):
         output.write("")

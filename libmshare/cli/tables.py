@@ -155,15 +155,20 @@ def heading(found: Survey, *, everybody: bool) -> list[str]:
             if _partial(found):
                 text += " and of others that were not looked at"
         lines.append(text)
-    unseen = len(found.processes) - seen
-    if unseen:
-        lines.append(
-            f"{unseen} process{'' if unseen == 1 else 'es'} could not be looked at, "
-            f"{output.size(found.unseen)}: "
-            + ", ".join(sorted({p.lacking for p in found.processes if p.lacking}))
-            + ("" if os.geteuid() == 0 else "; other users' processes take root")
-        )
-    return lines
+    return [*lines, *unseen(found)]
+
+
+def unseen(found: Survey) -> list[str]:
+    """A line about those that could not be looked at, if there are any."""
+    count = sum(process.tables is None for process in found.processes)
+    if not count:
+        return []
+    return [
+        f"{count} process{'' if count == 1 else 'es'} could not be looked at, "
+        f"{output.size(found.unseen)}: "
+        + ", ".join(sorted({p.lacking for p in found.processes if p.lacking}))
+        + ("" if os.geteuid() == 0 else "; other users' processes take root")
+    ]
 
 
 def _partial(found: Survey) -> bool:
@@ -318,7 +323,7 @@ def advice(found: Survey) -> list[str]:
         label = printable_line(each.label)
         if each.reclaimable >= WORTH_ADVICE:
             lines.append(
-                f"{label}: {output.size(each.reclaimable)} can be had back now: mshare collapse "
+                f"{label}: {output.size(each.reclaimable)} can be freed now: mshare collapse "
                 f"--pid {min(each.sharers)}"
             )
         elif each.congruent < len(each.sharers):

@@ -3,6 +3,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -276,6 +277,11 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 	    name_unlink_identity(root->fd, attachment->identity) < 0)
 		goto fail;
 	if (building) {
+		if (!wish->zeros && attachment_lies_in(attachment->start, attachment->size)) {
+			reason_say("this process has another region in that range");
+			errno = wish->open ? EADDRINUSE : EINVAL;
+			goto fail;
+		}
 		result = wish->zeros ? donate_zeros(attachment, wish->length, &complete) :
 					donate(attachment, &complete);
 		if (result < 0)
@@ -312,12 +318,15 @@ fail:
 static int check_alignment(const struct attachment *attachment, int root)
 {
 	size_t alignment = root_alignment(root);
+	char text[100];
 
 	if (alignment == 0)
 		return -1;
 	if (!(((uintptr_t)attachment->start | attachment->size) & (alignment - 1)))
 		return 0;
-	reason_say("address and size must be multiples of the alignment");
+	snprintf(text, sizeof text, "address and size must be multiples of the alignment, %zu bytes",
+		 alignment);
+	reason_say(text);
 	errno = EINVAL;
 	return -1;
 }

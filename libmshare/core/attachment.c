@@ -67,6 +67,18 @@ char *attachment_above(const char *address)
 	return found;
 }
 
+bool attachment_lies_in(const char *start, size_t size)
+{
+	const char *above;
+	bool lies;
+
+	attachment_lock();
+	above = attachment_above(start);
+	lies = attachment_at(start) || (above && above < start + size);
+	attachment_unlock();
+	return lies;
+}
+
 struct attachment *attachment_first(void)
 {
 	return attachments;

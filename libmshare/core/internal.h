@@ -16,6 +16,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/mman.h>
 #include <sys/types.h>
 
 #include "../include/mshare.h"
@@ -97,6 +98,17 @@ int connection_call(int connection, const struct mshare_wire_request *request,
 /* Whether a note has come: 1, or 0, or CONNECTION_LOST. */
 int connection_noted(int connection);
 
+/* populate.c */
+#ifndef MADV_POPULATE_READ /* headers before 5.14 */
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+/*
+ * madvise(2) with either of these, of a region's pages; holds no lock.  EFAULT: they cannot be
+ * had.  For the Python package, too.
+ */
+int mshare_populate(void *start, size_t length, int advice);
+
 /* apart.c: for the Python package, which has the same struct (core.py). */
 enum { APART_NEVER, APART_RUNS, APART_DONE };
 struct mshare_apart {
@@ -148,6 +160,8 @@ bool wait_again(struct waiting *waiting);
  * of the right to the region, as for ATTACH.
  */
 int uffd_open(int connection, int proof);
+/* Whether this process was given one that serves no faults of the kernel. */
+bool uffd_is_for_code_only(void);
 /* The same in two steps, for who has no proof yet: UFFD_ASK if the second is needed. */
 #define UFFD_ASK (-2)
 int uffd_open_unaided(void);
@@ -197,6 +211,8 @@ struct attachment *attachment_first(void);
 struct attachment *attachment_at(const char *address);
 /* The lowest start of an attachment above the address. */
 char *attachment_above(const char *address);
+/* Whether one lies in that range.  Takes the lock itself. */
+bool attachment_lies_in(const char *start, size_t size);
 /* The plain attachment of a name. */
 struct attachment *attachment_named(const char *name);
 /* The attachment of a region. */
@@ -277,6 +293,8 @@ int name_unlink_identity(int root, const unsigned char identity[MSHARE_IDENTITY]
 void name_unmake(int root, const char *name, int region);
 /* Remove the name of a region that this process has not attached. */
 int name_unlink(const char *name);
+/* Why a name could not be removed, if that is its owner's right. */
+void name_say_whose(int error);
 
 /* details.c: what a region's file tells and takes at DETAILS_OFFSET, beyond its end. */
 #define DETAILS_OFFSET 4096

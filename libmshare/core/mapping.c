@@ -15,10 +15,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#define MADV_POPULATE_WRITE 23
-#endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
@@ -254,8 +250,8 @@ MSHARE_EXPORT void *mshare_mmap(void *addr, size_t length, int prot, int flags, 
 		int saved = errno;
 
 		/* As with mmap(2), that it cannot be populated is no failure. */
-		raw_madvise(got, rounded,
-			    prot & PROT_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+		mshare_populate(got, rounded,
+				prot & PROT_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
 		errno = saved;
 	}
 	return got;
@@ -349,7 +345,7 @@ static int advise_part(const struct part *part, int advice)
 		return call_part(part, MSHARE_WIRE_DISCARD, 0);
 	case MADV_POPULATE_READ:
 	case MADV_POPULATE_WRITE:
-		return raw_madvise(part->start, part->length, advice);
+		return mshare_populate(part->start, part->length, advice);
 	default:
 		errno = EINVAL;
 		return -1;

@@ -183,6 +183,12 @@ int name_reopen(int root, const struct attachment *attachment)
 	return -1;
 }
 
+void name_say_whose(int error)
+{
+	if (error == EPERM || error == EACCES)
+		reason_say("only the owner of a region and root may remove its name");
+}
+
 int name_unlink(const char *name)
 {
 	struct waiting waiting = { 0 };
@@ -197,6 +203,7 @@ int name_unlink(const char *name)
 			if (result == 0 || (errno == ENOENT && asked))
 				return 0;
 			asked |= errno == ECONNABORTED; /* it was under way */
+			name_say_whose(errno);
 		}
 	} while (daemon_is_gone(errno) && wait_again(&waiting));
 	return -1;

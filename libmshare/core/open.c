@@ -130,6 +130,8 @@ MSHARE_EXPORT int mshare_forget_name(const struct mshare_region *region)
 		found = result == 0;
 		if (found) {
 			result = name_unlink_identity(root.fd, region->identity);
+			if (result < 0)
+				name_say_whose(errno);
 			root_close(&root);
 		}
 		/* (There was a mount: between two daemons it is not there for a moment.) */

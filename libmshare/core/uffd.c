@@ -22,6 +22,14 @@
  */
 static struct held device = { .fd = -1 };
 
+/* Set once, by whoever comes first. */
+static bool for_code_only;
+
+bool uffd_is_for_code_only(void)
+{
+	return __atomic_load_n(&for_code_only, __ATOMIC_RELAXED);
+}
+
 static bool has_device(int *fd)
 {
 	bool has;
@@ -98,6 +106,7 @@ int uffd_ask(int connection, int proof)
 		return -1;
 	if (reply.flags & MSHARE_WIRE_USER_MODE_ONLY) {
 		close_keeping_errno(opened);
+		__atomic_store_n(&for_code_only, true, __ATOMIC_RELAXED);
 		return by_system_call(O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
 	}
 	if (opened < 0) {

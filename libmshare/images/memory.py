@@ -120,7 +120,7 @@ class Contents:
         if touch:
             region, address = self._region, self._region.start + offset
             pin, root = region.pin(offset, length), region.identity.root
-            touching.populate(pin, address, length, None, root, region.name, write=False)
+            touching.populate(pin, address, length, None, root, region.name)
             return bytes(self._region.buf[offset : offset + length])
         pieces = bytearray()
         while len(pieces) < length:

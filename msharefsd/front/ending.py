@@ -16,7 +16,7 @@ from msharefsd.front.pagers import Pagers
 from msharefsd.front.setting_up import End
 from msharefsd.life.signals import Signals
 from msharefsd.mount.names import Name, Names
-from msharefsd.telemetry.figures import plural, size
+from msharefsd.telemetry.figures import amount, plural
 from msharefsd.threads import runs
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Kept:
         if not self.has_range:
             return f"{self.label} (a name)"
         gone = "" if self.linked else "removed, "
-        return f"{self.label} ({gone}{size(self.memory)}, {plural(self.sharers, 'sharer')})"
+        return f"{self.label} ({gone}{amount(self.memory)}, {plural(self.sharers, 'sharer')})"
 
 
 def _kept(name: Name) -> Kept:
@@ -139,7 +139,7 @@ def what_is_kept(names: Names) -> list[Kept]:
 def summary(kept: list[Kept]) -> str:
     """What there is, in half a line."""
     sums = (
-        f"{plural(len(kept), 'region')}, {size(sum(each.memory for each in kept))}, "
+        f"{plural(len(kept), 'region')}, {amount(sum(each.memory for each in kept))} of memory, "
         f"{plural(sum(each.sharers for each in kept), 'sharer')}"
     )
     texts = [each.text() for each in kept[:MOST_TOLD]]

@@ -96,10 +96,12 @@ def prepare(mountpoint: str, workspace: Path) -> bool:
             try:
                 os.makedirs(mountpoint, mode=0o755, exist_ok=True)
             except OSError as error:
-                raise StartError(
-                    f"cannot make {mountpoint}: {error.strerror}; an ordinary user's daemon "
-                    "needs --mountpoint in a directory of theirs"
-                ) from error
+                advice = (
+                    "choose another --mountpoint"
+                    if os.geteuid() == 0
+                    else "an ordinary user's daemon needs --mountpoint in a directory of theirs"
+                )
+                raise StartError(f"cannot make {mountpoint}: {error.strerror}; {advice}") from error
             finally:
                 os.umask(umask)
     return directory == graft.SYS_FS and graft.is_there()

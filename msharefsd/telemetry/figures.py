@@ -7,6 +7,11 @@ from typing import Final
 _UNITS: Final = "KMGTPE"
 
 
+def amount(count: int) -> str:
+    """The same within a sentence, where a number alone has no unit."""
+    return f"{size(count)} bytes" if count < 1024 else size(count)
+
+
 def size(count: int) -> str:
     """Bytes: at most four digits, in powers of 1024.
 

@@ -315,7 +315,7 @@ def test_rm_all_spares_what_is_in_use(
     make(mshare, "r", "--start=32T")
     (daemon.mount / "bare").touch()
     done = mshare.run("rm", "--all")
-    assert (done.returncode, done.stdout) == (1, "removed: bare, 0\nremoved: r, 0\n")
+    assert (done.returncode, done.stdout) == (1, "removed: bare, 0 bytes\nremoved: r, 0 bytes\n")
     complaint = done.stderr
     assert complaint.count("\n") == 1
     assert f"used: 1 process has it ({donor.pid} client)" in complaint
@@ -364,7 +364,7 @@ def test_no_mount(words: tuple[str, ...], directory: Path) -> None:
     assert "msharefs is not mounted; start msharefsd" in Command(None).fails(*words)
     why = Command(directory).fails(*words)
     assert f"no msharefs is mounted on {directory}" in why
-    assert "unset MSHARE_ROOT" in why
+    assert "or say where it is (--root, MSHARE_ROOT)" in why
 
 
 def test_a_dead_daemon(mshare: Command, daemon: Daemon) -> None:
@@ -534,6 +534,14 @@ def test_usage() -> None:
         (("ls", "--sort"), "option '--sort' requires an argument: see `mshare --help`"),
         (("wait", "r", "--for=luck"), "invalid value for '--for': 'luck' is not one of"),
         (("rm", "r", "--force"), "invalid value for --force: is for --all: see"),
+        (("rm", "r", "--all"), "invalid value for NAME: either names or --all, not both: see"),
+        (("create", "r"), "invalid value for --size: say how large the region is: --size 64M: see"),
+        (
+            ("create", "r", "--size=1.5G"),
+            "invalid value for '--size': 1.5G: write 4096, 64M, 512G or 0x20000000000: see",
+        ),
+        (("ptes", "--pid=me"), "invalid value for '--pid': 'me' is not a whole number: see"),
+        (("collapse", "--pid=1", "--all"), "invalid value for --pid: either --all or --pid: see"),
     ):
         assert f"mshare: {what}" in command.fails(*words, code=Exit.USAGE)
     assert command.run().stderr.count("\n") + command.run().stdout.count("\n") > 10

@@ -7,6 +7,7 @@ import errno
 import itertools
 import mmap
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from become import NOBODY, run_as
 from conftest import ALIGNMENT, BASE, Client, Daemon, eventually
 from inside import root_fixture as _root_fixture  # noqa: F401 - of every test here
 
@@ -168,14 +170,23 @@ def test_reasons(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, spawn: Spawn) 
     other = spawn()
     other.ok("mshare", "a", BASE, SIZE, CREATE, 0o600)
     other.ok("mshare", "b", BASE + 2 * SIZE, SIZE, CREATE | os.O_RDONLY, 0o600)
-    with pytest.raises(libmshare.MshareError, match="multiples of the alignment"):
+    with pytest.raises(libmshare.MshareError, match=f"of the alignment, {ALIGNMENT} bytes"):
         Region.create("n", 4096, start=BASE)
     with pytest.raises(libmshare.MshareError, match=r"the region is \d+ bytes at 0x"):
         core.mshare("a", BASE + SIZE, SIZE, os.O_RDWR)
-    with pytest.raises(libmshare.RegionExists):
+    with pytest.raises(libmshare.RegionExists, match=r"attach\(\) it, or say exist_ok=True"):
         Region.create("a", SIZE)
     with pytest.raises(libmshare.NoSuchRegion, match="mshare ls"):
         Region.attach("nosuch")
+    with pytest.raises(TypeError, match="is a str, not int"):
+        Region.attach(5)  # type: ignore[arg-type]
+    with Region.create(size="1M", heap=True, ephemeral=True) as region:
+        with pytest.raises(libmshare.MshareError, match="multiple of the page size, 4096"):
+            region.protect(1, 4096, mmap.PROT_READ)
+        with pytest.raises(ValueError, match="a semaphore is 0 to 2147483647"):
+            region.semaphore("s", -1)
+        with pytest.raises(ValueError, match="does not lie in this region"):
+            region.atomic(np.zeros(1, np.int64))
     core.map_anonymous(BASE, 4096)
     with pytest.raises(libmshare.AddressTaken, match="has something where the region lies"):
         Region.attach("a")
@@ -233,6 +244,60 @@ def test_memory_is_there_after_populating(make_daemon: Callable[..., Daemon]) ->
     with pytest.raises(MemoryError):
         Region.create("big", "64M", reserve=True)
     assert not (small.mount / "big").exists()
+
+
+def test_a_region_is_not_made_over_another_one(daemon: Daemon) -> None:
+    with Region.create("a", SIZE, start=BASE) as region:
+        region[ALIGNMENT] = 7
+        with pytest.raises(libmshare.AddressTaken, match="another region in that range"):
+            Region.create("b", 2 * SIZE, start=BASE + ALIGNMENT, donate=True)
+        with pytest.raises(libmshare.MshareError, match="another region in that range") as caught:
+            core.mshare("b", BASE - ALIGNMENT, SIZE, CREATE, 0o600)
+        assert caught.value.errno == errno.EINVAL
+        assert not (daemon.mount / "b").exists()
+        assert region[ALIGNMENT] == 7
+        region.unlink()
+
+
+def test_populating_what_may_not_be_written() -> None:
+    with Region.create("r", "1M") as region:
+        region.unlink()
+        region.protect(0, mmap.PAGESIZE, mmap.PROT_READ)
+        region.populate(timeout=20)
+        assert region[0] == 0
+        region.protect(0, mmap.PAGESIZE, 0)
+        with pytest.raises(libmshare.AccessDenied, match="PROT_NONE"):
+            region.populate(timeout=20)
+
+
+@pytest.mark.parametrize("setting", ["auto", "none"])
+def test_an_ordinary_user_populates(
+    make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """Whose userfaultfd serves no faults of the kernel: a lack of memory ends nobody, either."""
+    small = make_daemon(
+        f"--alignment={ALIGNMENT}", "--region-memory=1M", f"--userfaultfd={setting}"
+    ).start()
+    small.expected.append("no memory for a fault")
+    monkeypatch.setenv("MSHARE_ROOT", str(small.mount))
+
+    def populate() -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        with Region.create("r", "512K", mode=0o666) as region:
+            region.populate(timeout=20)
+            assert bytes(region.buf) == bytes(len(region))
+            if setting == "none":
+                with open("/dev/zero", "rb", buffering=0) as zeros:  # the kernel finds it there
+                    assert zeros.readinto(region.buf) == len(region)
+            with Region.attach("r", readonly=True) as same:
+                same.populate(timeout=20)
+        with pytest.raises(MemoryError):
+            Region.create("big", "8M", reserve=True)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    run_as(NOBODY, populate)
 
 
 def test_populating_ends_in_time_and_lets_others_go_on(daemon: Daemon) -> None:

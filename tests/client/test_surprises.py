@@ -171,7 +171,7 @@ def test_the_name_goes_while_workers_go_on(daemon: Daemon) -> None:
 def test_names_and_numbers_are_what_they_say() -> None:
     for name in (b"x", pathlib.Path("x"), 5):
         for call in (Region.attach, lambda each: Region.create(each, 4096), libmshare.mshare_stat):
-            with pytest.raises(TypeError, match="a text is wanted"):
+            with pytest.raises(TypeError, match="a name or a path is a str, not"):
                 call(name)  # type: ignore[arg-type]
     for odd, code, why in (
         ("/x", errno.EINVAL, "no slash"),

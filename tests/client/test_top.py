@@ -235,7 +235,7 @@ def test_it_ends_when_there_is_no_answer(daemon: Daemon, terminal: Callable[...,
 
 
 def test_once(mshare: Command, spawn: Callable[..., Client], daemon: Daemon) -> None:
-    assert mshare.ok("top") == f"{daemon.mount}: 0 regions, 0 sharers, 0 of memory\n"
+    assert mshare.ok("top") == f"{daemon.mount}: 0 regions, 0 sharers, 0 bytes of memory\n"
     donor = donate(spawn, "r")
     heading_, of_regions, of_sharers = mshare.ok("top", "--once").split("\n\n")
     assert heading_ == f"{daemon.mount}: 1 region, 1 sharer, 2M of memory"

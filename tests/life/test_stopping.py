@@ -77,7 +77,7 @@ def test_a_signal_keeps_what_there_is_and_says_so(
     line = told(daemon)
     memory = sum(os.stat(f"/dev/shm/{name}").st_blocks * 512 for name in daemon.shm_objects())
     assert memory == 80 << 10, "a chunk of memory, and the file"
-    assert "kept for the next daemon are 2 regions, 80K, 2 sharers: " in line
+    assert "kept for the next daemon are 2 regions, 80K of memory, 2 sharers: " in line
     assert "r (80K, 2 sharers), bare (a name)." in line
     assert f"start msharefsd --mountpoint={daemon.mount} " in line
     assert line.endswith("--purge")
@@ -131,7 +131,7 @@ def test_a_terminal_that_is_closed_is_no_upgrade(
         assert daemon.process.wait(20) == 0
         daemon.halt()
         assert "SIGHUP (the terminal is gone): stopping" in daemon.log()
-        assert "r (0, 1 sharer)" in told(daemon)
+        assert "r (0 bytes, 1 sharer)" in told(daemon)
         daemon.start()
         client.ok("mmap", BASE, PAGE, READ | WRITE, SHARED_FIXED)
 
@@ -264,7 +264,8 @@ def test_a_purge_says_what_it_removes(daemon: Daemon, spawn: Spawn) -> None:
     daemon.halt()
     done = daemon.purge()
     assert done.returncode == 0, done.stderr
-    assert "removing 2 regions, 64K, 0 sharers: r (64K, 0 sharers), bare (a name)" in done.stderr
+    removing = "removing 2 regions, 64K of memory, 0 sharers: r (64K, 0 sharers), bare (a name)"
+    assert removing in done.stderr
     assert daemon.shm_objects() == []
     assert not daemon.run.exists()
     again = daemon.purge()
@@ -277,7 +278,7 @@ def test_what_is_in_use_is_not_purged_without_force(
     daemon.halt()
     done = daemon.purge()
     assert done.returncode == 1
-    assert "in use: 1 region, 80K, 2 sharers: r (80K, 2 sharers)" in done.stderr
+    assert "in use: 1 region, 80K of memory, 2 sharers: r (80K, 2 sharers)" in done.stderr
     goes_on(daemon, pair)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 NOBODY = 65534
@@ -21,6 +22,25 @@ os.setuid({NOBODY})
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
 sys.exit(msharefsd.command.main(sys.argv[1:]))
 """
+
+
+def run_as(user: int, function: Callable[[], None]) -> None:
+    """Run it in a process of that user's; it must succeed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            # As after exec: a donor looks into its own /proc/self.
+            ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE
+            function()
+        except BaseException:  # noqa: BLE001 - it is told, and the child ends
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
 
 
 @contextlib.contextmanager

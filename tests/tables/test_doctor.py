@@ -23,7 +23,7 @@ pytestmark = pytest.mark.shm_only
         ("always within_size advise never [deny] force", "[inherit]", False, "switched off"),
         ("always within_size advise [never] deny force", "[advise] never", False, "EINVAL"),
         ("always within_size advise [never] deny force", None, True, "mshare run"),
-        (None, None, False, "nothing to be had back"),
+        (None, None, False, "nothing to free"),
     ],
 )
 def test_settings(
@@ -50,7 +50,7 @@ def test_rights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "huge_pages=on" in text
     both = 1 << 19 | 1 << 23
     for mask, found in (
-        (both, "can be told and had back"),
+        (both, "can be shown and freed"),
         (1 << 19, "without CAP_SYS_NICE"),
         (0, "without CAP_SYS_PTRACE and CAP_SYS_NICE"),
     ):

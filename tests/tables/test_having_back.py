@@ -108,7 +108,7 @@ def test_a_running_program_gets_its_page_tables_back(sharers: Sharers, code: str
     assert program.do(f"read(at, {SIZE})") == str(SIZE // 4096)
     # Whoever comes later has none in the first place.
     program.do(f"children(1, lambda: read(at, {SIZE}))")
-    assert collapse("--pid", program.pid).stdout == "nothing to be had back\n"
+    assert collapse("--pid", program.pid).stdout == "nothing to free\n"
 
 
 def test_all_threads_hurry() -> None:
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_said_with_what_to_do(sharers: Sharers) -> None:
     program.do("children(1, lambda: read(at, 64 * MiB // 2))")
     done = collapse("--pid", program.pid, "--name", "anonymous*")
     assert done.returncode == 0
-    assert "nothing to be had back" in done.stdout
+    assert "nothing to free" in done.stdout
 
 
 def test_without_the_right_it_names_the_capability(sharers: Sharers) -> None:
@@ -325,4 +325,6 @@ def test_another_user_namespace_is_left_alone(sharers: Sharers) -> None:
     program = sharers(f"libc.unshare(0x10000000)\n{FILL}")
     done = collapse("--pid", program.pid, user=NOBODY)
     assert done.returncode == 0, done.stderr
-    assert "nothing to be had back" in done.stdout
+    assert "nothing to free" in done.stdout
+    assert "could not be looked at" in done.stdout
+    assert "other users' processes take root" in done.stdout
