@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from libmshare import core, waiting
-from libmshare.errors import ImageError, RegionExists
+from libmshare.errors import ImageError, RegionExists, Stale
 from libmshare.images import crew, unnamed
 from libmshare.images.bringing import Bringing
 from libmshare.images.manifest import LARGEST, Manifest, Object, check_digest, digest_of, parse
@@ -56,33 +56,39 @@ def pull(
     mode: int,
     *,
     progress: crew.Progress | None = None,
-    begun: Callable[[str], object] = lambda _digest: None,
+    begun: Callable[[str], object] | None = None,
 ) -> Region:
     """See Region.pull().
 
-    `begun`: told the image's digest when the region has its name; perhaps twice.
+    `begun`: told the image's digest when there is a region that has the name; perhaps twice.
+    If that is gone before it is filled, no other one is made: Stale.
     """
     unnamed.check_name(called)
     patiently(core.mshare_root)  # (Later `mounted`: between two daemons nothing is.)
     if digest is not None:
         found = unnamed.attach_image(called, check_digest(digest))
         if found is not None and _is_filled(found):
-            begun(digest)
+            if begun is not None:
+                begun(digest)
             return found
         if found is not None:
             found.close()
     where = Url(url)
     store = Store(where)
     manifest, got = _described(store, where, digest, abi)
-    if (found := unnamed.attach_image(called, got)) is not None:
+    found = unnamed.attach_image(called, got) if begun is not None else None
+    if found is not None and begun is not None:
         found.close()
         begun(got)  # although somebody else may be at it
     with unnamed.alone(called):
         region = unnamed.attach_image(called, got)
+        if region is None and found is not None:
+            raise Stale(errno.ESTALE, "the region was removed", called)
         if region is None:
             region = _begin(called, got, manifest, backing, mode)
         with _given_up(region):
-            begun(got)
+            if begun is not None:
+                begun(got)
             if region._readonly:  # noqa: SLF001 - who may write it fills it
                 region.wait_filled()
             else:
