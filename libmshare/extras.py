@@ -16,7 +16,8 @@ def cure(extra: str) -> str:
         return f"pip install 'msharefs[{extra}]'"
     return {
         "daemon": "apt install msharefs",
-        "web": "apt install python3-starlette python3-uvicorn",
+        # (They recommend 13 packages that nothing here uses.)
+        "web": "apt install --no-install-recommends python3-starlette python3-uvicorn",
         # Debian has none; this is where its Python looks for what an administrator adds.
         "images": f"pip install --target {site.getsitepackages()[0]} obstore",
     }[extra]
