@@ -112,7 +112,7 @@ ADVICE: Final = {
 
 def of(code: int, reason: str, name: str | None) -> MshareError:
     """The error for an errno, with the best reason there is."""
-    text = reason or ADVICE.get(code) or os.strerror(code)
+    text = (code in GONE and DAEMON_GONE) or reason or ADVICE.get(code) or os.strerror(code)
     kind = _CLASSES.get(code, MshareError)
     return kind(code, text, name) if name else kind(code, text)
 

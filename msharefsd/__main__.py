@@ -17,8 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from msharefsd import command
     except ModuleNotFoundError as error:
-        text = f"msharefsd needs {error.name}, which libmshare alone does not: install "
-        sys.stderr.write(f"{text}msharefs[daemon]\n")
+        text = f"msharefsd needs {error.name}, which libmshare alone does not"
+        sys.stderr.write(f"{text}: pip install 'msharefs[daemon]'\n")
         return 1
     return command.main(arguments, signals)
 

@@ -131,6 +131,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=other)
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test is none's garbage: _collect() need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _collect() -> Iterator[None]:
     """Have a resource that is not closed complain in the test that forgot it."""

@@ -11,6 +11,7 @@ import signal
 import sys
 
 from libmshare.cli.errors import CommandError
+from libmshare.extras import cure
 
 
 def main() -> None:
@@ -30,8 +31,7 @@ def main() -> None:
             from libmshare.cli.app import run_app  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise CommandError(
-                f"the command needs {error.name}, and libmshare alone does not: install "
-                "msharefs[daemon]"
+                f"the command needs {error.name}, which libmshare alone does not: {cure('daemon')}"
             ) from None
         sys.exit(run_app())
     except CommandError as failure:

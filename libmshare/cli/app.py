@@ -16,6 +16,7 @@ from libmshare.cli.errors import CommandError
 from libmshare.cli.exits import Exit
 from libmshare.cli.output import printable, printable_line
 from libmshare.cli.views import For, Order, Sort, View
+from libmshare.extras import cure
 
 app = typer.Typer(
     name="mshare",
@@ -330,7 +331,7 @@ def web(
         from libmshare.cli.web.server import web as web_
     except ModuleNotFoundError as error:
         missing = (error.name or "more").partition(".")[0]
-        raise CommandError(f"the page needs {missing}: install msharefs[web]") from None
+        raise CommandError(f"the page needs {missing}: {cure('web')}") from None
     web_(ctx.obj, port, interval)
 
 

@@ -60,6 +60,12 @@ def _create(
     try:
         core.mshare(text, start or 0, size, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode, backing)
     except OSError as error:
+        code = error.errno or errno.EIO
+        said = error.strerror not in (None, os.strerror(code))
+        if said and code in (errno.ENOMEM, errno.ENOSPC) and backing != "hugetlb":
+            # The daemon knows what there is too little of; of huge pages, only the first that
+            # is missing.
+            raise explain(error, name, {code: str(error.strerror)}) from None
         if start is None:
             raise explain(error, name, _ADVICE) from None
         no_room = (

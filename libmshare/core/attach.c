@@ -399,9 +399,7 @@ int attach_region(const char *name, char *start, size_t size, int oflags, mode_t
 	attachment->writable = (oflags & O_ACCMODE) == O_RDWR;
 	attachment_begin(attachment);
 	if (add(attachment, oflags, mode, kind, wish, region, &had) < 0) {
-		if (errno == EROFS)
-			reason_say("read-only here, as /sys is in hardened units and containers: "
-				   "have msharefs on /run/mshare");
+		name_explain();
 		give_up(attachment);
 		return had == HELD ? 0 : -1;
 	}

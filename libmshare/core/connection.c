@@ -25,6 +25,11 @@ void reason_say(const char *text)
 	reason[length] = '\0';
 }
 
+bool reason_is_said(void)
+{
+	return reason[0] != '\0';
+}
+
 MSHARE_EXPORT const char *mshare_reason(void)
 {
 	static __thread char told[sizeof reason];

@@ -77,11 +77,16 @@ MSHARE_EXPORT int mshare_detach(const char *name)
 MSHARE_EXPORT int mshare_unlink(const char *name)
 {
 	struct attachment *detached;
+	int result;
 
 	reason_forget();
 	if (name_check(name) < 0)
 		return -1;
-	if (!end_use(name, &detached))
-		return name_unlink(name);
+	if (!end_use(name, &detached)) {
+		result = name_unlink(name);
+		if (result < 0)
+			name_explain();
+		return result;
+	}
 	return detached ? detach_region(detached, MSHARE_WIRE_UNLINK) : 0;
 }

@@ -92,6 +92,7 @@ int connection_open(const struct root *root);
 /* What the daemon says to the last error of this thread: mshare_reason(). */
 void reason_forget(void);
 void reason_say(const char *text);
+bool reason_is_said(void);
 int connection_call(int connection, const struct mshare_wire_request *request,
 		    const struct mshare_wire_object *objects, const int *fds, size_t fd_count,
 		    struct mshare_wire_reply *reply, int *reply_fd);
@@ -271,6 +272,8 @@ void fork_handle(void);
 /* names.c */
 /* Whether a region may have the name: 0, or -1 with errno. */
 int name_check(const char *name);
+/* A call about a name has failed: say why, where errno alone tells it and nothing is said. */
+void name_explain(void);
 /*
  * root_use() for a call that may wait: between two daemons the mount is not there for
  * a moment, and only who knows that there was one can tell that from no msharefs at all.

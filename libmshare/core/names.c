@@ -33,6 +33,32 @@ int name_check(const char *name)
 	return -1;
 }
 
+void name_explain(void)
+{
+	int saved = errno;
+	struct root root;
+
+	if (reason_is_said())
+		return;
+	if (daemon_is_gone(errno)) {
+		reason_say("the daemon of msharefs has died; start msharefsd again");
+	} else if (errno == EACCES) {
+		reason_say("permission denied; its mode says who may, `mshare ls` shows it");
+	} else if (errno == EEXIST) {
+		reason_say("a region of that name exists, or something is mapped there already");
+	} else if (errno == EROFS) {
+		reason_say("read-only here, as /sys is in hardened units and containers: "
+			   "have msharefs on /run/mshare");
+	} else if (errno == ENOENT && root_find(&root) == 0) {
+		root_close(&root);
+		reason_say("no such region; `mshare ls` lists them");
+	} else if (saved == ENOENT) {
+		reason_say("msharefs is not mounted; start msharefsd, or say where it is with "
+			   "MSHARE_ROOT");
+	}
+	errno = saved;
+}
+
 /* It goes with this process, until it has memory. */
 static int make(int root, const char *name, int access, mode_t mode)
 {
@@ -247,6 +273,8 @@ MSHARE_EXPORT int mshare_stat(const char *name, struct mshare_info *info)
 	do
 		result = read_info(name, info, &waiting);
 	while (result < 0 && daemon_is_gone(errno) && wait_again(&waiting));
+	if (result < 0)
+		name_explain();
 	return result;
 }
 

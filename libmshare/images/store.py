@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 from libmshare.errors import ImageError
+from libmshare.extras import cure
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -123,9 +124,7 @@ def _library() -> Any:
         import obstore  # noqa: PLC0415 - an extra
         import obstore.store  # noqa: PLC0415
     except ImportError as error:
-        raise ImageError(
-            errno.EOPNOTSUPP, "images need obstore: pip install 'msharefs[images]'"
-        ) from error
+        raise ImageError(errno.EOPNOTSUPP, f"images need obstore: {cure('images')}") from error
     # Its threads are not in a child, and what it does there would wait for them for ever.
     if _used.setdefault("by", os.getpid()) != os.getpid():
         raise ImageError(

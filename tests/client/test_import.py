@@ -62,7 +62,7 @@ runpy.run_module({program!r}, run_name="__main__")
 """
     done = run("-P", "-c", bare)
     assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("install msharefs[daemon]")
+    assert done.stderr.rstrip().endswith(": pip install 'msharefs[daemon]'")
     assert done.stderr.count("\n") == 1
 
 

@@ -346,7 +346,7 @@ def test_what_is_missing_is_said() -> None:
             text=True,
             cwd="/",
         )
-        said = f"mshare: the page needs {missing}: install msharefs[web]\n"
+        said = f"mshare: the page needs {missing}: pip install 'msharefs[web]'\n"
         assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 

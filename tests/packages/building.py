@@ -13,7 +13,11 @@ from machine import LackingError, Machine
 PROJECT = TESTS.parent
 DEBOOTSTRAP = bool(os.environ.get("MSHARE_TEST_DEBOOTSTRAP"))
 """A Debian with nothing but what is said here, instead of this machine's files."""
-NEEDED = "systemd,python3,libfuse3-3,gcc,libc6-dev,pkg-config,man-db,bash-completion,procps"
+NEEDED = (
+    "systemd,python3,libfuse3-3,fuse3,gcc,libc6-dev,pkg-config,man-db,bash-completion,procps,"
+    "python3-starlette,python3-uvicorn"
+)
+"""What a test of the packages uses, and they depend on, recommend or suggest."""
 
 
 def script(name: str, *words: object, **environment: str) -> str:
@@ -62,7 +66,8 @@ class Debian(Machine):
     @staticmethod
     def _bootstrapped() -> Path:
         root = PROJECT / "build/debian"
-        if not (root / "made").exists():
+        made = root / "made"
+        if not (made.exists() and made.read_text() == NEEDED):
             if shutil.which("debootstrap") is None:
                 raise LackingError("the program debootstrap")
             shutil.rmtree(root, ignore_errors=True)
@@ -71,7 +76,7 @@ class Debian(Machine):
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
-            (root / "made").touch()
+            made.write_text(NEEDED)
         return root
 
     def _places(self) -> set[str]:

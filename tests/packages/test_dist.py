@@ -115,21 +115,14 @@ def test_any_python_takes_it(
     assert done.stdout.startswith("run 1 "), done.stderr
 
 
-@pytest.mark.parametrize("kind", ["sdist", "wheel"])
 def test_the_tests_of_the_client_pass_away_from_the_checkout(
-    made: tuple[Path, Path], kind: str, tmp_path: Path
+    made: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    """Those in the sdist, with the wheel, which was made from it."""
     source, wheel = made
     with tarfile.open(source) as archive:
         archive.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.glob("msharefs-*")
-    if kind == "sdist":
-        pip = (BIN / "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
-        path = f"{BIN}:{os.environ.get('PATH', os.defpath)}"
-        subprocess.run(
-            [*pip, "--wheel-dir", tmp_path, tree], check=True, env=os.environ | {"PATH": path}
-        )
-        (wheel,) = tmp_path.glob("*.whl")
     # Where examples/demo looks for it.
     interpreter = environment(str(Path(sys.base_prefix) / "bin/python3"), wheel, tree / ".venv")
     # The daemon's dependencies and pytest are this environment's; the project is the other's.

@@ -17,6 +17,30 @@ pytestmark = [pytest.mark.shm_only, pytest.mark.timeout(3600 if DEBOOTSTRAP else
 
 NAMES = ("libmshare0", "libmshare-dev", "python3-libmshare", "msharefs")
 MOUNT = "/sys/fs/mshare"
+SHARER = """
+#include <errno.h>
+#include <mshare.h>
+#include <stdio.h>
+#include <string.h>
+
+int main(int argc, char **argv)
+{
+	struct mshare_info info;
+
+	if (argc == 2 && mshare_attach(argv[1], O_RDWR, &info) == 0)
+		return 0;
+	fprintf(stderr, "%s: %s\\n", strerror(errno), mshare_reason());
+	return 1;
+}
+"""
+READER = """
+import sys, urllib.request
+address = sys.stdin.readline().strip()
+for path in ("", "page.js", "api/state"):
+    with urllib.request.urlopen(address + path) as answer:
+        assert answer.status == 200 and answer.read(), path
+"""
+"""Who opens the page of `mshare web`."""
 HOLDER = """
 import sys
 from libmshare import Region
@@ -70,10 +94,7 @@ def test_from_installing_to_purging(
     service = Service(debian)
     install(debian, list(packages.values()))
 
-    # It waits for being told.
-    assert service.show("ActiveState") == "inactive"
-    assert service.show("UnitFileState") == "disabled"
-    assert "0.1.0" in debian.run("mshare", "--version").stdout
+    check_that_it_waits(debian, service)
     service.systemctl("enable")
     service.systemctl("start")
     first = service.pid
@@ -95,6 +116,8 @@ def test_from_installing_to_purging(
     assert debian.run("mshare", "info", "numbers").stdout
     assert debian.run("mshare", "run", "--no-watch", "--", "true").stderr == ""
 
+    check_mistakes(debian)
+    check_page(debian)
     check_help(debian)
 
     # An upgrade keeps everything, and whoever has it.
@@ -143,6 +166,68 @@ def test_the_first_steps(debian: Debian, packages: dict[str, Path]) -> None:
     shell.close()
     # logind makes that one when it comes to it.
     assert debian.files() - {"/var/lib/systemd/linger"} == before
+
+
+def check_that_it_waits(debian: Debian, service: Service) -> None:
+    """For being told."""
+    assert service.show("ActiveState") == "inactive"
+    assert service.show("UnitFileState") == "disabled"
+    assert "0.1.0" in debian.run("mshare", "--version").stdout
+    for words in (("ls",), ("status",), ("top", "--once"), ("create", "x", "--size", "2M")):
+        said(debian, "msharefs is not mounted; start msharefsd", "mshare", *words)
+
+
+def said(debian: Debian, sentence: str, *words: object, user: int | None = None) -> None:
+    """A command fails, and says so in one line."""
+    done = debian.run(*words, user=user, check=False)
+    assert done.returncode != 0, words
+    assert done.stdout == "", words
+    assert done.stderr.count("\n") == 1, (words, done.stderr)
+    assert sentence in done.stderr, words
+
+
+def check_mistakes(debian: Debian) -> None:
+    """What goes wrong in the first hour, in the shell and in C."""
+    nobody = 65534
+    denied = "permission denied; its mode says who may"
+    missing = "no such region; `mshare ls` lists them"
+    create = ("mshare", "create", "x", "--size")
+    said(debian, "numbers: it exists; choose another name", *create[:2], "numbers", "--size=2M")
+    said(debian, "--size must be a multiple of 512G", *create, "2M", "--start=2T")
+    said(debian, "10X: write 2T, 512G", *create, "10X")
+    said(debian, "a region's name has no slash", *create[:2], "a/b", "--size=2M")
+    said(debian, "no range of so many addresses is left", *create, "100T")
+    said(debian, f"nothing: {missing}", "mshare", "info", "nothing")
+    said(debian, "no such command 'creat'. Did you mean 'create'?", "mshare", "creat")
+    said(debian, f"numbers: {denied}", "mshare", "maps", "numbers", user=nobody)
+    said(debian, "only its owner and root may remove", "mshare", "rm", "numbers", user=nobody)
+    where = "/usr/local/lib/python3.11/dist-packages"
+    said(debian, f"install --target {where} obstore", "mshare", "pull", "file:///none")
+    source = debian.packages / "sharer.c"
+    debian.write(str(source), SHARER)
+    build = f"cc -o /srv/sharer {source} $(pkg-config --cflags --libs libmshare)"
+    debian.run("sh", "-c", build)
+    said(debian, f": {missing}", "/srv/sharer", "nothing")
+    said(debian, f": {denied}", "/srv/sharer", "numbers", user=nobody)
+    debian.run("chmod", "666", f"{MOUNT}/numbers")
+    assert debian.run("/srv/sharer", "numbers", user=nobody).stderr == ""
+    said(debian, "msharefs is not mounted", "env", "MSHARE_ROOT=/srv", "/srv/sharer", "numbers")
+
+
+def check_page(debian: Debian) -> None:
+    """By Debian's own Starlette and uvicorn; without them, what to install."""
+    web = debian.client(None, ("sh", "-c", "echo $$; exec mshare web"))
+    pid = web.result()
+    reader = debian.client(None, ("/usr/bin/python3", "-c", READER))
+    reader.send(web.result())
+    assert reader.process.wait(60) == 0
+    debian.run("kill", "-INT", pid)
+    web.process.wait(60)
+    starlette, away = "/usr/lib/python3/dist-packages/starlette", "/srv/starlette"
+    debian.run("mv", starlette, away)
+    cure = "the page needs starlette: apt install --no-install-recommends python3-starlette"
+    said(debian, cure, "mshare", "web")
+    debian.run("mv", away, starlette)
 
 
 def check_help(debian: Debian) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 import uvicorn
@@ -20,8 +22,21 @@ from libmshare.cli.web.watching import Watch
 _LOOPBACK: Final = "127.0.0.1"
 _TOKEN_BYTES: Final = 24
 """192 bits: nobody guesses them."""
-_ENDING_SECONDS: Final = 1
-"""What answers that are under way have, when it ends."""
+
+
+class _Server(uvicorn.Server):
+    """Signals do what they do elsewhere: answers that are under way are not waited for.
+
+    (Uvicorn waits, and what it does afterwards differs from version to version.)
+    """
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing."""
+        yield
+
+    def install_signal_handlers(self) -> None:
+        """Nothing; before 0.29 this is what is called."""
 
 
 def web(timeout: float, port: int, interval: float) -> None:
@@ -39,7 +54,7 @@ async def _serve(listening: socket.socket, timeout: float, interval: float) -> N
     port = listening.getsockname()[1]
     token = secrets.token_urlsafe(_TOKEN_BYTES)
     watch = Watch(timeout, interval)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             application(watch, token, port),
             loop="asyncio",
@@ -50,7 +65,6 @@ async def _serve(listening: socket.socket, timeout: float, interval: float) -> N
             access_log=False,  # an address has the token
             proxy_headers=False,
             server_header=False,
-            timeout_graceful_shutdown=_ENDING_SECONDS,
         )
     )
     logging.getLogger("uvicorn.error").addFilter(_is_ours)
