@@ -215,9 +215,7 @@ class Region:
                 region = cls.attach(wanted, readonly=readonly)
         try:
             region = region if region is not None else cls._open(request, wanted, readonly=readonly)
-        except errors.RegionExists as error:
-            if error.strerror != os.strerror(errno.EEXIST):  # there is a reason
-                raise
+        except errors.RegionExists:
             text = "the region exists: choose another name, attach() it, or say exist_ok=True"
             raise errors.RegionExists(errno.EEXIST, text, wanted) from None
         try:
