@@ -13,6 +13,7 @@
 # make deb     Debian packages, with Debian's tools, into dist/
 # make dist    the sdist and the wheel, into dist/
 # make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
+# make test-ray   libmshare.ray at length, on three nodes: what fails, comes and goes
 # make pythons  what the tests of the client want in each other Python that is here
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
 # make clean
@@ -30,7 +31,7 @@ SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables completions -type f -not -path '*/__pycache__/*')
 
 .PHONY: setup pythons demo test lint check bench bench-postgres bench-programs fuzz kills oracle \
-	soak stress docs deb dist test-packages lock clean
+	soak stress docs deb dist test-packages test-ray lock clean
 
 setup: $(VENV)/.project
 
@@ -123,6 +124,9 @@ dist: $(VENV)/.dependencies
 
 test-packages: setup
 	MSHARE_TEST_DEBOOTSTRAP=1 $(BIN)/pytest tests/packages/test_packages.py
+
+test-ray: setup
+	$(BIN)/pytest tests/cluster/test_ray.py tests/cluster/ray_at_length.py
 
 # uv, because it finds one answer for all Pythons and processors (pip-compile: for the one
 # that it runs on). What is in requirements/ stays as it is as long as it fits. Each file

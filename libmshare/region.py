@@ -843,7 +843,7 @@ class Region:
                 source=self,
             )
 
-    def __reduce__(self) -> tuple[Any, tuple[Identity, str, bool]]:
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         self._opened()
         return unpickle, (self.identity, self._name, self._readonly)
 

@@ -75,7 +75,7 @@ def pull(
             found.close()
     where = Url(url)
     store = Store(where)
-    manifest, got = _described(store, where, digest, abi)
+    manifest, got = _checked(store, where, digest, abi)
     found = unnamed.attach_image(called, got) if begun is not None else None
     if found is not None and begun is not None:
         found.close()
@@ -142,9 +142,13 @@ def _begin(called: str, got: str, manifest: Manifest, backing: str | None, mode:
     return region
 
 
-def _described(
-    store: Store, where: Url, digest: str | None, abi: str | None
-) -> tuple[Manifest, str]:
+def described(url: str, digest: str | None, abi: str | None) -> tuple[Manifest, str]:
+    """The manifest of an image, and its digest.  Raises ImageError if it is not as wanted."""
+    where = Url(url)
+    return _checked(Store(where), where, digest and check_digest(digest), abi)
+
+
+def _checked(store: Store, where: Url, digest: str | None, abi: str | None) -> tuple[Manifest, str]:
     """The manifest there, and its digest, if it is what is wanted.  Raises ImageError."""
     content = store.get(where.name, LARGEST)
     got = digest_of(content)

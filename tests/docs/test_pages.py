@@ -20,7 +20,8 @@ SHOWN = ("text", "toml")
 """Languages that nobody runs: figures, what programs print, settings of others."""
 RUN = {
     "README.md": {"console", "python", "c"},
-    "beyond.md": {"python", "sh"},  # images/test_images.py; its Dask has no test here
+    # images/, cluster/; what is around the commands of Slurm and Kubernetes is not run.
+    "beyond.md": {"python", "sh", "yaml"},
     "cpp.md": {"console", "cpp"},
     "filesystem.md": {"console"},
     "hugetlb.md": {"console"},

@@ -11,6 +11,7 @@ import random
 import re
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from machines import there_fixture as _there  # noqa: F401 - a fixture
 from objectstores import KEY, READER, READER_SECRET, S3, SECRET, rclone, seaweedfs
 from objectstores import s3_fixture as _s3  # noqa: F401 - a fixture
 from objectstores import sources_fixture as _sources  # noqa: F401 - a fixture
+from pages import DOCS, blocks
 
 from libmshare import Busy, ImageError, Region, RegionExists
 from libmshare.images.manifest import PART
@@ -257,7 +259,7 @@ def test_the_commands(here: Daemon, there: Daemon, s3: S3, sources: Sources) -> 
     """As docs/beyond.md shows them."""
     sources(s3.source())
     page = Path(__file__).parent.parent.parent / "docs" / "beyond.md"
-    (block,) = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    block, *_ = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     push, pull, create = (shlex.split(line)[1:] for line in block.splitlines())
     with Region.create("wiki", SIZE) as region:
         region.buf[:] = random.Random(5).randbytes(SIZE)
@@ -289,6 +291,49 @@ def test_the_commands(here: Daemon, there: Daemon, s3: S3, sources: Sources) -> 
         assert bytes(region.buf[: len(manifest) + 1]) == manifest + b"\0"
         region.unlink()
     assert "nosuch" in mshare("push", "nosuch", url)[1]
+
+
+def test_the_commands_of_the_sketches(here: Daemon, s3: S3, sources: Sources) -> None:
+    """In docs/beyond.md, without Slurm and Kubernetes around them."""
+    sources(s3.source())
+    page = (Path(__file__).parent.parent.parent / "docs" / "beyond.md").read_text()
+    (slurm,) = re.findall(r"^srun --ntasks-per-node=1 mshare (.*)$", page, re.MULTILINE)
+    (kubernetes,) = re.findall(r"^ *command: \[mshare, (.*)\]$", page, re.MULTILINE)
+    with Region.create("wiki", SIZE) as region:
+        region[0] = 42
+        region.push("s3://indexes/wiki.img")
+        region.unlink()
+    for words in (slurm.split(), [each.strip('"') for each in kubernetes.split(", ")]):
+        assert mshare(*words)[0][-1]["name"] == "wiki"
+        with Region.attach("wiki", readonly=True) as region:
+            assert region[0] == 42
+            mode = stat.S_IMODE((here.mount / "wiki").stat().st_mode)
+            assert mode == (0o444 if "0444" in words else 0o600)
+            region.unlink()
+
+
+def test_dask_pulls_in_each_worker(here: Daemon, s3: S3, sources: Sources, directory: Path) -> None:
+    """The program of docs/beyond.md, as it stands there."""
+    sources(s3.source())
+    (program,) = [each.text for each in blocks(DOCS / "beyond.md") if "dask" in each.text]
+    file = directory / "job.py"
+    file.write_text(program)
+    with Region.create("wiki", SIZE) as region:
+        region[100:104] = b"tobe"
+        region.push("s3://indexes/wiki.img")
+        region.unlink()
+    scratch = {"DASK_TEMPORARY_DIRECTORY": str(directory)}
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | scratch,
+    )
+    assert (done.returncode, done.stdout) == (0, "[1, 1, 0, 0]\n"), done.stderr
+    assert named(here) == ["wiki"]
+    os.unlink(here.mount / "wiki")
 
 
 def test_who_may_not_write_the_store_may_pull(

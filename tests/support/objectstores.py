@@ -207,8 +207,8 @@ class Bad(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _BadHandler)
+    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), _BadHandler)
         self.directory = directory
         self.misdeed: Callable[[_BadHandler, str], bool] = lambda _handler, _path: False
         """Given the request and the path; whether it has answered."""
@@ -216,7 +216,8 @@ class Bad(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        host, port = self.server_address[:2]
+        return f"http://{host!s}:{port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Who hangs up is none of our affair."""
@@ -264,14 +265,20 @@ class _BadHandler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def bad_server(directory: Path) -> Iterator[Bad]:
-    with Bad(directory) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with Bad(directory) as server, serving(server):
+        yield server
+
+
+@contextlib.contextmanager
+def serving(server: Bad) -> Iterator[None]:
+    """It answers, wherever it listens."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="session", name="s3")
