@@ -126,7 +126,7 @@ test-packages: setup
 	MSHARE_TEST_DEBOOTSTRAP=1 $(BIN)/pytest tests/packages/test_packages.py
 
 test-ray: setup
-	$(BIN)/pytest tests/cluster/test_ray.py tests/cluster/ray_at_length.py
+	$(BIN)/pytest tests/cluster/ray_in_short.py tests/cluster/ray_at_length.py
 
 # uv, because it finds one answer for all Pythons and processors (pip-compile: for the one
 # that it runs on). What is in requirements/ stays as it is as long as it fits. Each file

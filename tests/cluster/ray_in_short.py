@@ -1,6 +1,7 @@
 """libmshare.ray on a real Ray cluster: two machines of their own, each with its own daemon.
 
-More of it, which takes longer, is in ray_at_length.py: `make test-ray`.
+It is run by `make test-ray`, with ray_at_length.py; a cluster takes half a minute to start, and on
+a busy machine minutes.  What needs no cluster is in test_sent.py.
 """
 
 from __future__ import annotations
