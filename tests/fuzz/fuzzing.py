@@ -1,6 +1,6 @@
 """What the fuzzers share: how long, from which seed, and processes that are replaced.
 
-`MSHARE_FUZZ_SECONDS` says how long each runs (20), `MSHARE_FUZZ_SEED` where the dice
+`MSHARE_FUZZ_SECONDS` says how long each runs (12), `MSHARE_FUZZ_SEED` where the dice
 begin; a run that fails prints its seed.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from bare import Child
 from world import World
 
-SECONDS = float(os.environ.get("MSHARE_FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("MSHARE_FUZZ_SECONDS", "12"))
 SEED = int(os.environ.get("MSHARE_FUZZ_SEED", str(time.time_ns() % 2**32)))
 TIMEOUT = SECONDS * 2 + 120
 
