@@ -86,6 +86,8 @@ def pull(
             raise Stale(errno.ESTALE, "the region was removed", called)
         if region is None:
             region = _begin(called, got, manifest, backing, mode)
+        elif region._readonly and not _is_filled(region):  # noqa: SLF001 - ours
+            region = unnamed.to_be_filled(region, called, got)
         with _given_up(region):
             if begun is not None:
                 begun(got)

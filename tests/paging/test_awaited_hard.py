@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,11 +14,12 @@ import pytest
 from bare import in_child
 from conftest import ALIGNMENT, BASE, PAGE, Daemon, MiB, eventually
 from stops import arm, may_stop, reached
-from test_awaited import BOTH, LENGTH, READ, SHARED, SIZE, START, bring, content
+from test_awaited import BOTH, LENGTH, PRIVATE, READ, SHARED, SIZE, START, bring, content, waits
 from test_awaited import _attach_and_bring as attach_and_bring
 from test_awaited import _reader as a_reader
 
 from libmshare import NoMemory, Region, core
+from msharefsd.linux import syscalls
 
 pytestmark = pytest.mark.shm_only
 
@@ -38,6 +42,59 @@ def test_the_window_is_several_mappings(region: Region) -> None:
     bring(0, START + LENGTH)
     assert region.filled
     assert region[: START + LENGTH] == content(0, START + LENGTH)
+
+
+def test_who_has_no_window_holds_nobody_up(region: Region) -> None:
+    """It is tried again and again to put what it brings, and others' calls come between."""
+
+    def brings() -> None:
+        with Region.attach("r"):
+            syscalls.munmap(BASE + START, LENGTH)
+            os.write(begun, b"x")
+            with contextlib.suppress(OSError):
+                bring(START, LENGTH)
+            os.write(begun, b"y")
+
+    begins, begun = os.pipe()
+    child = in_child(brings)
+    assert os.read(begins, 1) == b"x"
+    time.sleep(0.3)
+    region.mmap(0, PAGE, flags=SHARED | core.MAP_FIXED)
+    assert select.select([begins], [], [], 0)[0] == []
+    child.kill()
+    os.close(begins)
+    os.close(begun)
+    bring(START, LENGTH)
+    assert region[START : START + LENGTH] == content(START, LENGTH)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_touched_a_hole_has_what_comes_there(region: Region, shared: bool) -> None:
+    """SIGBUS was right before; from then on it waits, and reads no zeros."""
+    at = START + LENGTH
+
+    def touches() -> None:
+        with Region.attach("r") as own:
+            for page in range(at, at + MiB, 2 * PAGE):
+                with contextlib.suppress(OSError):
+                    syscalls.madvise(BASE + page, PAGE, syscalls.MADV_POPULATE_READ)
+            os.write(touched, b"x")
+            os.read(goes_on, 1)
+            assert own[at : at + MiB] == content(at, MiB)
+
+    touching, touched = os.pipe()
+    goes_on, go_on = os.pipe()
+    children = [in_child(touches) for _ in range(2)]
+    for _ in children:
+        os.read(touching, 1)
+    core.mshare_await(BASE + at, MiB, BOTH, SHARED if shared else PRIVATE)
+    os.write(go_on, b"xx")
+    for child in children:
+        waits(child)
+    bring(at, MiB)
+    assert [child.wait() for child in children] == [0, 0]
+    for fd in (touching, touched, goes_on, go_on):
+        os.close(fd)
 
 
 def test_what_is_brought_counts_for_the_limit_on_objects(
