@@ -81,7 +81,7 @@ def pull(
         found.close()
         begun(got)  # although somebody else may be at it
     with unnamed.alone(called):
-        region = unnamed.attach_image(called, got)
+        region = _found(called, got)
         if region is None and found is not None:
             raise Stale(errno.ESTALE, "the region was removed", called)
         if region is None:
@@ -94,6 +94,14 @@ def pull(
             else:
                 _fill(region, manifest, store, progress)
     return region
+
+
+def _found(called: str, got: str) -> Region | None:
+    """The region of that image, for writing if it is ours to fill."""
+    region = unnamed.attach_image(called, got)
+    if region is None or not region._readonly or _is_filled(region):  # noqa: SLF001 - as below
+        return region
+    return unnamed.to_be_filled(region, called, got)
 
 
 def _is_filled(region: Region) -> bool:

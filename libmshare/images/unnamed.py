@@ -13,13 +13,14 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 import struct
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from libmshare import core
-from libmshare.errors import AccessDenied, ImageError, NoMemory, RegionExists
+from libmshare.errors import AccessDenied, ImageError, NoMemory, RegionExists, Stale
 from libmshare.images.patience import AGAIN, mounted, patiently
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ class Unnamed:
     def give(self, name: str, mode: int, image: str = "") -> None:
         """It is complete.  Raises RegionExists, OSError."""
         root = self.region.identity.root
-        patiently(lambda: os.chmod(self._path, mode))
-        if image:
+        if image:  # before the mode, which may say that its owner does not write it
             patiently(lambda: os.setxattr(self._path, IMAGE, image.encode()))
+        patiently(lambda: os.chmod(self._path, mode))
         try:
             patiently(lambda: os.rename(self._path, f"{root}/{name}"))
         except OSError as error:
@@ -154,6 +155,9 @@ def _locked(path: str) -> int:
         except PermissionError:
             return -1
         try:
+            if os.fstat(fd).st_uid != os.geteuid():  # whoever may write it could hold it for ever
+                os.close(fd)
+                return -1
             while _is(path, fd):
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,6 +205,29 @@ def attach_image(name: str, image: str) -> Region | None:
         region.close()
         raise
     return region
+
+
+def to_be_filled(region: Region, name: str, image: str) -> Region:
+    """The same for writing, if it is this user's, although its mode does not say so.
+
+    Nobody else fills it then.  Takes `region` over.  Raises as attach_image(), and Stale.
+    """
+    path = f"{region.identity.root}/.identity-{region.identity.id}"
+    with region:
+        status = patiently(lambda: os.stat(path))
+    if status.st_uid == os.geteuid():
+        mode = stat.S_IMODE(status.st_mode)
+        patiently(lambda: os.chmod(path, mode | stat.S_IWUSR))
+        try:
+            found = attach_image(name, image)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                patiently(lambda: os.chmod(path, mode))
+    else:
+        found = attach_image(name, image)
+    if found is None:
+        raise Stale(errno.ESTALE, "the region is gone", name)
+    return found
 
 
 def _check_image(path: str, name: str, image: str, owner: int) -> None:

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 MOST_UNCLOSED = 64
 """How many files of a user's may wait for being closed; then their calls wait too."""
 UNCLOSED_SECONDS = 0.05
-_NUMBERED = frozenset({Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.DISCARD, Op.COMMIT})
+_NUMBERED = frozenset({Op.MMAP, Op.MUNMAP, Op.MPROTECT, Op.DISCARD, Op.COMMIT, Op.AWAIT})
 
 
 class Connection:

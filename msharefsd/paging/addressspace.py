@@ -85,7 +85,7 @@ class AddressSpaces:
             occupied = region.objects.first(new.offset, new.end) is not None
             if occupied and not replace:
                 raise Refused(errno.EEXIST, "something is mapped there: MAP_FIXED replaces it")
-            _check_objects(region, 1 + _splits(region, new.offset, new.end))
+            check_objects(region, 1 + _splits(region, new.offset, new.end))
             protection.arm_for(pages, new)
             await protection.settled(pages)
             removal.alive(region)
@@ -93,7 +93,7 @@ class AddressSpaces:
                 if occupied:
                     await self._write_back(region, new.offset, new.end)
                     removal.alive(region)
-                with _to_the_end():
+                with to_the_end():
                     await self._thin_out(region, new.offset, new.end)
                     removed = self._put(region, new.offset, new.length, new, by)
                     barrier("mmap")
@@ -162,7 +162,7 @@ class AddressSpaces:
         async with region.change:
             if region.objects.first(new.offset, new.end) is not None:
                 raise Refused(errno.EINVAL, "the donor's mappings overlap")
-            _check_objects(region, 1)
+            check_objects(region, 1)
             protection.arm_for(pages_of(region), new)
             await protection.settled(pages_of(region))
             region.objects.insert(new)
@@ -181,7 +181,7 @@ class AddressSpaces:
         # Most of it now: a file that takes its time holds up nobody's calls.
         await self._write_back(region, offset, offset + length)
         async with region.change:
-            _check_objects(region, _splits(region, offset, offset + length))
+            check_objects(region, _splits(region, offset, offset + length))
             if pages_of(region).looked_at:
                 protection.arm(pages_of(region), offset, offset + length)
                 await protection.settled(pages_of(region))
@@ -189,7 +189,7 @@ class AddressSpaces:
             with removal.leaving(region, offset, offset + length):
                 await self._write_back(region, offset, offset + length)
                 removal.alive(region)
-                with _to_the_end():
+                with to_the_end():
                     await self._thin_out(region, offset, offset + length)
                     removed = self._put(region, offset, length, None, by)
                     barrier("munmap")
@@ -216,7 +216,7 @@ class AddressSpaces:
                 if prot != item.prot:
                     whole = region.objects.find(item.offset)
                     assert whole is not None
-                    _check_objects(region, (whole.offset < item.offset) + (item.end < whole.end))
+                    check_objects(region, (whole.offset < item.offset) + (item.end < whole.end))
                 if new.written_back and new.writable and item.file and not item.file.may_write:
                     raise Refused(errno.EACCES, "the file was not opened O_RDWR")
                 await self._protect(region, item, prot, by if item.end == end else None)
@@ -233,7 +233,7 @@ class AddressSpaces:
             with removal.leaving(region, item.offset, item.end):
                 await self._write_back(region, item.offset, item.end)
         removal.alive(region)
-        with _to_the_end():
+        with to_the_end():
             await self._apply(region, item, prot, by)
 
     async def _apply(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
@@ -335,7 +335,7 @@ class AddressSpaces:
                 return
             await _check_awaited(region, offset, length)
             # Nobody may write to what the next daemon would discard again.
-            with removal.leaving(region, offset, offset + length), _to_the_end():
+            with removal.leaving(region, offset, offset + length), to_the_end():
                 private = await removal.some_private(region, offset, offset + length)
                 while True:
                     after = private[-1].end if private else offset + length
@@ -362,7 +362,7 @@ class AddressSpaces:
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
 
-def _to_the_end() -> trio.CancelScope:
+def to_the_end() -> trio.CancelScope:
     """For what has begun to change a region, and must end although its caller is dead.
 
     Otherwise the map would say one thing and the memory another: a hole with pages in it.
@@ -416,7 +416,7 @@ def _splits(region: Region, start: int, end: int) -> int:
     return int(found is not None and found.offset < start and end < found.end)
 
 
-def _check_objects(region: Region, more: int) -> None:
+def check_objects(region: Region, more: int) -> None:
     """Raise Refused(ENOMEM) if there may not be that many more objects."""
     if more and len(region.objects) + more > MOST_OBJECTS:
         raise Refused(errno.ENOMEM, "too many objects in the region")

@@ -27,7 +27,13 @@ from msharefsd.journal.journal import Journal
 from msharefsd.linux.uffd import Outcome
 from msharefsd.memory.files import MappedFile
 from msharefsd.paging import protection, removal
-from msharefsd.paging.addressspace import AddressSpaces, forgetting, let_go_of_plain
+from msharefsd.paging.addressspace import (
+    AddressSpaces,
+    check_objects,
+    forgetting,
+    let_go_of_plain,
+    to_the_end,
+)
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.populate import Populate, Source
 from msharefsd.paging.server import PageServer
@@ -40,7 +46,7 @@ from msharefsd.threads.pool import Threads
 
 _AGAIN_SECONDS: Final = 0.01
 _PATIENCE: Final = 1000
-"""How often it is tried to put what another process's window keeps from being protected."""
+"""How often it is tried to put what a window does not take, or keeps from being protected."""
 
 
 class Bringing:
@@ -60,7 +66,8 @@ class Bringing:
 
         What is not awaited, or no more, stays as it is.  Raises Refused: EINVAL for a range
         that is not whole pages, or contents that end before it does; ENOMEM, EDQUOT if there
-        is no memory for it; EFAULT if the sharer has no window there.
+        is no memory for it, or no room for another object; EFAULT, EAGAIN if the sharer has
+        no window there.
         """
         region = sharer.region
         self._spaces.check(region, offset, length)
@@ -70,7 +77,9 @@ class Bringing:
             if item.awaited:
                 start = item.offset
                 at = min(at, start - start % piece + piece)
-                await self._fill(sharer, start, at, content, start - offset)
+                data = await self._read(sharer, content, start - offset, at - start)
+                barrier("bring.read")
+                await self._fill(sharer, start, data, breath)
                 removal.alive(region)
             await breath.take()
         async with region.change:
@@ -81,65 +90,109 @@ class Bringing:
                 await breath.take()
                 removal.alive(region)
 
-    async def _fill(
-        self, sharer: Sharer, start: int, end: int, content: MappedFile, at: int
-    ) -> None:
-        region, buffers = sharer.region, self._populate.buffers
+    async def _read(
+        self, sharer: Sharer, content: MappedFile, offset: int, length: int
+    ) -> memoryview:
         # Not into a buffer: a thread that nobody waits for any more would go on with that.
-        data = memoryview(bytearray(end - start))
+        data = memoryview(bytearray(length))
         try:
-            got = await self._threads.run(sharer.uid, partial(content.read, data, at, region.page))
+            read = partial(content.read, data, offset, sharer.region.page)
+            got = await self._threads.run(sharer.uid, read)
         except OSError as error:
             raise Refused(error.errno or errno.EIO, f"the contents: {error.strerror}") from error
-        if got < len(data):
+        if got < length:
             raise Refused(errno.EINVAL, "the contents end before the range does")
-        barrier("bring.read")
-        async with region.change:
-            buffer = buffers.take(len(data))
-            try:
-                buffer.view[: len(data)] = data
-                for _ in range(_PATIENCE):
+        return data
+
+    async def _fill(self, sharer: Sharer, start: int, data: memoryview, breath: Breath) -> None:
+        """Put what is awaited of a piece: it may be many objects by now."""
+        region, at, end = sharer.region, start, start + len(data)
+        for _ in range(_PATIENCE):
+            # What keeps it from being put is perhaps the sharer's own doing: nobody else
+            # waits for that.
+            async with region.change:
+                removal.alive(region)
+                await protection.settled(pages_of(region))
+                while (item := region.objects.first(at, end)) is not None:
                     removal.alive(region)
                     if sharer.paging is None:
                         raise Refused(errno.ENOTCONN, "the sharer is gone")
-                    if self._put_all(window_of(sharer), start, end, buffer.address):
-                        return
-                    await trio.sleep(_AGAIN_SECONDS)
-                raise Refused(errno.EAGAIN, "another process's memory cannot be protected now")
-            finally:
-                buffers.give_back(buffer)
+                    if item.awaited:
+                        part = data[item.offset - start : item.end - start]
+                        if not self._put(window_of(sharer), item, part):
+                            break
+                        with to_the_end():
+                            await self._repair(region, item, breath)
+                    at = item.end
+                    await breath.take()
+                else:
+                    return
+            await trio.sleep(_AGAIN_SECONDS)
+        raise Refused(errno.EAGAIN, "the window takes no page there now")
 
-    def _put_all(self, window: Window, start: int, end: int, address: int) -> bool:
-        """Put what is awaited in [start, end); False if a part of it is to be tried again.
+    def _put(self, window: Window, item: Object, data: memoryview) -> bool:
+        """Put an object, of a piece; False if that is to be tried again.
 
         Nothing awaits here.
         """
-        region = window.region
-        for item in region.objects.within(start, end - start):
-            if item.awaited:
-                source = address + item.offset - start
-                outcome = self._populate_all(window, item, source)
-                if outcome is Outcome.RETRY:
-                    return False
-                if outcome is Outcome.NO_MEMORY:
-                    raise Refused(errno.ENOMEM, "no memory for what is brought")
-                if outcome not in (Outcome.DONE, Outcome.PRESENT):
-                    raise Refused(errno.EFAULT, "the window takes no page there")
-                barrier("bring.put")
-                self._is_there(region, item)
+        region, buffers = window.region, self._populate.buffers
+        check_objects(region, _more_objects(region, item))
+        if not self._is_room(window, item):
+            return False
+        buffer = buffers.take(len(data))
+        try:
+            buffer.view[: len(data)] = data
+            outcome = self._populate_all(window, item, buffer.address)
+        finally:
+            buffers.give_back(buffer)
+        if outcome is Outcome.RETRY:
+            return False
+        if outcome is Outcome.NO_MEMORY:
+            raise Refused(errno.ENOMEM, "no memory for what is brought")
+        if outcome not in (Outcome.DONE, Outcome.PRESENT):
+            raise Refused(errno.EFAULT, "the window takes no page there")
+        barrier("bring.put")
+        self._is_there(region, item)
         return True
 
-    def _populate_all(self, window: Window, item: Object, address: int) -> Outcome:
+    def _is_room(self, window: Window, item: Object) -> bool:
+        """Whether there is memory for it, or False if there may be some in a moment.
+
+        Raises Refused(EDQUOT).
+        """
         region = window.region
-        if self._populate.room(region, item.length) < item.length:
-            raise Refused(errno.EDQUOT, "more memory than the region, or its owner, may have")
+        backing = region.backing
+        assert backing is not None
+        pages_of(region).clean(item.offset, item.end)
+        there = sum(
+            min(high, item.end) - low for low, high in backing.data(item.offset, item.length)
+        )
+        absent = item.length - there
+        if self._populate.room(region, absent) >= absent:
+            return True
+        if self._server.watching.relieve(window, item.offset):
+            return False
+        raise Refused(errno.EDQUOT, "more memory than the region, or its owner, may have")
+
+    def _populate_all(self, window: Window, item: Object, address: int) -> Outcome:
         put = self._populate.put
-        return put(window, item.offset, item.end, address, guarded=item.guarded, source=Source.FILE)
+        outcome = put(
+            window, item.offset, item.end, address, guarded=item.guarded, source=Source.FILE
+        )
+        page = window.region.page
+        if outcome is not Outcome.RETRY or item.length == page:
+            return outcome
+        # It lies in several VMAs.
+        middle = item.offset + max(page, item.length // 2 // page * page)
+        outcome = self._populate_all(window, item.part(item.offset, middle), address)
+        if outcome not in (Outcome.DONE, Outcome.PRESENT):
+            return outcome
+        rest = item.part(middle, item.end)
+        return self._populate_all(window, rest, address + middle - item.offset)
 
     def _is_there(self, region: Region, item: Object) -> None:
-        """It has come: it is memory like any other from now on."""
-        pages = pages_of(region)
-        region.objects.insert(replace(item, file=None, file_offset=0))
+        """It has come: it is memory like any other from now on, and who waits looks again."""
+        region.objects.insert(_brought(item))
         try:
             with forgetting(self._journal, region, [(item.offset, item.end)]):
                 save_objects(self._journal, region)
@@ -148,9 +201,30 @@ class Bringing:
             raise
         barrier("bring.done")
         removal.let_go(region, [item])
-        for window in list(pages.refused):
-            if window.attached:
-                self._server.poison.read(window, item.offset, item.end, by_others=True)
-        for window, low, high in pages.awaiting.brought(item.offset, item.end):
+        for window, low, high in pages_of(region).awaiting.brought(item.offset, item.end):
             if window.attached:
                 protection.attempt(window.wake, low, high)
+
+    async def _repair(self, region: Region, item: Object, breath: Breath) -> None:
+        """Who had SIGBUS there has what was brought."""
+        for window in list(pages_of(region).refused):
+            if window.attached:
+                self._server.poison.read(window, item.offset, item.end, by_others=True)
+                await breath.take()
+                removal.alive(region)
+
+
+def _brought(item: Object) -> Object:
+    return replace(item, file=None, file_offset=0)
+
+
+def _more_objects(region: Region, item: Object) -> int:
+    """How many objects more there are when a part of one that is awaited has come."""
+    new, whole = _brought(item), region.objects.find(item.offset)
+    before, after = region.objects.find(item.offset - 1), region.objects.find(item.end)
+    more = 0
+    if before is not None:
+        more += 1 if before is whole else -before.merges_with(new)
+    if after is not None:
+        more += 1 if after is whole else -new.merges_with(after)
+    return max(0, more)

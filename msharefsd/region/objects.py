@@ -90,6 +90,7 @@ class ObjectMap:
         self._by_offset: SortedDict[int, Object] = SortedDict()
         self._uses: dict[MappedFile, int] = {}
         """How many objects each file has."""
+        self._awaited = 0
         self.changed: set[int] = set()
         """Offsets at which an object begins, or does no more, that were not saved yet."""
 
@@ -107,12 +108,14 @@ class ObjectMap:
     def _put(self, item: Object) -> None:
         self._by_offset[item.offset] = item
         self.changed.add(item.offset)
+        self._awaited += item.length if item.awaited else 0
         if item.file is not None:
             self._uses[item.file] = self._uses.get(item.file, 0) + 1
 
     def _drop(self, offset: int) -> None:
         item = self._by_offset.pop(offset)
         self.changed.add(offset)
+        self._awaited -= item.length if item.awaited else 0
         if item.file is not None:
             self._uses[item.file] -= 1
             if not self._uses[item.file]:
@@ -217,9 +220,7 @@ class ObjectMap:
 
     def awaited(self) -> int:
         """How many bytes of it are still to be brought."""
-        if not any(isinstance(file, Awaited) for file in self._uses):
-            return 0
-        return sum(item.length for item in self if item.awaited)
+        return self._awaited
 
     def files(self) -> Iterable[MappedFile]:
         """Each mapped file once."""

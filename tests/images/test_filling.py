@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare import in_child
 from conftest import ALIGNMENT, BIN, PAGE, Daemon, eventually, huge_pages, temporary
 from machines import SIZE, named
 from machines import both_fixture as _both  # noqa: F401 - a fixture
@@ -100,12 +103,12 @@ def program(text: str, *arguments: str) -> subprocess.Popen[bytes]:
 
 PULL = "Region.pull(sys.argv[1], mode=0o666)"
 PULL_WHEN_MOUNTED = f"""
-from libmshare import NotMounted
+from libmshare import DaemonGone, NotMounted
 while True:
     try:
         {PULL}
         break
-    except NotMounted:  # between two daemons
+    except (DaemonGone, NotMounted):  # between two daemons
         pass
 """
 TOUCH = """
@@ -365,3 +368,58 @@ def test_on_huge_pages(
                 assert bytes(region.buf[number * STEP : number * STEP + PAGE]) == page(number)
             region.unlink()
         assert sorted(image.fetched()) == list(range(PIECES))
+
+
+NOBODY, MALLORY = 65530, 65531
+
+
+def test_a_name_of_another_user_holds_nobody_off(here: Daemon, image: Image) -> None:
+    """The lock that has one of several fetch is the user's own."""
+
+    def hold() -> None:
+        fd = os.open(here.mount / "r.pulling", os.O_CREAT | os.O_RDWR, 0o600)
+        os.fchmod(fd, 0o666)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        signal.pause()
+
+    held = in_child(hold, uid=MALLORY)
+    eventually(lambda: _mode(here.mount / "r.pulling") == 0o666, "it is held")
+    pull = program(PULL, image.url)
+    with running(pull):
+        assert pull.wait(20) == 0
+    held.kill()
+    os.unlink(here.mount / "r.pulling")
+    os.unlink(here.mount / "r")
+
+
+def _mode(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mode & 0o777
+    return -1
+
+
+PULL_AS_NOBODY = f"""
+import libmshare.images.pull, obstore.store  # whoever it is may not read these
+os.setgroups([])
+os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+os.environ["HOME"] = "/nonexistent"
+with Region.pull(sys.argv[1], mode=0o444) as region:
+    assert region.filled and bytes(region.buf[:PAGE]) == page(0)
+"""
+
+
+def test_what_its_owner_may_not_write_is_gone_on_with(here: Daemon, image: Image) -> None:
+    """Whatever mode was asked for; and it has that mode when it is filled."""
+    image.hold()
+    first = program(PULL_AS_NOBODY, image.url)
+    with running(first):
+        eventually((here.mount / "r").exists, "it has its name")
+    image.release()
+    eventually(lambda: here.sharers("r") == 0, "it is known to be dead")
+    assert int(here.field("r", "awaited"))
+    second = program(PULL_AS_NOBODY, image.url)
+    with running(second):
+        assert second.wait(30) == 0
+    assert _mode(here.mount / "r") == 0o444
+    os.unlink(here.mount / "r")

@@ -99,8 +99,8 @@ def test_it_is_told_where_somebody_waits(region: Region) -> None:
     for each in others:
         waits(each)
     told = {bring(START, PAGE), bring(START + PAGE, PAGE)}
-    # (They lie in one piece of what an image's parts have.)
-    assert told == {START + 3 * MiB, None} or told == {START + 2 * MiB, None}
+    # (They lie in one piece of what an image's parts have; who is woken there may ask again.)
+    assert told - {None} and told <= {START + 3 * MiB, START + 2 * MiB, None}
     bring(START, LENGTH)
     assert [each.wait() for each in others] == [0, 0]
 
