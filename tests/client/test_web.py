@@ -94,8 +94,8 @@ class Page:
         self.process.communicate()
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Page]]:
+@pytest.fixture(name="serve")
+def serve_fixture() -> Iterator[Callable[..., Page]]:
     started: list[Page] = []
 
     def start(root: Path, *words: str) -> Page:
@@ -107,8 +107,8 @@ def serve() -> Iterator[Callable[..., Page]]:
         each.close()
 
 
-@pytest.fixture
-def page(daemon: Daemon, serve: Callable[..., Page]) -> Page:
+@pytest.fixture(name="page")
+def page_fixture(daemon: Daemon, serve: Callable[..., Page]) -> Page:
     return serve(daemon.mount, "web", "--interval=0.3")
 
 
