@@ -384,12 +384,12 @@ class PageServer:
             chunk = max(HUGE_PAGE, region.page)
             start = max(offset - offset % chunk, found.offset)
             end = min(offset - offset % chunk + chunk, found.end)
-        outcome = Outcome.DONE
         try:
             window.unprotect(start, end)  # late, it is woken later as well
-        except OSError as error:
-            outcome = uffd.outcome_of(error)
-        # Not every part of the range need be registered: at least it looks again.
+            outcome = Outcome.DONE
+        except OSError:
+            # Not every part of the range need be registered; this page is, or it had not faulted.
+            outcome = _unprotected(window, offset, offset + region.page)
         window.wake(offset, offset + region.page)
         return outcome
 
@@ -447,3 +447,11 @@ class PageServer:
         end = max(waiting.end, start + window.region.page)
         for low, high in list(window.poisoned.within(start, end)):
             self._hunger.notice(window, low, high)
+
+
+def _unprotected(window: Window, start: int, end: int) -> Outcome:
+    try:
+        window.unprotect(start, end)
+    except OSError as error:
+        return uffd.outcome_of(error)
+    return Outcome.DONE

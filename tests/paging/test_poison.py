@@ -173,5 +173,23 @@ def test_what_is_hidden_is_not_written_while_its_poison_goes(
             eventually(partial(loads, first, page, "9" if hidden else "0"), "what belongs there")
 
 
+def test_what_a_dead_daemon_has_left_protected_can_be_written(
+    three: tuple[Client, Client, Client], daemon: Daemon
+) -> None:
+    """Also amid memory where nothing is registered for that: it costs one fault, and no more."""
+    first, second, _ = three
+    hidden = 8
+    first.ok("mmap", at(0), 16 * PAGE, BOTH, SHARED)
+    first.ok("mprotect", at(hidden), PAGE, 0)
+    assert first.do("to_memory", at(hidden), 1) == str(-errno.EFAULT)
+    first.ok("munmap", at(200), PAGE)  # the refusal is over
+    restart(daemon)
+    first.ok("mprotect", at(hidden), PAGE, BOTH)
+    second.ok("store", at(hidden), 5)
+    for client in (first, second):
+        assert client.do("load", at(hidden)) == "5"
+        client.ok("store", at(hidden), 5)
+
+
 def _waits(pid: int) -> bool:
     return "handle_userfault" in Path(f"/proc/{pid}/wchan").read_text()
