@@ -400,7 +400,7 @@ def test_a_sharer_that_is_detached_while_its_server_wakes_is_no_failure(
         uffd=os.eventfd(1),
         pid=1,
         uid=0,
-        region=SimpleNamespace(backing=backing, start=0, size=PAGE),
+        region=SimpleNamespace(backing=backing, start=0, size=PAGE, paging=None),
         paging=None,
     )
     seen = []

@@ -194,7 +194,7 @@ def check_mistakes(debian: Debian) -> None:
     create = ("mshare", "create", "x", "--size")
     said(debian, "numbers: it exists; choose another name", *create[:2], "numbers", "--size=2M")
     said(debian, "--size must be a multiple of 512G", *create, "2M", "--start=2T")
-    said(debian, "10X: write 2T, 512G", *create, "10X")
+    said(debian, "10X: write 4096, 64M, 512G", *create, "10X")
     said(debian, "a region's name has no slash", *create[:2], "a/b", "--size=2M")
     said(debian, "no range of so many addresses is left", *create, "100T")
     said(debian, f"nothing: {missing}", "mshare", "info", "nothing")
