@@ -51,6 +51,11 @@ def parse_sharers(content: str) -> list[Sharer]:
     return found
 
 
+def is_awaited(line: dict[str, Any]) -> bool:
+    """Whether the contents of what a line of `maps` tells are still to be brought."""
+    return bool(line["name"].startswith("[awaited:"))
+
+
 def parse_maps(content: str) -> list[dict[str, Any]]:
     """`maps`: the format of /proc/PID/maps (proc_pid_maps(5))."""
     found = []

@@ -10,7 +10,7 @@ import bisect
 import collections
 import os
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from libmshare import core
 from libmshare.images.store import Store
@@ -18,8 +18,6 @@ from libmshare.images.units import Unit, jobs_of
 
 if TYPE_CHECKING:
     from libmshare.region import Region
-
-_CLOEXEC: Final = os.MFD_CLOEXEC
 
 
 class Bringing:
@@ -65,7 +63,7 @@ class Bringing:
         """Fetch the parts of some units, and put them in place.  Raises ImageError, OSError."""
         fetched: dict[tuple[str, int], memoryview] = {}
         for unit in job:
-            memory = os.memfd_create("mshare-part", _CLOEXEC)
+            memory = os.memfd_create("mshare-part")
             try:
                 os.ftruncate(memory, unit.end - unit.start)
                 for part in unit.parts:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from libmshare import touching, waiting
+from libmshare import texts, touching, waiting
 from libmshare.errors import Busy, ImageError
 from libmshare.images.manifest import PAGE, PART, Object
 from libmshare.images.told import Told
@@ -45,7 +45,7 @@ class Contents:
         self._told = waiting.interruptible(partial(Told, region))
         self._maps = self._look()
         self.backing = waiting.interruptible(self._told.pages)[0]
-        if any(each["name"].startswith("[awaited:") for each in self._maps):
+        if any(map(texts.is_awaited, self._maps)):
             raise Busy(errno.EBUSY, "it is not filled yet: see Region.wait_filled()", region.name)
         self.objects = tuple(self._object(each) for each in self._maps)
         self._alone = not self._writers()

@@ -20,7 +20,7 @@ import platform
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from libmshare import core, waiting
+from libmshare import core, texts, waiting
 from libmshare.errors import ImageError, RegionExists, Stale
 from libmshare.images import crew, unnamed
 from libmshare.images.bringing import Bringing
@@ -214,7 +214,7 @@ def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progr
     awaited = [
         (each["start"] - region.start, each["end"] - region.start)
         for each in told.maps()
-        if each["name"].startswith("[awaited:")
+        if texts.is_awaited(each)
     ]
     units = units_of(manifest, told.pages()[1])
     bringing = Bringing(region, units, awaited, store, manifest.stored())

@@ -1,8 +1,9 @@
-"""A region that nobody sees until it is complete.
+"""A region that nobody sees until it may be used.
 
 It has no name from its first moment on, so it ends with this process, whatever ends that; it
-gets its name, its mode and what it came from when everything is in it.  The daemon may be
-killed and started again meanwhile, as in every call.
+gets its name, its mode and what it came from when nobody can see it half made any more: all is in
+it (load.py), or what is not is waited for (pull.py).  The daemon may be killed and started again
+meanwhile, as in every call.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def check_name(name: str) -> None:
 
 
 class Unnamed:
-    """One, while it is filled."""
+    """One, while it is made."""
 
     def __init__(self, region: Region) -> None:
         self.region = region
@@ -50,7 +51,7 @@ class Unnamed:
         self._path = f"{identity.root}/.identity-{identity.id}"
 
     def give(self, name: str, mode: int, image: str = "") -> None:
-        """It is complete.  Raises RegionExists, OSError."""
+        """It may be used by others from now on.  Raises RegionExists, OSError."""
         root = self.region.identity.root
         if image:  # before the mode, which may say that its owner does not write it
             patiently(lambda: os.setxattr(self._path, IMAGE, image.encode()))

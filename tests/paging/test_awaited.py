@@ -44,8 +44,8 @@ def bring(at: int, length: int, data: bytes | None = None) -> int | None:
         os.close(memory)
 
 
-@pytest.fixture
-def region(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Region]:
+@pytest.fixture(name="region")
+def region_fixture(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Region]:
     monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
     with Region.create("r", SIZE, start=BASE, empty=True) as made:
         core.mshare_await(BASE + START, LENGTH, BOTH, SHARED)

@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,20 +17,12 @@ from stops import arm, may_stop, reached
 from test_awaited import BOTH, LENGTH, PRIVATE, READ, SHARED, SIZE, START, bring, content, waits
 from test_awaited import _attach_and_bring as attach_and_bring
 from test_awaited import _reader as a_reader
+from test_awaited import region_fixture as _region  # noqa: F401 - a fixture
 
 from libmshare import NoMemory, Region, core
 from msharefsd.linux import syscalls
 
 pytestmark = pytest.mark.shm_only
-
-
-@pytest.fixture
-def region(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Region]:
-    monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
-    with Region.create("r", SIZE, start=BASE, empty=True) as made:
-        core.mshare_await(BASE + START, LENGTH, BOTH, SHARED)
-        yield made
-        made.unlink()
 
 
 def test_the_window_is_several_mappings(region: Region) -> None:
