@@ -27,7 +27,7 @@ class Contents:
         self._control = state.control
 
     async def call(self, request: Request, fds: list[int]) -> Reply:
-        """AWAIT or FILL; takes the memfd out of `fds`."""
+        """AWAIT or FILL."""
         sharer = self._state.need_sharer()
         if not sharer.writable:
             raise Refused(errno.EACCES, "the region is attached read-only")
@@ -58,11 +58,5 @@ class Contents:
         if len(fds) != 1:
             raise Refused(errno.EBADF, "what is brought comes in a memfd")
         files.check_memory(fds[0])
-        uid = self._state.peer.uid
-        content = files.MappedFile(
-            fds.pop(), uid, may_write=False, close=partial(self._control.disposal.close_fd, uid=uid)
-        )
-        try:
-            await self._control.bringing.fill(sharer, item.offset, item.length, content)
-        finally:
-            content.let_go()
+        close = partial(self._control.disposal.close_fd, uid=self._state.peer.uid)
+        await self._control.bringing.fill(sharer, item.offset, item.length, fds[0], close)

@@ -16,7 +16,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -25,6 +25,8 @@ from msharefsd.linux import syscalls
 from msharefsd.memory.shm import MARK, SHM_DIRECTORY
 from msharefsd.telemetry.labels import label
 from msharefsd.threads.pool import Threads
+
+T = TypeVar("T")
 
 _OTHERWISE: Final = os.O_APPEND | os.O_DIRECT
 """Flags with which pwrite(2) and pread(2) do something else than a mapping does."""
@@ -133,15 +135,7 @@ class MappedFile:
         Returns how many bytes are before the end, rounded up to pages of `page` bytes:
         the rest has no memory (SIGBUS, mmap(2)).  May block.  Raises OSError.
         """
-        done, fd = 0, self._descriptor()
-        while done < len(buffer):
-            got = os.preadv(fd, [buffer[done:]], offset + done)
-            if got == 0:
-                break
-            done += got
-        usable = min(done + -done % page, len(buffer))
-        buffer[done:usable] = bytes(usable - done)
-        return usable
+        return read(self._descriptor(), buffer, offset, page)
 
     def write(self, content: bytes, offset: int) -> None:
         """Write back, but nothing beyond the file's end: a mapping never extends it.
@@ -220,6 +214,46 @@ def _is_memory_of_ours(fd: int) -> bool:
     return path.startswith(f"{SHM_DIRECTORY}/{MARK}")
 
 
+def read(fd: int, buffer: memoryview, offset: int, page: int) -> int:
+    """As MappedFile.read, from a descriptor at any offset."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            break
+        done += got
+    usable = min(done + -done % page, len(buffer))
+    buffer[done:usable] = bytes(usable - done)
+    return usable
+
+
+async def apart(
+    threads: Threads, uid: int, fd: int, function: Callable[[int], T], close: Callable[[int], None]
+) -> T:
+    """Call `function` with a duplicate of `fd`, in a thread of the user's.  `close` may hang.
+
+    Who waits for it may be gone before it is done: it needs a descriptor of its own.
+    """
+    own = os.dup(fd)
+    # Whoever takes this closes it: the thread, or who waits if that has not begun.
+    closes = threading.Lock()
+
+    def call() -> T:
+        if not closes.acquire(blocking=False):
+            raise OSError(errno.ECANCELED, "nobody waits for it")
+        try:
+            return function(own)
+        finally:
+            os.close(own)
+
+    try:
+        return await threads.run(uid, call)
+    except BaseException:
+        if closes.acquire(blocking=False):
+            close(own)
+        raise
+
+
 async def check_mapping(threads: Threads, uid: int, fd: int, close: Callable[[int], None]) -> None:
     """Raise Refused(ENODEV) for a file that mmap(2) would not map.  `close` may hang.
 
@@ -227,24 +261,7 @@ async def check_mapping(threads: Threads, uid: int, fd: int, close: Callable[[in
     reads or writes them at that moment: it would be us, not the client that opened
     them.  They cannot be mapped, so it is tried, in a thread of the user's.
     """
-    # Who waits for it may be gone before it is done: it needs a descriptor of its own.
-    own = os.dup(fd)
-    # Whoever takes this closes it: the thread, or who waits if that has not begun.
-    closes = threading.Lock()
-
-    def look() -> None:
-        if closes.acquire(blocking=False):
-            try:
-                _try_to_map(own)
-            finally:
-                os.close(own)
-
-    try:
-        await threads.run(uid, look)
-    except BaseException:
-        if closes.acquire(blocking=False):
-            close(own)
-        raise
+    await apart(threads, uid, fd, _try_to_map, close)
 
 
 def _try_to_map(fd: int) -> None:

@@ -15,6 +15,7 @@ are there, may have been written to, and are left as they are when they are brou
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -25,7 +26,7 @@ from msharefsd.barriers import barrier
 from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
 from msharefsd.linux.uffd import Outcome
-from msharefsd.memory.files import MappedFile
+from msharefsd.memory import files
 from msharefsd.paging import protection, removal
 from msharefsd.paging.addressspace import (
     AddressSpaces,
@@ -61,8 +62,12 @@ class Bringing:
         self._populate: Populate = server.populate
         self._spaces = spaces
 
-    async def fill(self, sharer: Sharer, offset: int, length: int, content: MappedFile) -> None:
-        """Put contents, from the first byte of `content` on, where they are awaited.
+    async def fill(
+        self, sharer: Sharer, offset: int, length: int, memory: int, close: Callable[[int], None]
+    ) -> None:
+        """Put contents, from the first byte of the memfd `memory` on, where they are awaited.
+
+        `close` closes a duplicate of it: that may take its time.
 
         What is not awaited, or no more, stays as it is.  Raises Refused: EINVAL for a range
         that is not whole pages, or contents that end before it does; ENOMEM, EDQUOT if there
@@ -77,7 +82,7 @@ class Bringing:
             if item.awaited:
                 start = item.offset
                 at = min(at, start - start % piece + piece)
-                data = await self._read(sharer, content, start - offset, at - start)
+                data = await self._read(sharer, memory, start - offset, at - start, close)
                 barrier("bring.read")
                 await self._fill(sharer, start, data, breath)
                 removal.alive(region)
@@ -91,13 +96,18 @@ class Bringing:
                 removal.alive(region)
 
     async def _read(
-        self, sharer: Sharer, content: MappedFile, offset: int, length: int
+        self,
+        sharer: Sharer,
+        memory: int,
+        offset: int,
+        length: int,
+        close: Callable[[int], None],
     ) -> memoryview:
         # Not into a buffer: a thread that nobody waits for any more would go on with that.
         data = memoryview(bytearray(length))
         try:
-            read = partial(content.read, data, offset, sharer.region.page)
-            got = await self._threads.run(sharer.uid, read)
+            read = partial(files.read, buffer=data, offset=offset, page=sharer.region.page)
+            got = await files.apart(self._threads, sharer.uid, memory, read, close)
         except OSError as error:
             raise Refused(error.errno or errno.EIO, f"the contents: {error.strerror}") from error
         if got < length:
