@@ -136,6 +136,8 @@ def _adopt_region(journal: Journal, row: SavedRegion, open_backing: OpenBacking)
         return None
     region.memory = MemoryNames(row.backing_name, row.stash_name)
     try:
+        if region.state is State.BUILDING:
+            memory_names.remove_unmade(region.memory.backing)
         region.backing = open_backing(row.id, region.memory, row.start, row.size, row.kind)
     except FileNotFoundError as error:
         # A region that was being freed has none, nor one that was not made yet.

@@ -21,7 +21,7 @@ from msharefsd.barriers import barrier
 from msharefsd.linux import syscalls
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.memory.host import HostMapping
-from msharefsd.memory.names import MemoryNames
+from msharefsd.memory.names import MemoryNames, remove_unmade
 from msharefsd.memory.shm import ShmObject
 from msharefsd.memory.sparse import AT_ONCE, SparseFile, data_of, punch_fd
 from msharefsd.threads.disposal import Disposal
@@ -66,7 +66,7 @@ class Backing(SparseFile):
         self.growth: Callable[[int], None] = lambda _: None
         """Told how many bytes have been populated."""
         self.stashing: Callable[[], None] = lambda: None
-        """Called before there is a stash, so that it is known to be missed."""
+        """Called before anything is in the stash, so that it is known to be missed."""
         self._host: HostMapping | None = None
         self._stash: ShmObject | None = None
         self.identity = syscalls.identify(fd)
@@ -74,6 +74,7 @@ class Backing(SparseFile):
         self._writable = self._open(os.O_RDWR)
         self._readable = self._open(os.O_RDONLY)
         if adopt:
+            remove_unmade(self._stash_name)
             with contextlib.suppress(FileNotFoundError):
                 self._stash = ShmObject(self._stash_name, size, adopt=True, left=left)
 
@@ -169,8 +170,13 @@ class Backing(SparseFile):
     def copy_to_stash(self, runs: Iterable[tuple[int, int]]) -> None:
         """Have pages in the stash as well.  Raises as stash_pages()."""
         if self._stash is None:
-            self.stashing()
-            self._stash = ShmObject(self._stash_name, self.size)
+            stash = ShmObject(self._stash_name, self.size)
+            try:
+                self.stashing()
+            except BaseException:
+                stash.close(self._disposal)
+                raise
+            self._stash = stash
         for start, end in runs:
             at = start
             while at < end:

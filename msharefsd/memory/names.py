@@ -156,6 +156,16 @@ def remove(names: MemoryNames) -> None:
         remove_one(name)
 
 
+def remove_unmade(name: str) -> None:
+    """Remove what has no size yet: whoever made it was killed before.  Raises OSError.
+
+    shm_open(3) and ftruncate(2) are two calls.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(path(name)).st_size == 0:
+            remove_one(name)
+
+
 def remove_one(name: str) -> None:
     """Remove a name, if it is there.  Raises OSError."""
     if os.path.exists(SHM_DIRECTORY + name):

@@ -248,7 +248,9 @@ def test_an_object_that_is_replaced_meanwhile(here: Daemon, image: Image) -> Non
     def misdeed(handler: object, path: str) -> bool:
         seen.append(path)
         if len(seen) == 3:
-            file.write_bytes(file.read_bytes()[::-1])
+            other = file.with_suffix(".new")
+            other.write_bytes(file.read_bytes()[::-1])
+            other.rename(file)  # nobody sees a part of it
         return False
 
     image.server.misdeed = misdeed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import select
 import signal
@@ -17,16 +18,22 @@ from msharefsd.mount.names import NAME_MAX
 
 pytestmark = pytest.mark.shm_only
 SIZE = 2 * ALIGNMENT
+FIXED_SHARED = mmap.MAP_SHARED | 0x10
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
-SYSCALL, SEIZE, INTERRUPT = 24, 0x4206, 0x4207
+SYSCALL, SEIZE, INTERRUPT, SYSCALL_INFO = 24, 0x4206, 0x4207, 0x420E
+GOOD = 1
+"""PTRACE_O_TRACESYSGOOD: a stop at a system call has a number of its own."""
+IN_CALL = signal.SIGTRAP | 0x80
+ENTERS = 1
+FTRUNCATE = 77 if os.uname().machine == "x86_64" else 46
 WALL = 0x40000000
 Spawn = Callable[..., Client]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
 
-def ptrace(what: int, pid: int, number: int = 0) -> None:
-    assert _libc.ptrace(what, pid, None, number) == 0, os.strerror(ctypes.get_errno())
+def ptrace(what: int, pid: int, data: int = 0) -> None:
+    assert _libc.ptrace(what, pid, None, data) == 0, os.strerror(ctypes.get_errno())
 
 
 def kill_at(client: Client, stop: int, *command: object) -> bool:
@@ -77,6 +84,58 @@ def test_killed_at_any_system_call_it_leaves_nothing_without_memory(
             break
     assert not under_way
     assert seen == {True, False}
+
+
+def kill_before_it_has_a_size(pid: int, begin: Callable[[], None]) -> None:
+    """Kill a pager when it is about to give new memory a size, for what was begun."""
+    info = (ctypes.c_uint8 * 88)()
+    ptrace(SEIZE, pid, GOOD)
+    ptrace(INTERRUPT, pid)
+    begin()
+    number = 0
+    while True:
+        stopped = os.WSTOPSIG(os.waitpid(pid, WALL)[1])
+        number = 0 if stopped in {signal.SIGTRAP, IN_CALL} else stopped
+        if stopped == IN_CALL:
+            _libc.ptrace(SYSCALL_INFO, pid, len(info), ctypes.addressof(info))
+            call, fd = (int.from_bytes(info[at : at + 8], "little") for at in (24, 32))
+            if info[0] == ENTERS and call == FTRUNCATE:
+                file = Path(f"/proc/{pid}/fd/{fd}")
+                if "msharefs" in file.readlink().name:
+                    assert file.stat().st_size == 0
+                    os.kill(pid, signal.SIGKILL)
+                    return
+        ptrace(SYSCALL, pid, number)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_pager_that_dies_when_memory_has_a_name_and_no_size(
+    daemon: Daemon, client_program: Path, *, hidden: bool
+) -> None:
+    """shm_open() and ftruncate(): no memory was lost, and nothing is said that would be."""
+    with clients(client_program, daemon) as spawn:
+        spawn().ok("mshare", "first", BASE + 2 * SIZE, SIZE, CREATE, 0o600)  # there is a pager
+        client = spawn()
+        if hidden:
+            client.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+            client.ok("mmap", BASE, SIZE, 3, FIXED_SHARED)
+            client.ok("store", BASE, 7)
+            words: tuple[object, ...] = ("mprotect", BASE, SIZE // 2, 0)
+        else:
+            words = ("mshare", "r", BASE, SIZE, CREATE, 0o600)
+        kill_before_it_has_a_size(daemon.pager(), lambda: client.send(*words))
+        client.result()  # it is told that it was not done, or it has been done anew
+        if hidden:
+            client.do("mprotect", BASE, SIZE // 2, 3)
+            assert client.do("load", BASE) == "7"
+            client.ok("store", BASE + ALIGNMENT // 2, 8)
+        else:
+            again = spawn()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(daemon.mount / "r")
+            again.ok("mshare", "r", BASE, SIZE, CREATE, 0o600)
+            again.ok("mmap", BASE, SIZE, 3, FIXED_SHARED)
+            again.ok("store", BASE, 8)
 
 
 def has_memory(daemon: Daemon) -> bool:

@@ -378,7 +378,8 @@ async def test_a_descriptor_of_a_look_that_nobody_waits_for_is_closed_once(
         with pytest.raises(RuntimeError):
             await files.check_mapping(Late(), 0, file.fileno(), os.close)  # type: ignore[arg-type] # enough
         if begun:
-            looks[0]()
+            with pytest.raises(OSError, match="nobody waits"):
+                looks[0]()
     assert len(closed) == 1
     monkeypatch.undo()
     os.close(closed[0])
