@@ -13,6 +13,7 @@ import gc
 import mmap
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -608,6 +609,11 @@ class Client:
         line = self.process.stdout.readline()
         assert line, f"the client ended: {self.process.wait()}"
         return line.rstrip("\n")
+
+    def has_result(self) -> bool:
+        """Whether a command is done whose result has not been asked for."""
+        assert self.process.stdout is not None
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def do(self, *words: object) -> str:
         self.send(*words)

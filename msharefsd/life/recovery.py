@@ -33,6 +33,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Final
 
+import trio
+
 from msharefsd.barriers import barrier
 from msharefsd.control.guards import Guards
 from msharefsd.control.orphans import Orphans, is_gone, is_registered, still_there
@@ -65,6 +67,8 @@ OpenBacking = Callable[[int, MemoryNames, int, int, str], Backing]
 """(region's number, names, start, size in bytes, kind): its backing; raises OSError."""
 
 _GONE: Final = frozenset({errno.ESRCH, errno.EBADF, errno.ENOENT})
+_FILE_SECONDS: Final = 1.0
+"""How long a file may hold up what follows the death of a pager within mmap()."""
 
 
 # -- regions --
@@ -452,11 +456,33 @@ def _fetch_far(sharer: Sharer) -> int:
 async def _put_right(
     journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
 ) -> None:
-    pages, breath, failed = pages_of(region), Breath(), Ranges()
+    pages, breath = pages_of(region), Breath()
     # Before anything comes there, and before who has called mmap() learns that it is done.
-    for offset, length in journal.clearing(region.id, mapping=True):
+    mapping = journal.clearing(region.id, mapping=True)
+    for offset, length in mapping:
         await server.poison.clear(pages, offset, length, empty=True)
     journal.cleared(region.id)
+    failed = await _protect(region, spaces)
+    await protection.settled(pages)
+    await server.watching.put_right(region, failed)
+    await protection.settled(pages)
+    for page in journal.dirty(region.id):
+        found = region.objects.find(page)
+        if found is not None and found.file is not None and found.written_back:
+            pages.dirty.add(page, found.file)
+        await breath.take()
+    await server.poison.clear(pages, 0, region.size)
+    with trio.move_on_after(_FILE_SECONDS):  # who has called mmap() may touch what it mapped
+        for offset, length in mapping:
+            await server.fills.finished(pages, offset, offset + length)
+    for window in list(pages.refused):
+        for start, end in list(window.poisoned):
+            server.starve(window, start, end)
+
+
+async def _protect(region: Region, spaces: AddressSpaces) -> Ranges:
+    """What nobody may touch, or write to unnoticed, is so; returns where that cannot be."""
+    pages, breath, failed = pages_of(region), Breath(), Ranges()
     for item in list(region.objects):
         try:
             if not item.accessible:
@@ -474,15 +500,4 @@ async def _put_right(
                 refused.message,
             )
         await breath.take()
-    await protection.settled(pages)
-    await server.watching.put_right(region, failed)
-    await protection.settled(pages)
-    for page in journal.dirty(region.id):
-        found = region.objects.find(page)
-        if found is not None and found.file is not None and found.written_back:
-            pages.dirty.add(page, found.file)
-        await breath.take()
-    await server.poison.clear(pages, 0, region.size)
-    for window in list(pages.refused):
-        for start, end in list(window.poisoned):
-            server.starve(window, start, end)
+    return failed

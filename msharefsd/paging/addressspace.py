@@ -104,6 +104,10 @@ class AddressSpaces:
                     removal.alive(region)
                     self._journal.cleared(region.id)
                     await let_go_of_plain(region, new)
+        if new.file is not None and new.accessible:
+            # Who has called may touch it when this returns.  Nobody else waits for its file.
+            await self._server.poison.clear(pages, new.offset, new.length)
+            await self._server.fills.finished(pages, new.offset, new.end)
 
     async def _thin_out(self, region: Region, start: int, end: int) -> None:
         """Take objects out until few are left in the range: those go in one piece.

@@ -172,6 +172,12 @@ class Fills:
                 self._ahead(pages, fill)
         finally:
             buffers.give_back(buffer)
+            fill.finished.set()
+
+    async def finished(self, pages: Pages, start: int, end: int) -> None:
+        """Wait for what is being read of [start, end) just now."""
+        for fill in list(pages.fills(start, end)):
+            await fill.finished.wait()
 
     def _finish(
         self, pages: Pages, fill: Fill, waiting: list[Waiting], address: int, usable: int

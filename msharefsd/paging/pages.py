@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import trio
+
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.linux.uffd import Fault, Mode
 from msharefsd.memory.buffers import BUFFER
@@ -50,6 +52,8 @@ class Fill:
     waiting: list[Waiting] = field(default_factory=list)
     stale: bool = False
     """What it has read may be older than the call by which memory starts fresh."""
+    finished: trio.Event = field(default_factory=trio.Event)
+    """What was read is where it belongs, or cannot be had."""
 
 
 @dataclass(eq=False, slots=True)

@@ -12,7 +12,8 @@ UFFDIO_POISON leaves a marker in the sharer's page table.  What holds of markers
   before the call returns that maps it: from all writers, and from readers as far as
   they are few.  A reader with more than that has them taken away by and by (hunger.py):
   it is not to make its region's owner wait.
-- In a hole nothing is ever put to clear one: others could see it.
+- In a hole nothing is ever put to clear one: others could see it.  Nor zeros where a file
+  is mapped: what takes the marker's place there is the page, as it was read or brought.
 - Between the look at the map and the ioctl nothing awaits.  So a repair needs no lock.
 
 All of it goes by ranges, of which a piece is done at one time.
@@ -119,9 +120,10 @@ class Poison:
 
         The kernel has no call for that; a page that comes into a sharer takes the
         marker's place.  Where nobody may touch anything one is put there and punched out
-        again, and so in a range that is being mapped (`empty`): who has called mmap() may
-        touch it when that returns, and a file may take its time.  Elsewhere it is the
-        page itself.  In a hole SIGBUS is right, and others could see what is put there.
+        again, and so where zeros belong in a range that is being mapped (`empty`); what a
+        file is mapped in is left alone then.  Elsewhere it is the page itself, which may
+        have to be read: Fills.finished().  In a hole SIGBUS is right, and others could see
+        what is put there.
 
         The region may be gone when this returns.
         """
@@ -156,9 +158,11 @@ class Poison:
     def _clear_first(self, window: Window, start: int, end: int, *, empty: bool) -> int:
         """Clear what is first in [start, end), all of it poisoned.  Returns up to where."""
         piece = pages_of(window.region).piece
-        if empty:
-            return self._clear(window, start, min(end, start - start % piece + piece))
         found = window.region.objects.first(start, end)
+        if empty:
+            if found is not None and found.file is not None and found.accessible:
+                return found.end
+            return self._clear(window, start, min(end, start - start % piece + piece))
         if found is None:
             return end
         start, end = found.offset, min(found.end, found.offset - found.offset % piece + piece)

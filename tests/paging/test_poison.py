@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ALIGNMENT, BASE, PAGE, Client, Daemon, clients, eventually
-from stops import arm, may_stop, reached
+from stops import arm, may_stop, reached, stopped
 
 SIZE = 4 * ALIGNMENT
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -171,6 +171,42 @@ def test_what_is_hidden_is_not_written_while_its_poison_goes(
             assert second.result() == str(-errno.EFAULT)
             first.ok("mprotect", at(page), PAGE, BOTH)
             eventually(partial(loads, first, page, "9" if hidden else "0"), "what belongs there")
+
+
+@pytest.mark.parametrize("barrier", ["poison.cleared", "mmap", "fill.read"])
+def test_a_file_that_is_mapped_where_poison_is_is_never_zeros(
+    make_daemon: Callable[..., Daemon], client_program: Path, directory: Path, barrier: str
+) -> None:
+    """Whoever looks, whenever, and if the daemon is killed: nothing stands in for the page."""
+    daemon = make_daemon(f"--alignment={ALIGNMENT}")
+    may_stop(daemon)
+    daemon.start()
+    path = directory / "file"
+    path.write_bytes(b"\7" * 8 * PAGE)
+    with clients(client_program, daemon) as spawn:
+        first, second, reader = spawn(), spawn(), spawn()
+        first.ok("mshare", "r", BASE, SIZE, CREATE, 0o644)
+        second.ok("mshare", "r", BASE, SIZE, os.O_RDWR, 0)
+        reader.ok("mshare", "r", BASE, SIZE, os.O_RDONLY, 0)
+        for each in (first, reader):
+            assert each.do("load", at(2)) == "SIGBUS"
+        arm(daemon, barrier)
+        first.send("mmap", BASE, 8 * PAGE, READ, SHARED, path, os.O_RDONLY, 0)
+        eventually(
+            lambda: first.has_result() or any(map(stopped, daemon.processes())), "it has come to it"
+        )
+        if first.has_result():
+            assert barrier == "poison.cleared"
+            assert second.do("load", at(2)) == "7"
+        else:
+            assert barrier != "poison.cleared", "something is there that is not the file's"
+            reached(daemon)
+            second.send("load", at(2))
+            restart(daemon)
+            assert second.result() == "7"
+        assert first.result() == "0"
+        assert first.do("load", at(2)) == "7"
+        eventually(partial(loads, reader, 2, "7"), "the reader has it")
 
 
 def test_what_a_dead_daemon_has_left_protected_can_be_written(
