@@ -118,6 +118,7 @@ class Orphans:
             # To close it would be to have the child make zeros.
             log.error("a child of process %d waits for ever: %s", parent.pid, refused.message)
             return
+        protection.is_coming(pages_of(sharer.region), window_of(sharer))
         poisoned = list(window_of(parent).poisoned)
         self._pages.poison.marks.restore(window_of(sharer), poisoned)
         orphan = self._orphans[sharer] = _Orphan(sharer, None, inherited=True)
@@ -160,6 +161,7 @@ class Orphans:
                     await protection.admit(pages_of(orphan.sharer.region), orphan.sharer)
                 await self._pages.serve(orphan.sharer)
         finally:
+            window_of(orphan.sharer).coming = False
             orphan.done.set()
 
     def find(self, region: Region, peer: Peer) -> Sharer | None:

@@ -16,6 +16,9 @@ Readers need none of this: their windows are read-only mappings.
 
 A writer of another user whose address space is locked is *behind* (lanes.py): what would
 have to be protected there does not become visible meanwhile, and `settled` waits for it.
+So is a process that forks with a window that children inherit: the kernel protects nothing
+in it (EAGAIN) before its event has been read and the child is on its way (mmap_changing,
+fs/userfaultfd.c).  And so is that child, until it has what its parent was given meanwhile.
 
 A sharer that is attaching has been told what the region is, but has no window yet:
 an ioctl may come too early for it.  So it is sent a note first.  It looks for notes
@@ -28,12 +31,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, TypeVar
 
+import trio
+
 from msharefsd.errors import Refused
 from msharefsd.memory.sparse import AT_ONCE
+from msharefsd.paging.lanes import PATIENCE
 from msharefsd.paging.pages import Pages
 from msharefsd.paging.watch import is_plain
 from msharefsd.paging.window import Window, window_of
@@ -41,11 +48,18 @@ from msharefsd.region.objects import Object
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+_FIRST_PAUSE: Final = 0.001
+_LONGEST_PAUSE: Final = 0.02
+"""How often one looks whether a fork has come to its end (seconds)."""
+
 # ENOENT: no window there (yet, or any more).  ESRCH: no process.  EINVAL, EBUSY, EPERM: it
-# has mapped something else there, or registered it elsewhere.  EAGAIN: it moves its
-# window about just now (a donor does that before READY).  All its own affair.
+# has mapped something else there, or registered it elsewhere.  EAGAIN: it moves its window
+# about, or forks; what is left protected costs a fault (and what is to be: Window.protect()).
+# All its own affair.
 _HARMLESS: Final = frozenset(
     {errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBUSY, errno.EPERM, errno.EAGAIN}
 )
@@ -63,9 +77,49 @@ def attempt(call: Callable[[int, int], T], start: int, end: int) -> T | None:
 
 def _is_behind(pages: Pages, window: Window) -> None:
     """What others rely on is on its way to that window."""
-    if window not in pages.behind and window.far is not None:
-        pages.behind.add(window)
+    if window in pages.behind:
+        return
+    pages.behind.add(window)
+    if window.far is not None:
         window.far.then(partial(_is_level, pages, window))
+    else:
+        window.caught_up = trio.Event()
+        trio.lowlevel.spawn_system_task(_catch_up, pages, window)
+
+
+async def _catch_up(pages: Pages, window: Window) -> None:
+    """Protect in a process that forks what was to be, when its event has been read."""
+    until, pause = trio.current_time() + PATIENCE, _FIRST_PAUSE
+    try:
+        while (window.missed or window.coming) and window.attached:
+            if not _is_awaited(window):
+                until = trio.current_time() + PATIENCE
+            elif trio.current_time() > until:
+                log.warning(
+                    "region %s: process %d does nothing but fork: it may write to what is "
+                    "read-only",
+                    pages.region.label(),
+                    window.sharer.pid,
+                )
+                return
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            missed, window.missed = window.missed, []
+            for start, end in missed:
+                attempt(window.protect, start, end)
+    except OSError as error:
+        log.error("region %s: process %d: %s", pages.region.label(), window.sharer.pid, error)
+    finally:
+        window.missed = []
+        window.caught_up.set()
+        _is_level(pages, window)
+
+
+def is_coming(pages: Pages, window: Window) -> None:
+    """A child has a window as its parent's was, and is not admitted yet."""
+    if pages.armed and window.writable:
+        window.coming = True
+        _is_behind(pages, window)
 
 
 def _is_level(pages: Pages, window: Window) -> None:
@@ -75,13 +129,21 @@ def _is_level(pages: Pages, window: Window) -> None:
         wake(pages.region, 0, pages.region.size)
 
 
+def _is_awaited(window: Window) -> bool:
+    """Whether it can catch up: in recovery nobody reads yet that a process has forked."""
+    return window.far is not None or window.served or window.coming
+
+
 async def settled(pages: Pages) -> None:
     """Wait until every window is protected and registered as it is to be.
 
     Not for ever: a process that holds that up is given up.
     """
-    while pages.behind:
-        await next(iter(pages.behind)).level()
+    while window := next(filter(_is_awaited, pages.behind), None):
+        if window.far is not None:
+            await window.far.level()
+        else:
+            await window.caught_up.wait()
 
 
 def tell(window: Window) -> None:
@@ -212,12 +274,19 @@ async def admit(pages: Pages, sharer: Sharer) -> None:
       changes it, as are pages that come, and everything is armed here by then.
     What is protected although it need not be any more goes away at the first write.
     """
-    region, window = pages.region, window_of(sharer)
+    window = window_of(sharer)
     if window.ready:
         return
     window.ready = True
-    if not sharer.writable:
-        return
+    try:
+        if sharer.writable:
+            await _admit(pages, window)
+    finally:
+        window.coming = False
+
+
+async def _admit(pages: Pages, window: Window) -> None:
+    region = pages.region
     breath = Breath()
     for start, end in list(pages.armed):
         if not window.attached:

@@ -162,6 +162,7 @@ class PageServer:
         if sharer.region.backing is None:
             return
         window = window_of(sharer)
+        window.served = True
         self._hunger.again(window)
         try:
             await self._serve(window)

@@ -160,6 +160,14 @@ class Window(Mapping):
         """Whether its process may have huge pages, as far as is known: see collapse.py."""
         self.ready = False
         """It has asked for what is protected since it mapped its window."""
+        self.served = False
+        """Whether what it has to say is read, or has been before."""
+        self.missed: list[tuple[int, int]] = []
+        """What could not be protected while its process forks: protection.py."""
+        self.coming = False
+        """Whether its process has inherited it, and it lacks what its parent's was given."""
+        self.caught_up = _now()
+        """Set when there is nothing of either kind."""
 
     @property
     def detached(self) -> bool:
@@ -170,6 +178,16 @@ class Window(Mapping):
     def is_late(self) -> bool:
         """Whether what is asked of it now would be late."""
         return self.far is not None and self.far.is_late
+
+    def protect(self, start: int, end: int) -> bool:
+        """Have writes reported; whether that is so."""
+        try:
+            return super().protect(start, end)
+        except BlockingIOError:  # EAGAIN: UFFDIO_WRITEPROTECT(2const)
+            if self.far is not None:
+                raise
+            self.missed.append((start, end))
+            return False
 
     async def level(self) -> None:
         """Wait until nothing that was asked of it is late, which is not for ever."""
@@ -202,6 +220,12 @@ class Window(Mapping):
         """The offset of an address's page; outside of the region, if the address is."""
         offset = address - self.start
         return offset - offset % self.region.page
+
+
+def _now() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
 
 
 def window_of(sharer: Sharer) -> Window:
