@@ -62,7 +62,7 @@ MOST_LANES: Final = 512
 """How many other users may share a user's regions at one time: each has three threads."""
 MOST_ARRIVED: Final = 16
 """How often something of a process is read before it is answered."""
-MOST_UNCLOSED: Final = 64
+MOST_UNCLOSED: Final = 256
 """How many userfaultfds of a user may wait to be closed, when there comes another one."""
 
 
