@@ -717,6 +717,23 @@ def test_a_file_that_cannot_be_read_is_sigbus(pair: Pair, strange: Path, daemon:
     assert second.do("load", BASE + 9 * PAGE) == "SIGBUS"
 
 
+@pytest.mark.shm_only  # on huge pages it is a part of one
+def test_a_page_that_cannot_be_read_is_no_other_page_s_fault(
+    pair: Pair, strange: Path, daemon: Daemon
+) -> None:
+    """It is read with those around it, which a worn disk has all the same."""
+    first, second = pair
+    daemon.expected.append("cannot read")
+    where = (BASE, 64 * PAGE, READ, PRIVATE | FIXED, strange / "worn", os.O_RDONLY, 0)
+    assert second.do("from_memory", BASE + 20 * PAGE, 1) == minus(errno.EFAULT)  # a hole yet
+    first.ok("mmap", *where)
+    assert first.do("load", BASE + 3 * PAGE) == "SIGBUS"
+    for page in (4, 0, 2, 31, 63, 20):
+        assert first.do("load", BASE + page * PAGE) == "1"
+        assert second.do("load", BASE + page * PAGE) == "1"
+    assert second.do("load", BASE + 3 * PAGE) == "SIGBUS"
+
+
 def test_a_file_that_shrinks_is_sigbus_beyond_its_end_and_may_grow_again(
     pair: Pair, file: Path
 ) -> None:
