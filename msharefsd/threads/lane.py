@@ -334,7 +334,9 @@ class Lane:
         finally:
             took = time.monotonic() - since
             if took > FREE:
-                self._credit -= took
+                # For longer than a moment only we were kept from running (SIGSTOP, a machine
+                # that was paused): that is nobody's debt.
+                self._credit -= min(took, MOMENT)
 
     def _left(self) -> float:
         now = time.monotonic()
