@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -27,7 +28,7 @@ from conftest import (
     eventually,
 )
 
-from msharefsd.linux import processes
+from msharefsd.linux import processes, syscalls
 from msharefsd.memory.sparse import AT_ONCE
 from msharefsd.mount import mounting
 
@@ -575,6 +576,39 @@ def test_what_was_synced_is_in_the_file_whatever_happens_then(
     first.kill()
     second.kill()
     assert [file.read_bytes()[page * PAGE] for page in range(7)] == list(range(200, 207))
+
+
+@pytest.fixture
+def small_shm() -> Iterator[Path]:
+    """A /dev/shm of the test's own, which is soon full."""
+    syscalls.mount("shm", "/dev/shm", "tmpfs", 0, "mode=1777,size=1m")
+    yield Path("/dev/shm/filler")
+    syscalls.umount("/dev/shm", syscalls.MNT_DETACH)
+
+
+@pytest.mark.shm_only
+def test_a_system_call_that_is_to_fail_does_when_there_is_room_again(
+    small_shm: Path, make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    """To fail it takes a page that anybody who fills /dev/shm can keep from being had."""
+    daemon = make_daemon(f"--alignment={ALIGNMENT}").start()
+    daemon.expected.append("cannot fail a system call")
+    with clients(client_program, daemon) as start:
+        client, other = start(), start()
+        client.ok("mshare", "r", BASE, ALIGNMENT, os.O_CREAT | os.O_RDWR, 0o600)
+        other.ok("mshare", "r", BASE, ALIGNMENT, os.O_RDWR, 0)
+        client.ok("mmap", BASE, PAGE, BOTH, SHARED | FIXED)
+        client.ok("store", BASE, 7)
+        client.ok("mprotect", BASE, PAGE, READ)
+        with small_shm.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(PAGE)):
+                pass
+        client.send("to_memory", BASE, 1)
+        eventually(lambda: "cannot fail" in daemon.log(), "that there is no room")
+        assert other.do("load", BASE) == "7"
+        small_shm.unlink()
+        assert client.result() == minus(errno.EFAULT)
+        assert other.do("load", BASE) == "7"
 
 
 @pytest.fixture
