@@ -83,15 +83,19 @@ class Starter:
     ) -> tuple[int, int]:
         """Start a process for a user with that end of a channel: its pid, and a pidfd.
 
-        `channel` stays the caller's.  Raises OSError when no process can be had.
+        `channel` stays the caller's.  Raises OSError when no process can be had, StartError
+        when none ever will.
         """
         async with self._turn:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [channel.fileno()]))]
-            self._sock.sendmsg([_REQUEST.pack(kind, uid)], rights)
-            await trio.lowlevel.wait_readable(self._sock)
-            data, fds, _, _ = socket.recv_fds(self._sock, _REPLY.size, 1)
+            try:
+                self._sock.sendmsg([_REQUEST.pack(kind, uid)], rights)
+                await trio.lowlevel.wait_readable(self._sock)
+                data, fds, _, _ = socket.recv_fds(self._sock, _REPLY.size, 1)
+            except ConnectionError as error:
+                raise _ended() from error
         if len(data) != _REPLY.size:
-            raise StartError("the process that starts pagers has ended")
+            raise _ended()
         (pid,) = _REPLY.unpack(data)
         if pid < 0 or not fds:
             raise OSError(-pid, os.strerror(-pid))
@@ -107,6 +111,10 @@ class Starter:
         self._sock.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
+
+
+def _ended() -> StartError:
+    return StartError("the process that starts pagers has ended")
 
 
 def _group_of(uid: int) -> str:

@@ -6,10 +6,12 @@ are bytes.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import errno
 import os
 import platform
+import socket
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -49,6 +51,8 @@ MS_PRIVATE: Final = 1 << 18
 MS_SLAVE: Final = 1 << 19
 
 MNT_DETACH: Final = 2
+
+_INT: Final = array.array("i").itemsize
 
 CLONE_FILES: Final = 0x400
 CLOSE_RANGE_UNSHARE: Final = 2
@@ -149,6 +153,19 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
     fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
     _check(fd)
     return fd
+
+
+def receive_fd(sock: socket.socket, flags: int = 0) -> int:
+    """The descriptor of a message that has one, and a byte; -1 if there is none.
+
+    socket.recv_fds() takes flags and drops them (CPython up to 3.13 at least), so with it
+    MSG_PEEK takes the message out.
+    """
+    _, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_LEN(_INT), flags | socket.MSG_CMSG_CLOEXEC)
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(payload) >= _INT:
+            return array.array("i", payload[:_INT])[0]
+    return -1
 
 
 def close_range(first: int, flags: int = 0) -> None:

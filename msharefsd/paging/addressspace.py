@@ -38,6 +38,8 @@ from msharefsd.region.record import save_objects
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
 
+AGAIN_SECONDS: Final = 0.2
+"""How often it is tried again to write down what has to be."""
 _PROTECTIONS: Final = syscalls.PROT_READ | syscalls.PROT_WRITE | syscalls.PROT_EXEC
 
 
@@ -101,13 +103,27 @@ class AddressSpaces:
                     await self._finish_removal(region, new.offset, new.length, removed)
                     removal.alive(region)
                     await self._server.poison.clear(pages, new.offset, new.length, empty=True)
-                    removal.alive(region)
-                    self._journal.cleared(region.id)
+                    await self._cleared(region)
                     await let_go_of_plain(region, new)
         if new.file is not None and new.accessible:
             # Who has called may touch it when this returns.  Nobody else waits for its file.
             await self._server.poison.clear(pages, new.offset, new.length)
             await self._server.fills.finished(pages, new.offset, new.end)
+
+    async def _cleared(self, region: Region) -> None:
+        """What was to be cleared is, and the next daemon is not to clear it again.
+
+        Nobody may write there before that is written down, and the call cannot be undone.
+        So where there is no room for it (a full disk) it waits for some.
+        """
+        while True:
+            removal.alive(region)
+            try:
+                self._journal.cleared(region.id)
+            except Refused:
+                await trio.sleep(AGAIN_SECONDS)
+            else:
+                return
 
     async def _thin_out(self, region: Region, start: int, end: int) -> None:
         """Take objects out until few are left in the range: those go in one piece.
@@ -357,8 +373,7 @@ class AddressSpaces:
                         for fill in pages_of(region).fills(item.offset, item.end):
                             fill.stale = True
                         await removal.discard(region, item.offset, item.length)
-                    removal.alive(region)
-                    self._journal.cleared(region.id)
+                    await self._cleared(region)
                     if not rest:
                         break
                     private = rest

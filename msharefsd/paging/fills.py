@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
 from typing import Final
@@ -29,6 +30,7 @@ from msharefsd.paging.populate import NOT_ALL, Populate, Source, pieces
 from msharefsd.paging.window import Window
 from msharefsd.region.objects import Object
 from msharefsd.region.ranges import Ranges
+from msharefsd.region.region import Region
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.pool import Threads
 
@@ -142,12 +144,13 @@ class Fills:
         region, buffers = pages.region, self._populate.buffers
         buffer = buffers.take(fill.end - fill.start)
         view = buffer.view[: fill.end - fill.start]
+        failed = False
         try:
             usable = await self._threads.run(
                 fill.file.uid, partial(fill.file.read, view, fill.file_offset, region.page)
             )
         except OSError as error:
-            usable = 0
+            usable, failed = 0, True
             if self._seldom.now((region.id, error.errno)):
                 log.error(
                     "region %s: cannot read %s: %s",
@@ -162,7 +165,9 @@ class Fills:
         # Nothing awaits from here on: what is true now stays true.
         waiting = [each for each in fill.waiting if each.window.attached]
         try:
-            if region.backing is not None:
+            if failed and fill.end - fill.start > region.page:
+                self._in_halves(region, fill, waiting)
+            elif region.backing is not None:
                 self._finish(pages, fill, waiting, buffer.address, usable)
         except OSError as error:
             for each in waiting:
@@ -178,6 +183,24 @@ class Fills:
         """Wait for what is being read of [start, end) just now."""
         for fill in list(pages.fills(start, end)):
             await fill.finished.wait()
+
+    def _in_halves(self, region: Region, fill: Fill, waiting: list[Waiting]) -> None:
+        """Some page of it cannot be read: who waits for another one has that all the same."""
+        length = fill.end - fill.start
+        middle = fill.start + max(region.page, length // 2 - length // 2 % region.page)
+        for each in waiting:
+            last = max(each.end, each.offset + region.page)
+            for start, end in ((fill.start, middle), (middle, fill.end)):
+                low, high = max(start, each.offset), min(end, last)
+                if low < high:
+                    self._read_half(fill, start, end, replace(each, offset=low, end=high))
+
+    def _read_half(self, fill: Fill, start: int, end: int, waiting: Waiting) -> None:
+        found = waiting.window.region.objects.find(waiting.offset)
+        if found is None or found.file is not fill.file or not found.accessible:
+            self._settled(waiting, Read.STALE)
+        else:
+            self.read(found, max(start, found.offset), min(end, found.end), waiting)
 
     def _finish(
         self, pages: Pages, fill: Fill, waiting: list[Waiting], address: int, usable: int

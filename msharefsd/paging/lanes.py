@@ -137,11 +137,11 @@ class Far:
 
         def look(table: Descriptors) -> int:
             with socket.socket(fileno=os.dup(table[key])) as sock:
-                _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            if not fds:
+                fd = syscalls.receive_fd(sock, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if fd < 0:
                 raise ProcessLookupError(errno.ESRCH, "it is gone")
-            os.set_blocking(fds[0], False)
-            return fds[0]
+            os.set_blocking(fd, False)
+            return fd
 
         try:
             return await self._have(look, seconds)

@@ -19,6 +19,7 @@ from typing import Final
 import trio
 
 from msharefsd.barriers import barrier
+from msharefsd.errors import Refused
 from msharefsd.linux import syscalls
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.uffd import Fault, Outcome
@@ -28,9 +29,12 @@ from msharefsd.paging.pages import pages_of
 from msharefsd.paging.poison import Poison
 from msharefsd.paging.thread import Threads, Where
 from msharefsd.paging.window import Window
+from msharefsd.telemetry.seldom import Seldom
 
 log = logging.getLogger(__name__)
 
+AGAIN_SECONDS: Final = 0.2
+"""How often it is tried again to move a page for which there is no room."""
 SYSTEM_CALL_SECONDS: Final = 0.002
 """How long a page is kept poisoned for a system call to meet it.  If it was not
 scheduled in that time, it faults again."""
@@ -48,6 +52,7 @@ class Violations:
         self._poison = poison
         self._background = background
         self._threads = Threads()
+        self._seldom = Seldom()
 
     def forbidden(self, window: Window, offset: int, fault: Fault) -> Outcome:
         """A touch that the object's protection does not allow."""
@@ -111,32 +116,43 @@ class Violations:
         holds is in the stash meanwhile, from where anybody's touch brings it back.
         Another thread that has the right to read the page, and does in this
         moment, has SIGBUS: in the process with the defect, and in no other.
+
+        Where there is no room to move it (anybody can fill /dev/shm) the call waits for
+        some.
         """
         if not window.writable:
             # Its window is its own: nobody else need wait, and nothing has to be moved.
             await self._refuse(window, offset)
             return
-        async with window.region.change:
-            await self._refuse(window, offset)
+        while True:
+            async with window.region.change:
+                if await self._refuse(window, offset):
+                    return
+            await trio.sleep(AGAIN_SECONDS)
 
-    async def _refuse(self, window: Window, offset: int) -> None:
+    async def _refuse(self, window: Window, offset: int) -> bool:
+        """Whether that is done; False if there was no room."""
         region = window.region
         if window.writable:
             await protection.settled(pages_of(region))
         end = offset + region.page
         if not window.attached or region.backing is None:
-            return
+            return True
         found = region.objects.find(offset)
         if found is not None and found.writable:
             window.wake(offset, end)  # allowed meanwhile
-            return
+            return True
         if not self._capabilities.poison:
             if thread.may_signal(window.sharer):
                 thread.kill(window.sharer.pid)  # it would try again for ever
-            return
+            return True
         try:
             if found is not None and window.writable:
                 pages_of(region).stash(offset, end)
+        except (OSError, Refused) as error:
+            self._complain(window, error)
+            return False
+        try:
             barrier("violation.stashed")
             with contextlib.suppress(OSError):
                 window.unprotect(offset, end, wake=False)
@@ -146,6 +162,11 @@ class Violations:
             if window.attached:
                 self._poison.clear_page(window, offset)
         except OSError as error:
+            self._complain(window, error)
+        return True
+
+    def _complain(self, window: Window, error: OSError | Refused) -> None:
+        if self._seldom.now(window.region.id):
             log.warning("process %d: cannot fail a system call: %s", window.sharer.pid, error)
 
 

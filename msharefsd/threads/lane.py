@@ -98,9 +98,9 @@ class Descriptors:
     def take(self, key: int) -> None:
         """The next one that was handed in is called `key`."""
         assert self._socket is not None
-        _, fds, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_DONTWAIT)
-        if fds:
-            self.put(key, fds[0])
+        fd = syscalls.receive_fd(self._socket, socket.MSG_DONTWAIT)
+        if fd >= 0:
+            self.put(key, fd)
 
     def put(self, key: int, fd: int) -> None:
         """A descriptor of this table is called `key`."""
@@ -334,7 +334,9 @@ class Lane:
         finally:
             took = time.monotonic() - since
             if took > FREE:
-                self._credit -= took
+                # For longer than a moment only we were kept from running (SIGSTOP, a machine
+                # that was paused): that is nobody's debt.
+                self._credit -= min(took, MOMENT)
 
     def _left(self) -> float:
         now = time.monotonic()

@@ -269,6 +269,8 @@ ORDERS = [
     ["restart", "lose"],
     ["lose", "kill"],
     ["kill", "lose"],
+    ["restart", "lose", "restart"],
+    ["lose", "restart", "restart", "kill"],
 ]
 
 

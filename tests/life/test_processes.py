@@ -156,6 +156,24 @@ def test_the_fronts_death_alone_ends_all_at_once(daemon: Daemon, spawn: Spawn) -
     alice.ok("store", BASE + 65536, 8)
 
 
+def test_without_who_starts_pagers_it_ends_as_soon_as_one_is_needed(
+    daemon: Daemon, spawn: Spawn
+) -> None:
+    """Otherwise whoever needs one waits for ever, with a daemon that looks well."""
+    alice, bob = create(spawn, ALICE, "alices"), spawn(**as_user(BOB))
+    assert daemon.process is not None
+    (starter,) = (
+        pid for pid in daemon.processes() if command_line(pid).startswith(b"msharefsd: starter")
+    )
+    os.kill(starter, signal.SIGKILL)
+    bob.send("mshare", "bobs", BASE + SIZE, SIZE, CREATE, 0o600)
+    assert daemon.process.wait(20) == 1
+    daemon.expected += ["the process that starts pagers has ended", "taking down the mount"]
+    daemon.start()
+    assert bob.result() == "0"
+    alice.ok("store", BASE + 65536, 8)
+
+
 def test_two_users_faults_use_two_processors(daemon: Daemon, spawn: Spawn) -> None:
     """Each pager has used its own."""
     alice, bob = create(spawn, ALICE, "alices"), create(spawn, BOB, "bobs", BASE + SIZE)

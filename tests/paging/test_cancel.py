@@ -8,6 +8,7 @@ for it does not come after what others wrote later.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,6 +19,8 @@ import trio
 import trio.testing
 from both import Both
 
+from msharefsd.errors import Refused
+from msharefsd.journal.journal import Journal
 from msharefsd.linux import features, syscalls
 from msharefsd.memory import names
 from msharefsd.memory.files import MappedFile
@@ -154,6 +157,37 @@ async def test_a_call_that_is_cut_off_leaves_map_and_memory_in_step(
             await CALLS[name](spaces, region)
             assert after in (before, list(region.objects)), "neither done nor not done"
     assert steps > 1
+
+
+@pytest.mark.parametrize("name", ["mmap", "discard"])
+async def test_nobody_writes_to_what_the_next_pager_would_clear(
+    name: str, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    """There is no room to write down that it is cleared: who touches it waits for that, too."""
+    refused, room, right = trio.Event(), False, Journal.cleared
+
+    def cleared(journal: Journal, region: int) -> None:
+        if not room:
+            refused.set()
+            raise Refused(errno.ENOSPC, "a full disk")
+        right(journal, region)
+
+    with some_region() as (spaces, region, _):
+        await fill(spaces, region)
+        monkeypatch.setattr(Journal, "cleared", cleared)
+        done = trio.Event()
+
+        async def call() -> None:
+            await CALLS[name](spaces, region)
+            done.set()
+
+        nursery.start_soon(call)
+        await refused.wait()
+        assert pages_of(region).leaving.contains(PAGES[1])
+        room = True
+        await done.wait()
+        assert not pages_of(region).leaving
+        fits(region)
 
 
 async def test_what_a_killed_caller_had_written_does_not_overtake_what_came_later(

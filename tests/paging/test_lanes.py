@@ -12,6 +12,7 @@ import ctypes
 import os
 import select
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -160,6 +161,26 @@ async def test_who_is_late_again_and_again_is_waited_for_less(lane: Lane, told: 
         if lane.is_late:
             await until(lambda: not lane.is_late)
     assert 0 < waited < 20  # the credit is for CREDIT / MOMENT of them, and little more
+
+
+async def test_that_we_were_stopped_is_nobodys_debt(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its credit: nothing would be waited for, for 33 times as long as that has lasted."""
+    stopped, right = 0.0, time.monotonic
+    asked: list[int] = []
+
+    def stop(_: Descriptors) -> None:
+        nonlocal stopped
+        stopped = 1000.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: right() + stopped)
+    with contextlib.suppress(LateError):
+        lane.call(None, stop)
+    await until(lambda: stopped and not lane.is_late)
+    with contextlib.suppress(LateError):
+        lane.call(None, lambda _: asked.append(5))
+    assert await call(lane, lambda _: asked) == [5], "it was asked, however late that is"
 
 
 async def test_a_descriptor_that_was_handed_in_is_the_lanes_alone(lane: Lane) -> None:

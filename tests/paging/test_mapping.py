@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -26,7 +27,7 @@ from conftest import (
     eventually,
 )
 
-from msharefsd.linux import processes
+from msharefsd.linux import processes, syscalls
 from msharefsd.memory.sparse import AT_ONCE
 from msharefsd.mount import mounting
 
@@ -577,6 +578,39 @@ def test_what_was_synced_is_in_the_file_whatever_happens_then(
 
 
 @pytest.fixture
+def small_shm() -> Iterator[Path]:
+    """A /dev/shm of the test's own, which is soon full."""
+    syscalls.mount("shm", "/dev/shm", "tmpfs", 0, "mode=1777,size=1m")
+    yield Path("/dev/shm/filler")
+    syscalls.umount("/dev/shm", syscalls.MNT_DETACH)
+
+
+@pytest.mark.shm_only
+def test_a_system_call_that_is_to_fail_does_when_there_is_room_again(
+    small_shm: Path, make_daemon: Callable[..., Daemon], client_program: Path
+) -> None:
+    """To fail it takes a page that anybody who fills /dev/shm can keep from being had."""
+    daemon = make_daemon(f"--alignment={ALIGNMENT}").start()
+    daemon.expected.append("cannot fail a system call")
+    with clients(client_program, daemon) as start:
+        client, other = start(), start()
+        client.ok("mshare", "r", BASE, ALIGNMENT, os.O_CREAT | os.O_RDWR, 0o600)
+        other.ok("mshare", "r", BASE, ALIGNMENT, os.O_RDWR, 0)
+        client.ok("mmap", BASE, PAGE, BOTH, SHARED | FIXED)
+        client.ok("store", BASE, 7)
+        client.ok("mprotect", BASE, PAGE, READ)
+        with small_shm.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(PAGE)):
+                pass
+        client.send("to_memory", BASE, 1)
+        eventually(lambda: "cannot fail" in daemon.log(), "that there is no room")
+        assert other.do("load", BASE) == "7"
+        small_shm.unlink()
+        assert client.result() == minus(errno.EFAULT)
+        assert other.do("load", BASE) == "7"
+
+
+@pytest.fixture
 def strange(directory: Path) -> Iterator[Path]:
     """A file system whose files hang and fail."""
     path = directory / "strange"
@@ -719,6 +753,23 @@ def test_a_file_that_cannot_be_read_is_sigbus(pair: Pair, strange: Path, daemon:
         assert client.do("load", BASE + PAGE) == "SIGBUS"
         assert client.do("from_memory", BASE + 3 * PAGE, 1) == minus(errno.EFAULT)
     assert second.do("load", BASE + 9 * PAGE) == "SIGBUS"
+
+
+@pytest.mark.shm_only  # on huge pages it is a part of one
+def test_a_page_that_cannot_be_read_is_no_other_page_s_fault(
+    pair: Pair, strange: Path, daemon: Daemon
+) -> None:
+    """It is read with those around it, which a worn disk has all the same."""
+    first, second = pair
+    daemon.expected.append("cannot read")
+    where = (BASE, 64 * PAGE, READ, PRIVATE | FIXED, strange / "worn", os.O_RDONLY, 0)
+    assert second.do("from_memory", BASE + 20 * PAGE, 1) == minus(errno.EFAULT)  # a hole yet
+    first.ok("mmap", *where)
+    assert first.do("load", BASE + 3 * PAGE) == "SIGBUS"
+    for page in (4, 0, 2, 31, 63, 20):
+        assert first.do("load", BASE + page * PAGE) == "1"
+        assert second.do("load", BASE + page * PAGE) == "1"
+    assert second.do("load", BASE + 3 * PAGE) == "SIGBUS"
 
 
 def test_a_file_that_shrinks_is_sigbus_beyond_its_end_and_may_grow_again(

@@ -1,8 +1,8 @@
 """A file system of strange files: `strange.py MOUNTPOINT [USER]`.
 
 `hangs`: a read of it never returns.  `fails`: a read of it is EIO.  `full`: a read
-gives ones, a write never returns.  `slow`: a write takes a second.  Stop the process
-and everything hangs, close(2) too.
+gives ones, a write never returns.  `slow`: a write takes a second.  `worn`: ones, but a
+read of its page WORN is EIO.  Stop the process and everything hangs, close(2) too.
 
 With a user's number it is mounted as if that user had, who is then the only one to
 see it.
@@ -21,7 +21,8 @@ import trio
 
 from msharefsd.linux import syscalls
 
-NAMES = {b"hangs": 2, b"fails": 3, b"full": 4, b"slow": 5}
+NAMES = {b"hangs": 2, b"fails": 3, b"full": 4, b"slow": 5, b"worn": 6}
+WORN = range(3 * 4096, 4 * 4096)
 SIZE = 16 << 20
 
 
@@ -51,7 +52,9 @@ class Strange(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         if fh == NAMES[b"hangs"]:
             await trio.sleep_forever()
-        if fh == NAMES[b"full"]:
+        if fh == NAMES[b"worn"] and off < WORN.stop and WORN.start < off + size:
+            raise pyfuse3.FUSEError(errno.EIO)
+        if fh in (NAMES[b"full"], NAMES[b"worn"]):
             return b"\1" * size
         if fh == NAMES[b"slow"]:
             return bytes(self._slow[off : off + size])
