@@ -225,8 +225,8 @@ class Journal(Database):
             self._database.execute("DELETE FROM sharers WHERE number = ?", (sharer,))
 
     def add_dirty(self, region: int, page: int) -> None:
-        """Somebody is about to write to a page that goes to a file."""
-        with self.at_any_rate():
+        """Somebody is about to write to a page that goes to a file.  Raises Refused(ENOSPC)."""
+        with self.transaction():
             self._database.execute("INSERT OR IGNORE INTO dirty VALUES (?, ?)", (region, page))
 
     def clean(self, region: int, pages: Iterable[int]) -> None:

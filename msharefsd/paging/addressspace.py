@@ -29,6 +29,7 @@ from msharefsd.linux import syscalls
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.paging import protection, removal
+from msharefsd.paging.background import AGAIN_SECONDS
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.watch import is_plain
@@ -38,8 +39,6 @@ from msharefsd.region.record import save_objects
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
 
-AGAIN_SECONDS: Final = 0.2
-"""How often it is tried again to write down what has to be."""
 _PROTECTIONS: Final = syscalls.PROT_READ | syscalls.PROT_WRITE | syscalls.PROT_EXEC
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import trio
 
 log = logging.getLogger(__name__)
+
+AGAIN_SECONDS: Final = 0.2
+"""How often what there is no room for, on a disk or in /dev/shm, is tried again."""
 
 
 class Background:

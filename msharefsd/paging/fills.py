@@ -180,8 +180,8 @@ class Fills:
             fill.finished.set()
 
     async def finished(self, pages: Pages, start: int, end: int) -> None:
-        """Wait for what is being read of [start, end) just now."""
-        for fill in list(pages.fills(start, end)):
+        """Wait for what is being read of [start, end) just now, and again in smaller pieces."""
+        while fill := next(pages.fills(start, end), None):
             await fill.finished.wait()
 
     def _in_halves(self, region: Region, fill: Fill, waiting: list[Waiting]) -> None:

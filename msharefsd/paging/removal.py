@@ -22,7 +22,7 @@ from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
 
-AT_ONE_TIME: Final = 128
+AT_ONE_TIME: Final = 256
 """How many objects change in one piece, between two pauses."""
 
 

@@ -31,13 +31,14 @@ from typing import Final
 import trio
 
 from msharefsd.barriers import barrier
+from msharefsd.errors import Refused
 from msharefsd.journal.journal import Journal
 from msharefsd.linux import uffd
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.linux.uffd import Fault, Feature, Inherited, Outcome
 from msharefsd.paging import thread
-from msharefsd.paging.background import Background
+from msharefsd.paging.background import AGAIN_SECONDS, Background
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
 from msharefsd.paging.fresh import Fresh
 from msharefsd.paging.hunger import Hunger
@@ -369,7 +370,11 @@ class PageServer:
     def _write_fault(
         self, window: Window, found: Object | None, offset: int, fault: Fault
     ) -> Outcome:
-        """A write to a page that is present and write-protected."""
+        """A write to a page that is present and write-protected.
+
+        Where that it goes to a file cannot be written down (a full disk) it waits: the next
+        daemon would not know of it, and the file would never have it.
+        """
         region, pages = window.region, pages_of(window.region)
         start, end = offset, offset + region.page
         if found is not None and not found.writable:
@@ -377,7 +382,12 @@ class PageServer:
         if found is not None and found.file is not None and found.written_back:
             self._count(region, "dirty")
             if offset not in pages.dirty:
-                self._journal.add_dirty(region.id, offset)
+                try:
+                    self._journal.add_dirty(region.id, offset)
+                except Refused:
+                    self._later = True
+                    self._background.start(_look_again, window, offset)
+                    return Outcome.DONE
                 barrier("fault.dirty")
             pages.dirty.add(offset, found.file, [window])
         elif found is not None:
@@ -456,3 +466,11 @@ def _unprotected(window: Window, start: int, end: int) -> Outcome:
     except OSError as error:
         return uffd.outcome_of(error)
     return Outcome.DONE
+
+
+async def _look_again(window: Window, offset: int) -> None:
+    """Have who waits for a page look again, in a while."""
+    await trio.sleep(AGAIN_SECONDS)
+    if window.attached:
+        with contextlib.suppress(OSError):  # its process may be gone
+            window.wake(offset, offset + window.region.page)

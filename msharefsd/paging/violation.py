@@ -24,7 +24,7 @@ from msharefsd.linux import syscalls
 from msharefsd.linux.features import Capabilities
 from msharefsd.linux.uffd import Fault, Outcome
 from msharefsd.paging import protection, thread
-from msharefsd.paging.background import Background
+from msharefsd.paging.background import AGAIN_SECONDS, Background
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.poison import Poison
 from msharefsd.paging.thread import Threads, Where
@@ -33,8 +33,6 @@ from msharefsd.telemetry.seldom import Seldom
 
 log = logging.getLogger(__name__)
 
-AGAIN_SECONDS: Final = 0.2
-"""How often it is tried again to move a page for which there is no room."""
 SYSTEM_CALL_SECONDS: Final = 0.002
 """How long a page is kept poisoned for a system call to meet it.  If it was not
 scheduled in that time, it faults again."""

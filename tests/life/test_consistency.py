@@ -8,20 +8,30 @@ in its place.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import select
 import shutil
 import signal
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Daemon, watched
+from conftest import ALIGNMENT, BASE, PAGE, Daemon, clients, eventually, watched
 from stops import arm, reached
 from test_lost_state import checkpoint, journals
-from test_restart import LACKS, MATRIX, Series, Stage, dies_at, series_for
+from test_restart import (
+    LACKS,
+    MATRIX,
+    STALE,
+    Series,
+    Stage,
+    dies_at,
+    series_for,
+    small_file_system,
+)
 from test_restart import series_fixture as _series_fixture  # noqa: F401 - what the tests ask for
 from test_restart import step_fixture as _step_fixture  # noqa: F401 - the same
 
@@ -129,6 +139,39 @@ def test_there_is_no_room_for_its_journal_at(
         filler.unlink()
 
     dies_at(cramped, barrier, MATRIX[barrier], go_on, arm, may_refuse="-28")
+
+
+def test_a_write_that_goes_to_a_file_waits_for_room(
+    make_daemon: Callable[..., Daemon], client_program: Path, directory: Path
+) -> None:
+    """The next daemon knows of it: it is in the file, whoever died."""
+    file, length = directory / "file", 64 * PAGE
+    file.write_bytes(b"f" * length)
+    daemon = make_daemon(f"--alignment={ALIGNMENT}")
+    daemon.expected += [STALE, "cannot be written"]
+    with contextlib.ExitStack() as stack:
+        disk = stack.enter_context(small_file_system(directory / "disk", "8m"))
+        daemon.run = disk / "run"
+        daemon.start()
+        stack.callback(daemon.halt)
+        start = stack.enter_context(clients(client_program, daemon))
+        client = start()
+        client.ok("mshare", "r", BASE, ALIGNMENT, os.O_CREAT | os.O_RDWR, 0o600)
+        client.ok("mmap", BASE, length, 3, mmap.MAP_SHARED | 0x10, file, os.O_RDWR, 0)
+        assert client.do("load", BASE) == str(ord("f"))
+        filler = fill(disk)
+        client.send("fill", BASE, length, 2)
+        eventually(lambda: "cannot be written" in daemon.log(), "there is no room")
+        assert not client.has_result()
+        daemon.kill()
+        filler.unlink()
+        daemon.start()
+        assert client.result() == "0"
+        daemon.kill()
+        daemon.start()
+        client.ok("msync", BASE, length, 4)
+        assert file.read_bytes()[::PAGE] == b"\2" * 64
+        client.ok("unlink", "r")
 
 
 def test_a_start_without_room_says_so_and_changes_nothing(

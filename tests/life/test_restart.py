@@ -196,7 +196,7 @@ class Series:
         daemon.expected += ["cannot be written", "cannot write"]
         may_stop(daemon)
         if self._cramped:
-            self.disk = enter(_small_file_system(directory / "disk"))
+            self.disk = enter(small_file_system(directory / "disk", "4m"))
             daemon.run = self.disk / "run"
         enter(taken_down([daemon]))
         with watched([daemon]):
@@ -214,9 +214,9 @@ class Series:
 
 
 @contextlib.contextmanager
-def _small_file_system(place: Path) -> Iterator[Path]:
+def small_file_system(place: Path, size: str) -> Iterator[Path]:
     place.mkdir()
-    syscalls.mount("small", str(place), "tmpfs", 0, "size=4m,mode=755")
+    syscalls.mount("small", str(place), "tmpfs", 0, f"size={size},mode=755")
     try:
         yield place
     finally:
