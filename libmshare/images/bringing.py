@@ -2,6 +2,9 @@
 
 In order; but what somebody waits for comes next, as the pager tells with each part that is
 brought.  That is soon enough: before one is brought nobody can take up another one.
+
+Parts may take long, and the pager must not take us for gone meanwhile: so it is told again and
+again that we are not.
 """
 
 from __future__ import annotations
@@ -10,14 +13,25 @@ import bisect
 import collections
 import os
 import threading
-from typing import TYPE_CHECKING
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
-from libmshare import core
+from libmshare import core, waiting
 from libmshare.images.store import Store
 from libmshare.images.units import Unit, jobs_of
 
 if TYPE_CHECKING:
     from libmshare.region import Region
+
+
+SAID_EVERY: Final = 1.0
+"""How often the pager is told that this goes on, in seconds."""
+
+
+def say(region: Region) -> int | None:
+    """Tell that this process fills the region, and is at it; returns as core.mshare_fill()."""
+    return waiting.interruptible(partial(core.mshare_fill, region.start, 0, -1))
 
 
 class Bringing:
@@ -42,6 +56,7 @@ class Bringing:
         self._starts = [start for start, _ in places]
         self._numbers = [number for _, number in places]
         self._lock = threading.Lock()
+        self._said = time.monotonic()
         self.total = total
         """Bytes of contents."""
         self.done = total - sum(part.length for unit in left for part in unit.parts)
@@ -77,9 +92,19 @@ class Bringing:
                 os.close(memory)
             self._brought(unit, wanted)
 
+    def go_on(self) -> None:
+        """To be called again and again meanwhile, by the thread that waits for the others."""
+        if time.monotonic() - self._said >= SAID_EVERY:
+            self._heard(say(self._region))
+
     def _brought(self, unit: Unit, wanted: int | None) -> None:
         with self._lock:
             self.done += sum(part.length for part in unit.parts)
+        self._heard(wanted)
+
+    def _heard(self, wanted: int | None) -> None:
+        with self._lock:
+            self._said = time.monotonic()
             if wanted is not None:
                 at = bisect.bisect_right(self._starts, wanted) - 1
                 if at >= 0:
