@@ -45,11 +45,16 @@ class Watched:
 
 @pytest.fixture(name="watched")
 def watched_fixture(
-    make_daemon: Callable[..., Daemon], directory: Path, monkeypatch: pytest.MonkeyPatch
+    make_daemon: Callable[..., Daemon],
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Watched]:
+    """A parameter is one option more."""
     config = directory / "soon.toml"
     config.write_text("fill_seconds = 3\n")
-    daemon = make_daemon(f"--config={config}", f"--alignment={ALIGNMENT}", "--userfaultfd=all")
+    options = [f"--config={config}", f"--alignment={ALIGNMENT}", "--userfaultfd=all"]
+    daemon = make_daemon(*options, *getattr(request, "param", ()))
     daemon.expected += [NOBODY_BRINGS, "taking down the mount"]
     daemon.start()
     monkeypatch.setenv("MSHARE_ROOT", str(daemon.mount))
@@ -161,6 +166,15 @@ def test_the_next_daemon_gives_up_as_well(watched: Watched, before: bool) -> Non
         assert each.end() == 0
     child = looks(START + 2 * MiB)
     assert child.wait() == 0
+
+
+@pytest.mark.parametrize("watched", [("--without=poison",)], indirect=True)
+def test_on_a_kernel_without_poison(watched: Watched) -> None:
+    """It is a signal, and the next process that touches it when it is there has it."""
+    watched.daemon.expected.append("UFFDIO_POISON")
+    assert looks(START).wait() == -signal.SIGBUS
+    bring(START, LENGTH)
+    assert looks(START).wait() == 0
 
 
 def test_another_user_does_not_wait_for_ever(watched: Watched) -> None:
