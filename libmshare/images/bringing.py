@@ -95,14 +95,15 @@ class Bringing:
     def go_on(self) -> None:
         """To be called again and again meanwhile, by the thread that waits for the others."""
         if time.monotonic() - self._said >= SAID_EVERY:
-            self._heard(say(self._region))
+            self.heard(say(self._region))
 
     def _brought(self, unit: Unit, wanted: int | None) -> None:
         with self._lock:
             self.done += sum(part.length for part in unit.parts)
-        self._heard(wanted)
+        self.heard(wanted)
 
-    def _heard(self, wanted: int | None) -> None:
+    def heard(self, wanted: int | None) -> None:
+        """The pager was told, and says where somebody waits."""
         with self._lock:
             self._said = time.monotonic()
             if wanted is not None:

@@ -86,13 +86,13 @@ def pull(
         if region is None:
             region = _begin(called, got, manifest, backing, mode)
         with _given_up(region):
-            if not region._readonly:  # noqa: SLF001 - who may write it fills it
-                say(region)  # first: whoever is told that it has begun may touch it
-            turn.has_come()
-            if region._readonly:  # noqa: SLF001 - as above
+            if region._readonly:  # noqa: SLF001 - who may write it fills it
+                turn.has_come()
                 region.wait_filled()
             else:
-                _fill(region, manifest, store, progress)
+                wanted = say(region)  # first: whoever is told that it has begun may touch it
+                turn.has_come()
+                _fill(region, manifest, store, progress, wanted)
     return region
 
 
@@ -247,8 +247,14 @@ def _awaited(objects: list[Object], units: list[Unit]) -> Iterator[Object]:
             yield Object(start, stop - start, each.prot, each.shared)
 
 
-def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progress | None) -> None:
-    """Fetch and bring what it still waits for."""
+def _fill(
+    region: Region,
+    manifest: Manifest,
+    store: Store,
+    progress: crew.Progress | None,
+    wanted: int | None,
+) -> None:
+    """Fetch and bring what it still waits for; first what is at the offset `wanted`."""
     told = Told(region)
     awaited = [
         (each["start"] - region.start, each["end"] - region.start)
@@ -257,6 +263,7 @@ def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progr
     ]
     units = units_of(manifest, told.pages()[1])
     bringing = Bringing(region, units, awaited, store, manifest.stored())
+    bringing.heard(wanted)
 
     def tick() -> None:
         bringing.go_on()

@@ -21,8 +21,8 @@ class Awaiting:
     """Of one region.  Offsets are bytes from its start, times those of time.monotonic()."""
 
     def __init__(self) -> None:
-        self._pieces: dict[Window, dict[int, float]] = {}
-        """Since when somebody waits there."""
+        self._pieces: dict[Window, dict[int, tuple[float, int]]] = {}
+        """Since when somebody waits there, and where."""
         self._refused: dict[Window, set[int]] = {}
         """Who touches something there does not wait."""
         self._untold: dict[int, int] = {}
@@ -40,7 +40,7 @@ class Awaiting:
             return False
         waits = self._pieces.setdefault(window, {})
         if piece not in waits:
-            waits[piece] = time.monotonic()
+            waits[piece] = time.monotonic(), offset
             self._untold.setdefault(piece, offset)
         return True
 
@@ -51,10 +51,16 @@ class Awaiting:
             return offset
         return None
 
-    def brings(self) -> None:
-        """Somebody who brings was heard of: whoever comes now waits again."""
+    def brings(self, *, anew: bool) -> None:
+        """Somebody who brings was heard of: whoever comes now waits again.
+
+        `anew`: it has not been told of those who wait, because there was another one.
+        """
         self.heard = time.monotonic()
         self._refused.clear()
+        if anew:
+            places = (where for pieces in self._pieces.values() for where in pieces.values())
+            self._untold = {offset // PIECE: offset for _, offset in sorted(places)}
 
     def refuse(self, before: float) -> Iterator[tuple[Window, int, int]]:
         """Nobody who has waited since before that time waits any more: who, and where.
@@ -62,7 +68,7 @@ class Awaiting:
         They are to look again.
         """
         for window, pieces in list(self._pieces.items()):
-            for piece in [piece for piece, since in pieces.items() if since < before]:
+            for piece in [piece for piece, (since, _) in pieces.items() if since < before]:
                 del pieces[piece]
                 self._refused.setdefault(window, set()).add(piece)
                 yield window, piece * PIECE, min((piece + 1) * PIECE, window.size)

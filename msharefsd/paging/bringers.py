@@ -44,7 +44,7 @@ class Bringers:
     def heard(self, sharer: Sharer) -> None:
         """It says that it brings contents."""
         region = sharer.region
-        pages_of(region).awaiting.brings()
+        pages_of(region).awaiting.brings(anew=region.bringer not in region.sharers)
         region.bringer = sharer.number
         if region.given_up:
             region.given_up = False

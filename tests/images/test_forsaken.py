@@ -16,7 +16,7 @@ import pytest
 from conftest import ALIGNMENT, BIN, PAGE, Daemon, eventually, temporary
 from machines import named
 from objectstores import bad_server
-from test_filling import PIECES, PULL, STEP, TOUCH, Image, page, program, refuse, running
+from test_filling import PIECES, PULL, STEP, TOUCH, Image, end, page, program, refuse, running
 
 from libmshare import ImageError, Region
 from libmshare.images.crew import IN_FLIGHT
@@ -116,6 +116,36 @@ def test_the_puller_is_killed(here: Daemon, image: Image, restarted: bool) -> No
         region.unlink()
     # Nothing that had come was fetched again.
     assert len(image.fetched()) <= PIECES + IN_FLIGHT
+
+
+def test_what_somebody_waits_for_is_first_for_the_next_puller_too(
+    here: Daemon, image: Image
+) -> None:
+    """The one before was told of it, and has died with it."""
+    image.hold()
+    pull = program(PULL, image.url)
+    last = PIECES - 1
+    look = f"with Region.attach('r') as region: assert region[{last * STEP}] == {page(last)[0]}"
+    with running(pull):
+        eventually(lambda: len(image.fetched()) == IN_FLIGHT, "all that fit are on their way")
+        touch = program(look)
+        with running(touch):
+            eventually(
+                lambda: "handle_userfault" in Path(f"/proc/{touch.pid}/wchan").read_text(),
+                "somebody waits",
+            )
+            image.may_answer.release(1)
+            eventually(lambda: last in image.fetched(), "the puller was told")
+            end([pull])
+            eventually(lambda: here.sharers("r") == 1, "it is known to be dead")
+            image.server.requests.clear()
+            second = program(PULL, image.url)
+            with running(second):
+                # (As many as fit are on their way, and none is answered.)
+                eventually(lambda: last in image.fetched(), "it is among the first")
+                image.release()
+                assert touch.wait(60) == 0 and second.wait(60) == 0
+    os.unlink(here.mount / "r")
 
 
 def test_who_had_sigbus_before_has_it_when_it_is_pulled(here: Daemon, image: Image) -> None:

@@ -250,12 +250,25 @@ def test_each_waits_from_when_it_came(clock: Clock) -> None:
     assert waiting and not waiting.add(one, PIECE - PAGE) and waiting.add(one, PIECE)
     assert waiting.add(other, 2 * PAGE)
     assert not list(waiting.refuse(clock.now - 5))
-    waiting.brings()
+    waiting.brings(anew=False)
     assert waiting.heard == clock.now
     assert waiting.add(one, PAGE)
     waiting.forget(one)
     waiting.forget(other)
     assert not waiting
+
+
+def test_who_brings_anew_is_told_of_all_who_wait(clock: Clock) -> None:
+    """The one before had been told, and has died with it."""
+    waiting, one, other = Awaiting(), window(), window()
+    for number, each in enumerate((2 * PIECE, PAGE, 3 * PIECE)):
+        clock.now += 1
+        waiting.add(other if number == 1 else one, each)
+    assert waiting.wanted() == 2 * PIECE and waiting.wanted() == PAGE
+    waiting.brings(anew=False)
+    assert [waiting.wanted(), waiting.wanted()] == [3 * PIECE, None]
+    waiting.brings(anew=True)
+    assert [waiting.wanted() for _ in range(4)] == [2 * PIECE, PAGE, 3 * PIECE, None]
 
 
 def test_what_has_come_is_not_refused(clock: Clock) -> None:
