@@ -302,8 +302,8 @@ class Bench:
         ours, plain = [], []
         for _ in range(2 * self._plan.rounds):
             told: list[float] = []
-            begun = time.monotonic()
             with _first_touch("r") as first:
+                begun = time.monotonic()
                 region = pull(store.url, "r", None, None, None, 0o600)
                 told.append(first())
                 region.unlink()
