@@ -120,6 +120,15 @@ def peers(document: Document) -> str:
     )  # fmt: skip
 
 
+def images(document: Document) -> str:
+    """What pulling takes beside plain downloads, of images.py."""
+    return _beside(
+        [Bar(row["measure"], row["unit"], row["ours"], row["peer_value"])
+         for row in document["rows"] if row["limit"] is None],
+        "times what it takes with a download",
+    )  # fmt: skip
+
+
 def paths(document: Document) -> str:
     """What a process waits for, of paths.py."""
     bars = [

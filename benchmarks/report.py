@@ -5,9 +5,9 @@
     .venv/bin/python benchmarks/report.py --quick --only story --processes 10 20 50 --record
     .venv/bin/python benchmarks/report.py --from docs/measured --record
 
-Runs run.py (peers), paths.py and story.py one after the other.  Each prints its tables and
-writes its JSON; then all of it goes into one HTML file beside that, which needs nothing
-else: tables, plots, the machine, the load while it ran.  What README.md and the documents
+Runs run.py (peers), paths.py, images.py and story.py one after the other.  Each prints its
+tables and writes its JSON; then all of it goes into one HTML file beside that, which needs
+nothing else: tables, plots, the machine, the load while it ran.  What README.md and the documents
 show is what is in docs/measured: --record puts it there, and draws their plots.
 """
 
@@ -28,21 +28,25 @@ from typing import Final
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import paths, plot, results, run, story
+from benchmarks import images, paths, plot, results, run, story
 from benchmarks.table import Table
 
 BENCHMARKS: Final = Path(__file__).resolve().parent
 DOCS: Final = BENCHMARKS.parent / "docs"
 MEASURED: Final = "measured"
-SCRIPTS: Final = {"peers": "run.py", "paths": "paths.py", "story": "story.py"}
+SCRIPTS: Final = {
+    "peers": "run.py", "paths": "paths.py", "images": "images.py", "story": "story.py",
+}  # fmt: skip
 TABLES: Final[dict[str, Callable[[results.Document], list[Table]]]] = {
     "peers": run.tables,
     "paths": paths.tables,
+    "images": images.tables,
     "story": story.tables,
 }
 PLOTS: Final[dict[str, tuple[Callable[[results.Document], str], ...]]] = {
     "peers": (plot.peers,),
     "paths": (plot.paths,),
+    "images": (plot.images,),
     "story": (plot.page_tables, plot.faults),
 }
 SHOWN: Final = {"pagetables.svg": plot.page_tables, "faults.svg": plot.faults}

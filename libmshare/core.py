@@ -417,8 +417,9 @@ def mshare_await(addr: int, length: int, prot: int, flags: int) -> None:
 def mshare_fill(addr: int, length: int, memory: int) -> int | None:
     """Bring the contents that the memfd has, from its first byte on; bytes, in whole pages.
 
-    The offset in the region at which somebody waits for other contents, or None.
-    Raises OSError: ENOMEM, EDQUOT.
+    Of length 0 and memory -1 it only says that more will come: who says nothing for long is
+    taken for gone.  The offset in the region at which somebody waits for other contents, or
+    None.  Raises OSError: ENOMEM, EDQUOT.
     """
     wanted = ctypes.c_uint64()
     code = _library.mshare_fill(addr, length, memory, ctypes.byref(wanted))

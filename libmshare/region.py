@@ -286,7 +286,8 @@ class Region:
         Raises ImageError for what the store has or does (its errno says which), RegionExists if
         the name is another region's, NoMemory if it does not fit, AddressTaken, ValueError, and
         OSError as create().  Then there is nothing new, but if another process has attached the
-        region meanwhile: it waits for what it touches until somebody pulls the rest.
+        region meanwhile: it waits for what it touches until somebody pulls the rest, or has
+        SIGBUS if nobody does for a minute (fill_seconds of msharefsd).
         Needs obstore.
         """
         from libmshare.images.pull import name_of, pull  # noqa: PLC0415 - few need it, and its imports
@@ -318,7 +319,8 @@ class Region:
     def wait_filled(self, timeout: float | None = None) -> None:
         """Wait until it is filled, for up to so many seconds.
 
-        Raises TimeoutError; Stale if the region is gone; OSError as `filled`.
+        Raises TimeoutError; ImageError (EIO) if nobody fills it any more; Stale if the region is
+        gone; OSError as `filled`.
         """
         from libmshare.images.told import wait_filled  # noqa: PLC0415 - as above
 

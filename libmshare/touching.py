@@ -75,6 +75,12 @@ def _why(code: int, address: int, length: int, root: str, name: str) -> OSError:
         return errors.MshareError(errno.EFAULT, "nothing is mapped in a part of it", name)
     if whose == "file":
         return errors.MshareError(errno.EIO, "a file that is mapped there cannot be read", name)
+    if whose == "awaited":
+        return errors.ImageError(
+            errno.EIO,
+            "a part of its contents is missing, and nobody fetches it any more: pull it again",
+            name,
+        )
     if whose == "nobody's":
         return errors.AccessDenied(
             errno.EACCES, "a part of it is PROT_NONE: protect() it otherwise first", name
@@ -110,8 +116,8 @@ def directory_of(address: int, root: str) -> str | None:
 def _mapped(address: int, length: int, root: str) -> str:
     """What is in the way in the range, as far as that can be told.
 
-    "nothing" is mapped in a part of it, a part is "nobody's" to touch, there is a "file", or
-    else it is "memory".
+    "nothing" is mapped in a part of it, a part is "nobody's" to touch or still "awaited", there is
+    a "file", or else it is "memory".
     """
     try:
         directory = directory_of(address, root)
@@ -132,6 +138,8 @@ def _mapped(address: int, length: int, root: str) -> str:
             return "nothing"
         if words[1].startswith("---"):
             return "nobody's"
+        if words[5:] and words[5].startswith("[awaited:"):
+            return "awaited"
         if words[4] != "0":
             kind = "file"
         at = high

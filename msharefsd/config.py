@@ -148,6 +148,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     run_directory: str = ""
     idle_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 10.0
     """After how long a process or thread for a user ends who has nothing here any more."""
+    fill_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 60.0
+    """How long who touches missing contents of an image waits without a sign of who brings them."""
     userfaultfd: str = "auto"
     """Who may be handed /dev/userfaultfd: "all", "none", "group:NAME"; "auto" is what
     vm.unprivileged_userfaultfd says of ordinary users."""

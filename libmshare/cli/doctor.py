@@ -86,6 +86,7 @@ def doctor(timeout: float, config: str | None, *, json: bool) -> bool:
         _device(),
         *_shared_memory(),
         *_left_memory(timeout),
+        *_forsaken(timeout),
         *_huge_pages(),
         *_page_tables(),
         _map_count(),
@@ -344,6 +345,23 @@ def _left_memory(timeout: float) -> Iterator[Finding]:
         "its run directory is in another container, elsewhere, or removed; if nobody has it "
         f"mapped (fuser {first}), save it (cp --sparse=always) and free it (rm)",
     )
+
+
+def _forsaken(timeout: float) -> Iterator[Finding]:
+    """Regions whose contents somebody has begun to fetch, and nobody does any more."""
+    try:
+        found = bounded(regions.everything, timeout)
+    except CommandError:
+        return  # of which the mount's line tells
+    for region in found:
+        if region.forsaken:
+            yield Finding(
+                f"region {printable(region.name)}",
+                Status.WARN,
+                f"{output.size(region.number('awaited'))} of its contents are missing, and no "
+                "process fetches them",
+                "mshare pull of the same image, by its owner, goes on with it; mshare rm gives up",
+            )
 
 
 def _marks_of_run_directories() -> set[str]:

@@ -98,7 +98,9 @@ def in_order(
 def row(region: regions.Region) -> list[str]:
     """A region's line in `ls`."""
     return [
-        printable(region.name) + (" (removed)" if region.removed else ""),
+        printable(region.name)
+        + (" (removed)" if region.removed else "")
+        + (" (not filled)" if region.forsaken else ""),
         output.address(region.start),
         output.size(region.size),
         output.size(region.memory),
@@ -193,6 +195,10 @@ def info(name: bytes, timeout: float, *, json: bool) -> None:
     }
     if region.size is not None:
         texts["size"] = f"{region.size} ({output.size(region.size)})"
+    if region.number("awaited"):
+        texts["awaited"] += f" ({output.size(region.number('awaited'))})"
+    if region.forsaken:
+        texts["bringer"] += "; mshare pull of the same image goes on with it"
     width = max(map(len, texts)) + 2
     for key, value in texts.items():
         output.write(printable_line(f"{key + ':':<{width}}{value}"))

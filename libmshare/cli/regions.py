@@ -74,6 +74,11 @@ class Region:
         return int(value) if value.isdecimal() else 0
 
     @property
+    def forsaken(self) -> bool:
+        """Whether contents of it are missing, and no process brings them just now."""
+        return self.number("awaited") > 0 and self.info.get("bringer") in ("none", "given up")
+
+    @property
     def saved(self) -> int | None:
         """Page tables that sharers do without because of huge pages (bytes).
 

@@ -77,7 +77,8 @@ enum mshare_wire_op {
 	MSHARE_WIRE_AWAIT = 15,
 	/*
 	 * The range of one object is brought.  fd: a memfd that has the contents, from its
-	 * first byte on.  What is not awaited is left as it is.  Reply: WANTED.
+	 * first byte on.  What is not awaited is left as it is.  Reply: WANTED.  Of length 0
+	 * and without a memfd: more will be brought, and this process is still at it.
 	 */
 	MSHARE_WIRE_FILL = 16,
 };

@@ -6,8 +6,9 @@ one by one, and brought (core.mshare_fill()): in order, but first what somebody 
 Nobody ever sees zeros where contents belong.
 
 Who is killed meanwhile leaves what has come; who pulls the same image then goes on with the
-rest.  What a manifest says is immutable, so there are never two versions in one region,
-whatever happens in the store.
+rest.  What is missing and brought by nobody is SIGBUS after a while, in place of a wait without
+end, and until then a wait (docs/beyond.md).  What a manifest says is immutable, so there are
+never two versions in one region, whatever happens in the store.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import errno
 import mmap
 import os
 import platform
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from libmshare import core, texts, waiting
 from libmshare.errors import ImageError, RegionExists, Stale
 from libmshare.images import crew, unnamed
-from libmshare.images.bringing import Bringing
+from libmshare.images.bringing import Bringing, say
 from libmshare.images.manifest import LARGEST, Manifest, Object, check_digest, digest_of, parse
 from libmshare.images.patience import patiently
 from libmshare.images.store import Store, Url
-from libmshare.images.told import Told
+from libmshare.images.told import GIVEN_UP, Told, bringer_of
 from libmshare.images.units import Unit, units_of
 from libmshare.images.unnamed import Unnamed
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _SUFFIX: Final = ".img"
+_LOOKED_EVERY: Final = 1.0
+"""How often who waits for another one looks whether that is given up, in seconds."""
 
 
 def name_of(url: str) -> str:
@@ -66,34 +70,69 @@ def pull(
     unnamed.check_name(called)
     patiently(core.mshare_root)  # (Later `mounted`: between two daemons nothing is.)
     if digest is not None:
-        found = unnamed.attach_image(called, check_digest(digest))
-        if found is not None and _is_filled(found):
+        there = _filled(called, check_digest(digest))
+        if there is not None:
             if begun is not None:
                 begun(digest)
-            return found
-        if found is not None:
-            found.close()
+            return there
     where = Url(url)
     store = Store(where)
     manifest, got = _checked(store, where, digest, abi)
-    found = unnamed.attach_image(called, got) if begun is not None else None
-    if found is not None and begun is not None:
-        found.close()
-        begun(got)  # although somebody else may be at it
-    with unnamed.alone(called):
+    turn = _Turn(called, got, begun)
+    with unnamed.alone(called, turn.is_stuck):
         region = _found(called, got)
-        if region is None and found is not None:
+        if region is None and turn.told:
             raise Stale(errno.ESTALE, "the region was removed", called)
         if region is None:
             region = _begin(called, got, manifest, backing, mode)
         with _given_up(region):
-            if begun is not None:
-                begun(got)
             if region._readonly:  # noqa: SLF001 - who may write it fills it
+                turn.has_come()
                 region.wait_filled()
             else:
-                _fill(region, manifest, store, progress)
+                wanted = say(region)  # first: whoever is told that it has begun may touch it
+                turn.has_come()
+                _fill(region, manifest, store, progress, wanted)
     return region
+
+
+class _Turn:
+    """Somebody else pulls it under that name, and this process has to wait for its turn."""
+
+    def __init__(self, called: str, got: str, begun: Callable[[str], object] | None) -> None:
+        self._called = called
+        self._got = got
+        self._begun = begun
+        self.told = False
+        """Whether it was told that there is a region, because there was one."""
+        self._look = time.monotonic()
+
+    def is_stuck(self) -> bool:
+        """Whether they have been given up; tells of the region as soon as there is one."""
+        if self._begun is not None and not self.told:
+            found = unnamed.attach_image(self._called, self._got)
+            if found is not None:
+                found.close()
+                self.told = True
+                self._begun(self._got)
+        if time.monotonic() < self._look:
+            return False
+        self._look = time.monotonic() + _LOOKED_EVERY
+        return bringer_of(self._called) == GIVEN_UP
+
+    def has_come(self) -> None:
+        """There is a region, and this process is at it."""
+        if self._begun is not None:
+            self._begun(self._got)
+
+
+def _filled(called: str, got: str) -> Region | None:
+    """The region of that image, if it is here and filled."""
+    found = unnamed.attach_image(called, got)
+    if found is None or _is_filled(found):
+        return found
+    found.close()
+    return None
 
 
 def _found(called: str, got: str) -> Region | None:
@@ -208,8 +247,14 @@ def _awaited(objects: list[Object], units: list[Unit]) -> Iterator[Object]:
             yield Object(start, stop - start, each.prot, each.shared)
 
 
-def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progress | None) -> None:
-    """Fetch and bring what it still waits for."""
+def _fill(
+    region: Region,
+    manifest: Manifest,
+    store: Store,
+    progress: crew.Progress | None,
+    wanted: int | None,
+) -> None:
+    """Fetch and bring what it still waits for; first what is at the offset `wanted`."""
     told = Told(region)
     awaited = [
         (each["start"] - region.start, each["end"] - region.start)
@@ -218,8 +263,10 @@ def _fill(region: Region, manifest: Manifest, store: Store, progress: crew.Progr
     ]
     units = units_of(manifest, told.pages()[1])
     bringing = Bringing(region, units, awaited, store, manifest.stored())
+    bringing.heard(wanted)
 
     def tick() -> None:
+        bringing.go_on()
         if progress is not None:
             progress(bringing.done, bringing.total)
 

@@ -4,7 +4,8 @@ Every answer is checked here: how long it is, which version of the object it is 
 in it.  There are servers that ignore the condition of a request, and proxies that cut.
 
 Credentials are found as the platform has them (its environment, files, metadata service), or in
-sources.toml.  They are in no URL: those are in /proc, in logs and in what region files say.
+sources.toml (sources.py).  They are in no URL: those are in /proc, in logs and in what region files
+say.
 """
 
 from __future__ import annotations
@@ -13,17 +14,15 @@ import contextlib
 import errno
 import hashlib
 import os
-import stat
 import threading
-import tomllib
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 from libmshare.errors import ImageError
 from libmshare.extras import cure
+from libmshare.images import sources
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -41,13 +40,6 @@ _WORST: Final = 300
 _TRIES: Final = 2
 """How often a part is asked for whose answer ends too early, or is wrong."""
 _AGAIN: Final = {errno.EIO, errno.EHOSTUNREACH, errno.ETIMEDOUT}
-_PRIVATE: Final = 0o077
-
-
-def sources_file() -> Path:
-    """Where this user says how stores are spoken to."""
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(base).expanduser() / "msharefs" / "sources.toml"
 
 
 class Url:
@@ -78,41 +70,6 @@ class Url:
 
     def __str__(self) -> str:
         return f"{self.directory}/{self.name}"
-
-
-def _sources() -> list[dict[str, Any]]:
-    """What sources.toml has.  Raises ImageError for one that others may read, or is wrong."""
-    path = sources_file()
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & _PRIVATE:
-                raise ImageError(
-                    errno.EACCES, "it has credentials, and is not this user's alone", str(path)
-                )
-            found = tomllib.load(file)
-    except FileNotFoundError:
-        return []
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        # (Not what is in it.)
-        raise ImageError(errno.EINVAL, "it is no TOML", str(path)) from None
-    sources = found.get("source")
-    good = found.keys() == {"source"} and isinstance(sources, list)
-    if not good or any(
-        not isinstance(each, dict)
-        or not isinstance(each.get("prefix"), str)
-        or any(not isinstance(value, str) for value in each.values())
-        for each in sources or []
-    ):
-        raise ImageError(errno.EINVAL, "it has [[source]] tables of texts, with prefix", str(path))
-    return list(sources or [])
-
-
-def _settings(url: Url) -> dict[str, str]:
-    """The settings of the source with the longest prefix of the URL."""
-    fitting = [each for each in _sources() if str(url).startswith(each["prefix"])]
-    best = max(fitting, key=lambda each: len(each["prefix"]), default={})
-    return {key: value for key, value in best.items() if key != "prefix"}
 
 
 _used: Final[dict[str, int]] = {}
@@ -147,6 +104,7 @@ class Store:
         self.fetched = 0
         """Bytes that came."""
         self._lock = threading.Lock()
+        settings = sources.settings(url)
         more: dict[str, Any] = {}
         if url.scheme == "file":
             more = {"mkdir": make}
@@ -160,7 +118,6 @@ class Store:
                     "max_backoff": timedelta(seconds=5),
                 },
             }
-            settings = _settings(url)
             client: dict[str, Any] = {"timeout": ANSWER, "connect_timeout": CONNECT}
             endpoint = settings.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
             if url.scheme == "http" or endpoint.startswith("http://"):

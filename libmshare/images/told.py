@@ -1,14 +1,15 @@
-"""What the mount tells of a region that this process has attached."""
+"""What the mount tells of a region: of one that this process has attached, most of it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from libmshare import texts, touching
 from libmshare.errors import ImageError, Stale
-from libmshare.images.patience import patiently
+from libmshare.images.patience import mounted, patiently
 
 if TYPE_CHECKING:
     from libmshare.region import Region
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 _FIRST_PAUSE: Final = 0.005
 _LONGEST_PAUSE: Final = 0.1
 """Seconds between two looks whether it is filled."""
+GIVEN_UP: Final = "given up"
+"""What `bringer` in `info` is where contents are missing and nobody brings them any more."""
+
+
+def bringer_of(name: str) -> str:
+    """The `bringer` in the `info` of the region of that name; "" if that cannot be told."""
+    with contextlib.suppress(OSError):
+        path = f"{mounted()}/.regions/{name}/info"
+        with open(path, errors="surrogateescape") as file:
+            return texts.parse_info(file.read()).get("bringer", "")
+    return ""
 
 
 class Told:
@@ -66,7 +78,14 @@ def wait_filled(region: Region, timeout: float | None) -> None:
     deadline = None if timeout is None else time.monotonic() + timeout
     told, pause = Told(region), _FIRST_PAUSE
     try:
-        while left := told.awaited():
+        while left := int((info := told.info())["awaited"]):
+            if info.get("bringer") == GIVEN_UP:
+                raise ImageError(
+                    errno.EIO,
+                    f"{left} bytes are missing, and nobody fetches them any more: its owner, user "
+                    f"{info['owner'].partition(':')[0]}, has to pull the same image again",
+                    region.name,
+                )
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError(errno.ETIMEDOUT, f"{left} bytes are still to come", region.name)
             time.sleep(pause)

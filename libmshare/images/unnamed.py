@@ -17,7 +17,7 @@ import secrets
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from libmshare import core
@@ -128,17 +128,20 @@ def check_room(root: str, wanted: int, backing: str) -> None:
 
 
 @contextlib.contextmanager
-def alone(name: str) -> Iterator[None]:
+def alone(name: str, is_stuck: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Nobody else of this user, on this mount, is in here for that name.
 
     What says so is a lock on a name without a range, so it holds across containers that share
     the mount; whoever is killed has it no more.  Another user's does not count.
+
+    `is_stuck` is asked again and again while somebody else is in here: whether to go on all the
+    same, which costs requests, and nothing else.
     """
     encoded = core.encode(name)
     if len(encoded) + len(_PULLING) > _NAME_MAX:
         name = hashlib.sha256(encoded).hexdigest()
     path = f"{mounted()}/{name}{_PULLING}"
-    fd = _locked(path)
+    fd = _locked(path, is_stuck)
     try:
         yield
     finally:
@@ -149,7 +152,7 @@ def alone(name: str) -> Iterator[None]:
                 os.close(fd)
 
 
-def _locked(path: str) -> int:
+def _locked(path: str, is_stuck: Callable[[], bool]) -> int:
     while True:
         try:
             fd = patiently(lambda: os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
@@ -164,6 +167,9 @@ def _locked(path: str) -> int:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if _is(path, fd):
                         return fd
+                if is_stuck():
+                    os.close(fd)
+                    return -1
                 time.sleep(AGAIN)
         except BaseException:
             os.close(fd)

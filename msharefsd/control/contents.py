@@ -32,10 +32,13 @@ class Contents:
         if not sharer.writable:
             raise Refused(errno.EACCES, "the region is attached read-only")
         (item,) = request.objects
+        self._control.pages.bringers.heard(sharer)
         if request.op is Op.AWAIT:
             await self._await(sharer, item)
             return Reply(Op.AWAIT)
-        await self._fill(sharer, item, fds)
+        if item.length or fds:
+            await self._fill(sharer, item, fds)
+            self._control.pages.bringers.heard(sharer)  # it may have taken its time
         wanted = pages_of(sharer.region).awaiting.wanted()
         if wanted is None:
             return Reply(Op.FILL)

@@ -251,6 +251,7 @@ class _Pager:
             found, self._metrics, config.region_memory_bytes, threads, self._journal, self._uid
         )
         pages.lanes.idle_seconds = config.idle_seconds
+        pages.bringers.patience = config.fill_seconds
         writeback = Writeback(threads, self._metrics, self._journal)
         regions.release = writeback.release
         spaces = AddressSpaces(found, pages, writeback, self._journal)
@@ -284,6 +285,8 @@ class _Pager:
                 await recovery.adopt_sharers(
                     self._journal, regions, pages, spaces, orphans, guards, guarded
                 )
+                for region in regions.alive():
+                    pages.bringers.notice(region)  # who filled it may have died with us
                 await self._dialog.ready(list(regions.alive()))
                 priority.give_back()
                 nursery.start_soon(writeback.run, regions.alive)

@@ -85,8 +85,7 @@ class Fills:
         """Wait for who reads or brings the page; False if nobody does, or it is in the stash."""
         region = waiting.window.region
         if found.awaited:
-            pages_of(region).awaiting.add(waiting.window, waiting.offset)
-            return True
+            return True  # what is poisoned there is repaired when it is brought
         fill = pages_of(region).filling(found.file, waiting.offset)
         if fill is None or region.backing is None or region.backing.is_stashed(waiting.offset):
             return False

@@ -39,6 +39,7 @@ from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.linux.uffd import Fault, Feature, Inherited, Outcome
 from msharefsd.paging import thread
 from msharefsd.paging.background import AGAIN_SECONDS, Background
+from msharefsd.paging.bringers import Bringers
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
 from msharefsd.paging.fresh import Fresh
 from msharefsd.paging.hunger import Hunger
@@ -116,6 +117,7 @@ class PageServer:
         )
         self.poison = Poison(capabilities, journal, self.populate, self.fills, self._hunger)
         self._violations = Violations(capabilities, self.poison, self._background)
+        self.bringers = Bringers()
         self.watching = Watching(
             capabilities, journal, metrics, threads, self._background, region_memory
         )
@@ -126,6 +128,7 @@ class PageServer:
             await nursery.start(self._background.run)
             nursery.start_soon(self._hunger.run, self.poison.repair)
             nursery.start_soon(self.watching.run)
+            nursery.start_soon(self.bringers.run)
             task_status.started()
 
     # -- sharers --
@@ -337,6 +340,8 @@ class PageServer:
             pages.held_behind = self._later = True
             return Outcome.DONE
         self._count(window.region, "file" if found.file else "anonymous")
+        if found.awaited:
+            return self._awaited(window, offset, fault)
         if found.file is None:
             chunk = window.chunks.chunk(offset)
         elif self.fills.join(found, self._wait(window, offset, fault)):
@@ -344,6 +349,14 @@ class PageServer:
         else:
             chunk = window.chunks.chunk(offset, max(READ_AHEAD, window.region.page))
         return self._populated(window, chunk, found, offset, fault)
+
+    def _awaited(self, window: Window, offset: int, fault: Fault) -> Outcome:
+        """A touch of what is to be brought."""
+        if self.bringers.waits(window, offset):
+            self._later = True
+            return Outcome.DONE
+        self._metrics.sigbus.labels("awaited").inc()
+        return self._violations.sigbus(window, offset, fault.thread)
 
     def _populated(
         self, window: Window, chunk: tuple[int, int], found: Object, offset: int, fault: Fault

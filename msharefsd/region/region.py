@@ -142,6 +142,10 @@ class Region:
     paging: object = None
     """What paging knows of it: see paging/pages.py.  It goes with the memory."""
     counts: Counts = field(default_factory=Counts)
+    bringer: int = 0
+    """The number of the sharer that brings what is awaited; 0 if there was none."""
+    given_up: bool = False
+    """Something is awaited, and nobody brings it any more: see paging/bringers.py."""
 
     @property
     def page(self) -> int:

@@ -39,6 +39,7 @@ def info(region: Region) -> str:
         ("owner", f"{region.uid}:{region.gid}"),
         ("memory", region.allocated()),
         ("awaited", region.objects.awaited()),
+        ("bringer", _bringer(region)),
         ("objects", len(region.objects)),
         ("sharers", len(region.sharers)),
         ("faults", region.counts.faults),
@@ -49,6 +50,16 @@ def info(region: Region) -> str:
         rows.insert(7, ("backing", f"{region.backing.kind} {region.backing.name}"))
         rows.insert(8, ("page", region.page))
     return "".join(f"{key + ':':<10} {value}\n" for key, value in rows)
+
+
+def _bringer(region: Region) -> str:
+    """Which process brings what is awaited; "none" there may be again at any time."""
+    if not region.objects.awaited():
+        return "-"
+    if region.given_up:
+        return "given up"
+    sharer = region.sharers.get(region.bringer)
+    return "none" if sharer is None else str(sharer.pid)
 
 
 def _state(region: Region) -> str:

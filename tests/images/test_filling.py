@@ -27,6 +27,7 @@ from machines import here_fixture as _here  # noqa: F401 - a fixture
 from objectstores import Bad, bad_server
 
 from libmshare import Busy, ImageError, NoMemory, Region, RegionExists
+from libmshare.images.bringing import Turns
 from libmshare.images.crew import IN_FLIGHT
 from libmshare.images.manifest import Manifest, Object, Part, digest_of, dump
 from libmshare.images.units import Unit, jobs_of, units_of
@@ -308,7 +309,55 @@ def test_a_user_with_too_little_memory(
     eventually(lambda: daemon.shm_objects() == [], "no memory is left")
 
 
-# -- what is brought at one time --
+# -- what is brought at one time, and in which order --
+
+
+def test_who_is_waited_for_has_the_next_turn() -> None:
+    """And else they come in order, whoever was there first."""
+    turns, came = Turns(), list[int]()
+    threads = []
+
+    def take(number: int) -> None:
+        with turns.turn(number):
+            came.append(number)
+
+    with turns.turn(0):
+        for number in (5, 2, 9, 7):
+            thread = threading.Thread(target=take, args=(number,))
+            thread.start()
+            threads.append(thread)
+        eventually(lambda: len(turns._waiting) == 4, "all of them wait")
+        turns.urge(7)
+        turns.urge(1)  # which is not there yet
+    for thread in threads:
+        thread.join()
+    assert came == [7, 2, 5, 9]
+
+
+def test_who_becomes_urgent_has_the_turn_that_nobody_has_taken_yet() -> None:
+    """Those who were woken for it saw that it was another one's, and that one will see the same."""
+    turns, came = Turns(), list[int]()
+
+    def take(number: int) -> None:
+        with turns.turn(number):
+            came.append(number)
+
+    with turns.turn(0):
+        for number in (5, 7):
+            threading.Thread(target=take, args=(number,), daemon=True).start()
+        eventually(lambda: len(turns._waiting) == 2, "both wait")
+        with turns._changed:
+            turns._taken = False
+        turns.urge(7)
+        eventually(lambda: came == [7, 5], "both have had it")
+
+
+def test_a_turn_ends_with_a_failure() -> None:
+    turns = Turns()
+    with pytest.raises(ValueError, match="no"), turns.turn(1):
+        raise ValueError("no")
+    with turns.turn(2):
+        pass
 
 
 def manifest(*parts: tuple[int, int, str]) -> Manifest:

@@ -99,7 +99,8 @@ def test_the_report_has_all_that_was_measured(tmp_path: Path) -> None:
     text = found[".html"].read_text()
     page = Page(text)
 
-    assert set(parts) == {"peers", "story"} | ({"paths"} if os.geteuid() == 0 else set())
+    everybodys = {"peers", "images", "story"}
+    assert set(parts) == everybodys | ({"paths"} if os.geteuid() == 0 else set())
     rows = parts["peers"]["rows"]
     assert len(rows) > 20
     for row in rows:
@@ -128,6 +129,17 @@ def test_the_report_has_all_that_was_measured(tmp_path: Path) -> None:
         assert (docs / name).read_text() == svg
         assert plot.inline(svg) in text
     assert FREE_HUGE_PAGES.read_text() == free
+
+
+@pytest.mark.timeout(300)
+def test_images_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
+    """No part is asked for twice, whoever waits for it; the rest depends on the machine."""
+    printed, _ = run("images.py", tmp_path)
+    (results,) = tmp_path.iterdir()
+    rows = {row["measure"]: row for row in json.loads(results.read_text())["rows"]}
+    assert len(rows) >= 5
+    assert rows["requests for that"]["ours"] == rows["requests for that"]["peer_value"]
+    assert all(measure in printed for measure in rows)
 
 
 @pytest.mark.timeout(300)
