@@ -112,9 +112,11 @@ int mshare_populate(void *start, size_t length, int advice);
 
 /* apart.c: for the Python package, which has the same struct (core.py). */
 enum { APART_NEVER, APART_RUNS, APART_DONE };
+enum { APART_OPEN, APART_CLOSE, APART_FORGET_NAME };
 struct mshare_apart {
-	const struct mshare_request *request; /* mshare_open(), or mshare_close() without */
+	const struct mshare_request *request; /* of mshare_open() */
 	struct mshare_region *region;
+	int call;
 	int state;
 	int result;
 	int error; /* errno */
