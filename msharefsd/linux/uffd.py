@@ -244,7 +244,8 @@ class Reader:
 
         `may_wait`: it is for a thread that may wait.
         """
-        self._nowait = nowait
+        self.nowait = nowait
+        """Whether reading costs one system call, and no timer."""
         self._may_wait = may_wait
         if not may_wait:
             signal.signal(signal.SIGALRM, self._too_long)
@@ -255,7 +256,7 @@ class Reader:
             os.set_blocking(self._reading, False)
 
     def _read(self, fd: int, size: int) -> bytes:
-        if self._nowait:
+        if self.nowait:
             data = bytearray(size)
             try:
                 return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])

@@ -25,7 +25,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 import trio
@@ -38,6 +39,7 @@ from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.linux.uffd import Fault, Feature, Inherited, Outcome
 from msharefsd.paging import thread
 from msharefsd.paging.background import Background
+from msharefsd.paging.eager import Eager
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
 from msharefsd.paging.fresh import Fresh
 from msharefsd.paging.hunger import Hunger
@@ -174,7 +176,7 @@ class PageServer:
 
     async def _serve(self, window: Window) -> None:
         """Until it is gone, or detached, which may be at every await."""
-        breath, empty, pause = Breath(), 0, FIRST_PAUSE
+        breath, empty, pause, eager = Breath(), 0, FIRST_PAUSE, Eager()
         while not window.detached:
             since = trio.current_time()
             faults = await window.faults(self._reader)
@@ -188,21 +190,31 @@ class PageServer:
                 if empty > PATIENCE:
                     await trio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
-            # First, and without an await: a child's userfaultfd is nobody's else.
-            children = [each for each in faults if isinstance(each, Inherited)]
-            for child in children:
-                self.inherited(window.sharer, child.uffd)
-            if children:
-                await self.room(window.sharer)
-            read = time.perf_counter()
-            for fault in faults:
-                if not isinstance(fault, Inherited) and (
-                    self._answered(window, fault, read) is Outcome.GONE
-                ):
+            while faults:
+                if not await self._answered_all(window, faults, breath):
                     return
-                await breath.take()
-                if window.detached:
-                    return
+                faults = eager.look(partial(window.faults_now, self._reader))
+
+    async def _answered_all(
+        self, window: Window, faults: Sequence[Fault | Inherited], breath: Breath
+    ) -> bool:
+        """Whether the window is there still."""
+        # First, and without an await: a child's userfaultfd is nobody's else.
+        children = [each for each in faults if isinstance(each, Inherited)]
+        for child in children:
+            self.inherited(window.sharer, child.uffd)
+        if children:
+            await self.room(window.sharer)
+        read = time.perf_counter()
+        for fault in faults:
+            if not isinstance(fault, Inherited) and (
+                self._answered(window, fault, read) is Outcome.GONE
+            ):
+                return False
+            await breath.take()
+            if window.detached:
+                return False
+        return True
 
     def _answered(self, window: Window, fault: Fault, since: float) -> Outcome:
         """`since`: when it was read (time.perf_counter())."""
