@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, IntFlag
-from typing import Final
+from typing import Final, NamedTuple
 
 from msharefsd.linux import syscalls
 
@@ -95,8 +95,7 @@ _COPY_WP: Final = 2
 _CONTINUE_WP: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """One page fault that waits for the page server."""
 
     address: int

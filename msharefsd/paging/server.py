@@ -346,13 +346,14 @@ class PageServer:
             # To be woken when it can be protected everywhere.
             pages.held_behind = self._later = True
             return Outcome.DONE
-        self._count(window.region, "file" if found.file else "anonymous")
         if found.file is None:
-            chunk = window.chunks.chunk(offset)
-        elif self.fills.join(found, self._wait(window, offset, fault)):
+            outcome = self._populated(window, window.chunks.chunk(offset), found, offset, fault)
+            self._count(window.region, "anonymous")  # nobody has to wait for that
+            return outcome
+        self._count(window.region, "file")
+        if self.fills.join(found, self._wait(window, offset, fault)):
             return Outcome.DONE
-        else:
-            chunk = window.chunks.chunk(offset, max(READ_AHEAD, window.region.page))
+        chunk = window.chunks.chunk(offset, max(READ_AHEAD, window.region.page))
         return self._populated(window, chunk, found, offset, fault)
 
     def _populated(
