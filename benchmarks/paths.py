@@ -8,6 +8,10 @@ version if there is one, in turns; the numbers are medians.  So what else the ma
 falls on all of them, and the ratios tell more than the times.  It does not fall on all
 alike: who waits for nobody waits for no processor either.  So beside the ratio of the
 medians is that of the fastest tenths.
+
+What a page costs is also measured of plain shared memory whose page faults go to the least
+server there can be (least.c), a page or 64 KiB at a time: no daemon and no policy has them for
+less.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks import results, service
 from benchmarks.plot import PEER
 from benchmarks.table import Table
+from benchmarks.worker import compile_program
 
 WORKER: Final = Path(__file__).with_name("paths_worker.py")
 ALIGNMENT: Final = 2 << 20
@@ -42,6 +47,8 @@ MiB: Final = 1 << 20
 USERS: Final = (64101, 64102)
 """Who are no users of any machine."""
 BEFORE: Final = "before"
+LEAST: Final = {"least, 4 KiB": 4 << 10, "least, 64 KiB": 64 << 10}
+"""What the least server populates for a fault, in bytes."""
 NAME: Final = f"paths-{os.getpid()}"
 """Of memory; SharedMemory's names are everybody's."""
 END_SECONDS: Final = 10.0
@@ -98,13 +105,17 @@ class Side:
     python: Path
     mountpoint: Path | None
     stack: contextlib.ExitStack
+    least: Path | None = None
+    """The server of its page faults, if that is the least there can be."""
 
     def start(self, uid: int = 0) -> Process:
         """A worker of a user's, which lives as long as the side does."""
         command = [str(self.python), str(WORKER), f"--uid={uid}"]
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         environment.pop("MSHARE_ROOT", None)
-        if self.mountpoint is None:
+        if self.least is not None:
+            command += [f"--least={self.least}", f"--chunk={LEAST[self.name]}"]
+        elif self.mountpoint is None:
             command.append("--peer")
         else:
             environment["MSHARE_ROOT"] = str(self.mountpoint)
@@ -191,15 +202,38 @@ def tables(document: results.Document) -> list[Table]:
             ]
         rows.append(cells)
     caption = f"What a process waits for. {results.conditions(document)}"
-    return [Table(caption, head, rows, words={0, 5, 9})]
+    return [Table(caption, head, rows, words={0, 5, 9}), _faults_table(document)]
+
+
+def _faults_table(document: results.Document) -> Table:
+    """What a page costs by each way of having it."""
+    caption = (
+        f"What a first touch costs. {PEER} has the kernel's own page faults; least is shared\n"
+        "memory whose page faults another process answers with so much memory, doing nothing else\n"
+        "(benchmarks/least.c)."
+    )
+    others = ["ours", *LEAST]
+    head = ["measure", f"{PEER} us"]
+    for side in others:
+        head += [f"{side} us", "ratio"]
+    rows = []
+    for row in document["rows"]:
+        medians = row["medians"]
+        if LEAST.keys() <= medians.keys():
+            cells = [row["measure"], f"{medians[PEER]:,.1f}"]
+            for side in others:
+                cells += [f"{medians[side]:,.1f}", f"{medians[side] / medians[PEER]:.1f}"]
+            rows.append(cells)
+    return Table(caption, head, rows, words={0})
 
 
 class Bench:
     """The sides, and what is measured of them."""
 
     def __init__(self, sides: list[Side], plan: Plan) -> None:
-        self._sides = sides
-        self._ours = [side for side in sides if side.name != PEER]
+        self._all = sides
+        self._sides = [side for side in sides if side.name not in LEAST]
+        self._ours = [side for side in self._sides if side.name != PEER]
         self._plan = plan
 
     def _in_turns(
@@ -238,10 +272,17 @@ class Bench:
         )
         for worker in workers.values():
             worker.do("drop", NAME)
+        workers |= {side.name: side.start() for side in self._all if side.name in LEAST}
         yield self._in_turns(
             Row("first touch at a random place", 8.0, 1.0),
-            self._sides,
+            self._all,
             lambda side, number: self._faults(workers[side.name], workers[side.name], number),
+        )
+        yield self._in_turns(
+            Row("first touch of all in random order, a page", None, 1.0),
+            self._all,
+            lambda side, number: self._shuffled(workers[side.name], number),
+            per=1e3 * self._plan.touched / 4096,
         )
         strangers = {side.name: side.start(USERS[0]) for side in self._ours}
         yield self._in_turns(
@@ -271,6 +312,13 @@ class Bench:
         if toucher is not maker:
             toucher.do("drop", name)
         maker.do("remove", name)
+        return times
+
+    def _shuffled(self, worker: Process, number: int) -> list[int]:
+        name, size = f"{NAME}-shuffled-{number}", self._plan.touched
+        worker.do("make", name, size, "600")
+        times = worker.do("shuffle", name, size, number)
+        worker.do("remove", name)
         return times
 
     def _storm(self, pair: list[Process], number: int) -> list[int]:
@@ -310,6 +358,8 @@ def _sides(directory: Path, against: Path | None) -> Iterator[list[Side]]:
             )
             workers = stack.enter_context(contextlib.ExitStack())
             sides.append(Side(name, _python_of(environment), running.mountpoint, workers))
+        least = compile_program("least.c", directory / "least")
+        sides += [Side(name, _python_of(own), None, stack, least) for name in LEAST]
         timer = threading.Timer(WATCHDOG_SECONDS, lambda: os.kill(os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()

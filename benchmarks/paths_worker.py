@@ -2,7 +2,8 @@
 
 Each line of its input is a command and its numbers, each line of its output a JSON list of
 nanoseconds.  It runs with whatever libmshare its interpreter has, or with SharedMemory
-(`--peer`), and as another user (`--uid`).
+(`--peer`), or with plain memory and the least server of page faults (`--least`), and as another
+user (`--uid`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import random
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,14 +29,49 @@ ALIGNED: Final = 2 << 20
 PR_SET_DUMPABLE: Final = 4
 
 
+class Least:
+    """Shared memory whose page faults the least server answers: least.c."""
+
+    def __init__(self, size: int, program: str, chunk: int) -> None:
+        from msharefsd.linux import uffd  # noqa: PLC0415 - nobody else needs it
+
+        memory = os.memfd_create("least")
+        os.ftruncate(memory, size)
+        self._mapped = mmap.mmap(memory, size)
+        os.close(memory)
+        start = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._mapped))
+        faults = uffd.open_own()
+        uffd.handshake(faults, uffd.Feature.MISSING_SHMEM)
+        os.set_blocking(faults, True)
+        uffd.register(faults, start, size, uffd.Mode.MISSING)
+        words = [program, *map(str, (faults, start, start + size, chunk))]
+        self._server = subprocess.Popen(words, pass_fds=[faults])
+        os.close(faults)
+        self.buf = memoryview(self._mapped)
+
+    def unlink(self) -> None:
+        """It has no name."""
+
+    def close(self) -> None:
+        """No more of it."""
+        self.buf.release()
+        self._mapped.close()
+        self._server.kill()
+        if self._server.wait() != -signal.SIGKILL:
+            raise RuntimeError("the least server has ended before: what was measured is nothing")
+
+
 class Ways:
     """How memory is made and attached; what comes of that has `buf`, `close`, `unlink`."""
 
-    def __init__(self, *, peer: bool) -> None:
+    def __init__(self, *, peer: bool, least: str, chunk: int) -> None:
         self.tracked = False
         """Whether what is attached is removed when we end, unless that is undone."""
+        if least:
+            self.create: Callable[[str, int], Any] = lambda _, size: Least(size, least, chunk)
+            return
         if peer:
-            self.create: Callable[[str, int], Any] = lambda name, size: shared_memory.SharedMemory(
+            self.create = lambda name, size: shared_memory.SharedMemory(
                 name, create=True, size=size
             )
             self.attach: Callable[[str], Any] = shared_memory.SharedMemory
@@ -147,6 +186,16 @@ class Worker:
             times.append(time.perf_counter_ns() - since)
         return times
 
+    def shuffle(self, name: str, size: str, seed: str) -> list[int]:
+        """Write every page, in random order."""
+        buf = self._kept[name].buf
+        order = [*range(0, int(size), PAGE)]
+        random.Random(int(seed)).shuffle(order)
+        since = time.perf_counter_ns()
+        for at in order:
+            buf[at] = 1
+        return [time.perf_counter_ns() - since]
+
     def touch(self, name: str, size: str) -> list[int]:
         """Write every page, one after the other."""
         buf = self._kept[name].buf
@@ -169,9 +218,11 @@ def main() -> None:
     """Obey until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--least", default="", metavar="PROGRAM")
+    parser.add_argument("--chunk", type=int, default=0, help="what that populates, in bytes")
     parser.add_argument("--uid", type=int, default=0)
     arguments = parser.parse_args()
-    ways = Ways(peer=arguments.peer)
+    ways = Ways(peer=arguments.peer, least=arguments.least, chunk=arguments.chunk)
     if arguments.uid:
         _become(arguments.uid)
     worker = Worker(ways)

@@ -26,6 +26,16 @@ class WorkerError(Exception):
     """A worker failed; it has said why on stderr."""
 
 
+def compile_program(source: str, target: Path, *more: str) -> Path:
+    """Compile one of our programs; `more` is put at the end of the command line."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise WorkerError("no C compiler: install one, or name it in $CC")
+    command = [compiler, "-O2", "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*command, "-o", str(target), str(SOURCES / source), *more], check=True)
+    return target
+
+
 def compile_workers(directory: Path) -> dict[Side, Path]:
     """Compile both programs into `directory`, as a user of the installed wheel does."""
     flags = subprocess.run(
@@ -34,17 +44,16 @@ def compile_workers(directory: Path) -> dict[Side, Path]:
         capture_output=True,
         text=True,
     ).stdout.split()
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise WorkerError("no C compiler: install one, or name it in $CC")
-    programs: dict[Side, Path] = {}
-    for side, backend in BACKENDS.items():
-        programs[side] = directory / f"worker-{side}"
-        command = [compiler, "-O2", "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
-        command += ["-o", str(programs[side]), str(SOURCES / "worker.c"), str(SOURCES / backend)]
-        # The peer has no libmshare in it: nothing is interposed there.
-        subprocess.run(command + (flags if side == "ours" else ["-lrt"]), check=True)
-    return programs
+    # The peer has no libmshare in it: nothing is interposed there.
+    return {
+        side: compile_program(
+            "worker.c",
+            directory / f"worker-{side}",
+            str(SOURCES / backend),
+            *(flags if side == "ours" else ["-lrt"]),
+        )
+        for side, backend in BACKENDS.items()
+    }
 
 
 class Worker:

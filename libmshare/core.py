@@ -90,6 +90,10 @@ class OpenRegion(ctypes.Structure):
     root: bytes
 
 
+_OPEN, _CLOSE, _FORGET_NAME = range(3)
+"""The calls of struct mshare_apart."""
+
+
 class Apart(ctypes.Structure):
     """struct mshare_apart of core/internal.h: a call that another thread makes.
 
@@ -99,6 +103,7 @@ class Apart(ctypes.Structure):
     _fields_ = (
         ("request", ctypes.c_void_p),  # not typed: interpreters of one process share such types
         ("region", ctypes.c_void_p),
+        ("call", ctypes.c_int),
         ("state", ctypes.c_int),
         ("result", ctypes.c_int),
         ("error", ctypes.c_int),
@@ -310,16 +315,22 @@ def _is_mounted() -> bool:
 
 def opening(request: OpenRequest, region: OpenRegion) -> Apart:
     """mshare_open(): attach or create, and hold; *region* says that before it is over."""
-    return _apart(request, region)
+    return _apart(_OPEN, request, region)
 
 
 def closing(region: OpenRegion) -> Apart:
     """mshare_close(): hold it no longer; what is not held does no harm."""
-    return _apart(None, region)
+    return _apart(_CLOSE, None, region)
 
 
-def _apart(request: OpenRequest | None, region: OpenRegion) -> Apart:
-    call = Apart(None if request is None else ctypes.addressof(request), ctypes.addressof(region))
+def forgetting_name(region: OpenRegion) -> Apart:
+    """mshare_forget_name(): remove the region's name, and no other region's."""
+    return _apart(_FORGET_NAME, None, region)
+
+
+def _apart(what: int, request: OpenRequest | None, region: OpenRegion) -> Apart:
+    address = None if request is None else ctypes.addressof(request)
+    call = Apart(address, ctypes.addressof(region), what)
     call.about = request, region
     return call
 

@@ -63,7 +63,7 @@ def _close(key: int, hold: Hold) -> None:
 
 
 def _nothing() -> None:
-    """What is closed is closed."""
+    """What is done is done."""
 
 
 def _give_back(*, wait: bool = True) -> None:
@@ -111,6 +111,16 @@ def _unmake(region: core.OpenRegion, name: str) -> None:
     if region.created:
         with contextlib.suppress(OSError):
             core.mshare_forget_name(region, name)
+
+
+def forget_name(hold: Hold, name: str) -> None:
+    """The region loses its name, `name` to people.  Raises OSError (ESTALE, EACCES, EPERM).
+
+    A signal handler may end the wait for that, and it goes all the same.
+    """
+    call = core.forgetting_name(hold.region)
+    waiting.apart(call, _nothing, hold)
+    call.check(name)
 
 
 def open_region(request: core.OpenRequest, name: str) -> tuple[Hold, Memory]:

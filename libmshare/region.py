@@ -819,7 +819,7 @@ class Region:
         Raises OSError (AccessDenied).
         """
         try:
-            waiting.interruptible(partial(core.mshare_forget_name, self._hold.region, self._name))
+            holding.forget_name(self._hold, self._name)
         except errors.Stale:
             if not self.closed:
                 raise

@@ -20,10 +20,16 @@
 
 static void make(struct mshare_apart *apart)
 {
-	if (apart->request)
+	switch (apart->call) {
+	case APART_OPEN:
 		apart->result = mshare_open(apart->request, apart->region);
-	else
+		break;
+	case APART_CLOSE:
 		apart->result = mshare_close(apart->region);
+		break;
+	default:
+		apart->result = mshare_forget_name(apart->region);
+	}
 	apart->error = errno;
 	strcpy(apart->reason, mshare_reason());
 }

@@ -144,6 +144,19 @@ static void claim(struct attachment *attachment, const struct details *details)
 }
 
 /*
+ * What a region whose range was chosen by the daemon begins with, as a flag of ATTACH.  An
+ * ephemeral one loses its name before it has memory, and has that with COMMIT.
+ */
+static uint32_t begins_with(const struct attachment *attachment, const struct wish *wish)
+{
+	bool ephemeral = wish->open && (wish->open->flags & MSHARE_EPHEMERAL);
+
+	if (!wish->zeros)
+		return 0;
+	return attachment->sized && !ephemeral ? MSHARE_WIRE_ZEROS : MSHARE_WIRE_HAS_MAPPINGS;
+}
+
+/*
  * Everything that can fail without a trace comes before the file is created; what
  * comes later is undone.  If it takes the daemon to have a userfaultfd, that comes later:
  * the file is what gives the right to it.  Who creates nothing connects when there is
@@ -164,7 +177,8 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 	};
 	struct mshare_wire_reply reply;
 	int region = -1, mapped = -1, backing = -1, result, saved, fds[2] = { -1, -1 };
-	bool made = false, building = false, complete = false;
+	enum made made = NOT_MADE;
+	bool building = false, complete = false;
 	bool as_it_lies = attachment->size == 0, placed = false, only = false, again;
 	struct details details = { 0 };
 
@@ -189,9 +203,12 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 		region = name_open_identity(root->fd, wish->open->identity, oflags);
 	else
 		region = name_open(root->fd, attachment->name, oflags, mode,
-				   attachment->repeated, &made);
+				   wish->placed ? wish->length : 0, attachment->repeated, &made);
+	attachment->sized |= made == MADE_SIZED;
 	if (region < 0) {
 		saved = errno;
+		if (saved == ENOMEM && wish->placed)
+			details_say_no_room();
 		if (saved == ENOENT && has_gone(attachment, root))
 			saved = ENOTCONN;
 		errno = saved;
@@ -223,7 +240,7 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 	again = attachment->repeated && (oflags & O_EXCL) && !made && has_range(region);
 	if (wish->placed && (made || again || !has_range(region))) {
 		if (again ? reserve_again(&details) < 0 :
-			    details_place(region, wish->length, &details) < 0)
+			    details_place(region, wish->length, made == MADE_SIZED, &details) < 0)
 			goto fail;
 		mapped = 0;
 		placed = true;
@@ -231,7 +248,7 @@ static int attach(struct attachment *attachment, const struct root *root, int of
 		attachment_place(attachment, (char *)(uintptr_t)details.start, details.size);
 		request.start = details.start;
 		request.size = details.size;
-		request.flags = wish->zeros ? MSHARE_WIRE_HAS_MAPPINGS : 0;
+		request.flags = begins_with(attachment, wish);
 	} else if (as_it_lies) {
 		request.flags = MSHARE_WIRE_AS_IT_LIES;
 	} else if (!mapped && !made && wish->zeros && has_range(region)) {

@@ -18,19 +18,24 @@ int details_read(int region, struct details *details)
 	return -1;
 }
 
-int details_place(int region, size_t length, struct details *details)
+void details_say_no_room(void)
 {
-	static const char no_room[] = "no range of so many addresses is left for a region";
+	reason_say("no range of so many addresses is left for a region");
+}
+
+int details_place(int region, size_t length, bool placed, struct details *details)
+{
 	uint64_t wanted[2] = { length, 0 };
 
 	for (int tries = 0; tries < MOST_TRIES; tries++) {
 		int mapped;
 
-		if (pwrite(region, wanted, sizeof wanted, DETAILS_OFFSET) < 0) {
+		if (!placed && pwrite(region, wanted, sizeof wanted, DETAILS_OFFSET) < 0) {
 			if (errno == ENOMEM)
-				reason_say(no_room);
+				details_say_no_room();
 			return -1;
 		}
+		placed = false;
 		if (details_read(region, details) < 0)
 			return -1;
 		mapped = window_reserve((char *)(uintptr_t)details->start, details->size);
@@ -39,7 +44,7 @@ int details_place(int region, size_t length, struct details *details)
 		/* Something of this process is there: a sanitizer's, or another region. */
 		wanted[1] = details->start + details->size;
 	}
-	reason_say(no_room);
+	details_say_no_room();
 	errno = ENOMEM;
 	return -1;
 }

@@ -112,9 +112,11 @@ int mshare_populate(void *start, size_t length, int advice);
 
 /* apart.c: for the Python package, which has the same struct (core.py). */
 enum { APART_NEVER, APART_RUNS, APART_DONE };
+enum { APART_OPEN, APART_CLOSE, APART_FORGET_NAME };
 struct mshare_apart {
-	const struct mshare_request *request; /* mshare_open(), or mshare_close() without */
+	const struct mshare_request *request; /* of mshare_open() */
 	struct mshare_region *region;
+	int call;
 	int state;
 	int result;
 	int error; /* errno */
@@ -197,6 +199,7 @@ struct attachment {
 	char *undumped, *undumped_end; /* MADV_DONTDUMP: for a child, too; in one piece */
 	uint32_t calls;
 	bool repeated; /* an attach before may have been done */
+	bool sized;    /* the daemon gives new names ranges, and regions memory with ATTACH */
 	struct waiting waiting;
 	char root[PATH_MAX]; /* the path that led to it; last: little of it is ever touched */
 };
@@ -286,8 +289,14 @@ ino_t name_number(int region);
  * not know identities.
  */
 int name_reopen(int root, const struct attachment *attachment);
-/* Open a region's file as mshare() has to; *made: it is new. */
-int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made);
+/* Whether a file is new, and whether it has been given a range for its memory. */
+enum made { NOT_MADE, MADE, MADE_SIZED };
+/*
+ * Open a region's file as mshare() has to.  length: bytes of the range that a new one is to be
+ * given, if that is left to the daemon; else 0.
+ */
+int name_open(int root, const char *name, int oflags, mode_t mode, size_t length, bool repeated,
+	      enum made *made);
 /* The same for the region of an identity, whatever its name is.  ESTALE: it is gone. */
 int name_open_identity(int root, const unsigned char identity[MSHARE_IDENTITY], int oflags);
 /* Remove the name that a region has, if it has one and no other region has got it. */
@@ -311,9 +320,11 @@ struct details {
 int details_read(int region, struct details *details);
 /*
  * Have the daemon choose a range for length bytes, in which this process has nothing, and
- * reserve it here.
+ * reserve it here.  placed: it has chosen one already, which may do.
  */
-int details_place(int region, size_t length, struct details *details);
+int details_place(int region, size_t length, bool placed, struct details *details);
+/* The reason why it cannot. */
+void details_say_no_room(void);
 
 /* What is asked of attach.c beside the attachment. */
 struct wish {

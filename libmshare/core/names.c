@@ -6,6 +6,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -59,15 +60,28 @@ void name_explain(void)
 	errno = saved;
 }
 
-/* It goes with this process, until it has memory. */
-static int make(int root, const char *name, int access, mode_t mode)
+/*
+ * It goes with this process, until it has memory.  length: bytes for which it is given a range
+ * at once; an older daemon knows no such names.
+ */
+static int make(int root, const char *name, int access, mode_t mode, size_t length,
+		enum made *made)
 {
-	static const char making[] = ".making-";
-	char path[sizeof making + NAME_MAX];
+	char path[sizeof ".sized--" + 20 + NAME_MAX];
+	int fd;
 
-	memcpy(path, making, sizeof making);
-	strcpy(path + sizeof making - 1, name);
-	return openat(root, path, access | O_CREAT | O_EXCL, mode);
+	access |= O_CREAT | O_EXCL;
+	if (length) {
+		snprintf(path, sizeof path, ".sized-%zu-%s", length, name);
+		fd = openat(root, path, access, mode);
+		*made = fd >= 0 ? MADE_SIZED : NOT_MADE;
+		if (fd >= 0 || errno != EPERM)
+			return fd;
+	}
+	snprintf(path, sizeof path, ".making-%s", name);
+	fd = openat(root, path, access, mode);
+	*made = fd >= 0 ? MADE : NOT_MADE;
+	return fd;
 }
 
 /*
@@ -78,20 +92,20 @@ static int make(int root, const char *name, int access, mode_t mode)
  * repeated: if there is one, O_EXCL or not, this process may have made it itself
  * just before a daemon died; the daemon judges.
  */
-int name_open(int root, const char *name, int oflags, mode_t mode, bool repeated, bool *made)
+int name_open(int root, const char *name, int oflags, mode_t mode, size_t length, bool repeated,
+	      enum made *made)
 {
 	int access = (oflags & O_ACCMODE) | O_CLOEXEC;
 	int fd;
 
-	*made = false;
+	*made = NOT_MADE;
 	for (int tries = 0; tries < 100; tries++) {
 		if (!(oflags & O_EXCL)) {
 			fd = openat(root, name, access);
 			if (fd >= 0 || errno != ENOENT || !(oflags & O_CREAT))
 				return fd;
 		}
-		fd = make(root, name, access, mode);
-		*made = fd >= 0;
+		fd = make(root, name, access, mode, length, made);
 		if (fd < 0 && errno == EEXIST && (oflags & O_EXCL) && repeated)
 			fd = openat(root, name, access);
 		if (fd >= 0 || errno != EEXIST || (oflags & O_EXCL))

@@ -91,6 +91,8 @@ enum mshare_wire_op {
 #define MSHARE_WIRE_MADE_FILE 2u    /* ATTACH: the caller has just created the file */
 #define MSHARE_WIRE_AS_IT_LIES 4u   /* ATTACH: whatever range the region has */
 #define MSHARE_WIRE_REPEATED 8u     /* ATTACH: one before may have been done; its answer was lost */
+/* ATTACH: if it makes the region, anonymous memory is mapped there: as much as was wanted */
+#define MSHARE_WIRE_ZEROS 16u
 
 /* Reply flags */
 #define MSHARE_WIRE_CREATED 1u        /* ATTACH: this call gave the region its range */

@@ -9,6 +9,7 @@ import stat
 from functools import partial
 from typing import Final
 
+from msharefsd.barriers import barrier
 from msharefsd.control import wire
 from msharefsd.control.guards import on_the_way
 from msharefsd.control.orphans import is_gone
@@ -52,6 +53,13 @@ def _check_attach(region: Region, request: Request, *, may_exist: bool) -> None:
         raise Refused(errno.EINVAL, "the process has mappings in the region's range")
     if writes(request.oflags) and region.read_only:
         raise Refused(errno.EPERM, "the region was created read-only for everyone")
+
+
+def _zeros(region: Region) -> Object:
+    """Memory for all of a new region that its creator wanted, in whole pages."""
+    length = min(region.length or region.size, region.size)
+    protection = syscalls.PROT_READ | syscalls.PROT_WRITE
+    return Object(0, -(-length // region.page) * region.page, protection, private=False)
 
 
 def _code(error: OSError) -> int:
@@ -262,8 +270,11 @@ class Attaching:
             raise
         self._state.build(region)
         await self._control.front.established(region)
+        barrier("established")
         if RequestFlag.HAS_MAPPINGS in request.flags:
             return ReplyFlag.CREATED | ReplyFlag.DONATE
+        if RequestFlag.ZEROS in request.flags:
+            await self._control.spaces.donate(region, _zeros(region))
         self._state.building = None
         regions.commit(region)
         return ReplyFlag.CREATED

@@ -66,6 +66,7 @@ class RequestFlag(IntFlag):
     MADE_FILE = 2
     AS_IT_LIES = 4
     REPEATED = 8
+    ZEROS = 16
 
 
 _ALL_FLAGS: Final = sum(RequestFlag)

@@ -13,6 +13,7 @@ imports nothing but the standard library, so that it is small.
 
 from __future__ import annotations
 
+import _thread
 import array
 import contextlib
 import os
@@ -20,7 +21,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 from typing import Final, NoReturn
 
@@ -72,7 +72,7 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, int, list[int]]
 def _close(fds: list[int]) -> None:
     # The close of a file whose server hangs waits for that server.
     for fd in fds:
-        threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+        _thread.start_new_thread(os.close, (fd,))
 
 
 def _next(sock: socket.socket) -> tuple[bytes, int, list[int]]:

@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, IntFlag
-from typing import Final
+from typing import Final, NamedTuple
 
 from msharefsd.linux import syscalls
 
@@ -95,8 +95,7 @@ _COPY_WP: Final = 2
 _CONTINUE_WP: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """One page fault that waits for the page server."""
 
     address: int
@@ -244,7 +243,8 @@ class Reader:
 
         `may_wait`: it is for a thread that may wait.
         """
-        self._nowait = nowait
+        self.nowait = nowait
+        """Whether reading costs one system call, and no timer."""
         self._may_wait = may_wait
         if not may_wait:
             signal.signal(signal.SIGALRM, self._too_long)
@@ -255,7 +255,7 @@ class Reader:
             os.set_blocking(self._reading, False)
 
     def _read(self, fd: int, size: int) -> bytes:
-        if self._nowait:
+        if self.nowait:
             data = bytearray(size)
             try:
                 return bytes(data[: os.preadv(fd, [data], -1, os.RWF_NOWAIT)])

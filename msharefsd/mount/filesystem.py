@@ -109,6 +109,8 @@ _FILES: Final = (_FILE, BY_IDENTITY)
 _MAKING: Final = b".making-"
 """A region's name with this before it, to create it: the name of one that is given its memory
 next.  A name that is created as it stands is there until it is removed."""
+_SIZED: Final = re.compile(rb"\.sized-([1-9][0-9]{0,18})-(.+)", re.DOTALL)
+"""The same, and it is given a range of so many bytes at once."""
 _IDENTITY: Final = re.compile(rb"\.identity-([0-9a-f]{32})")
 """A region's file once more, whatever its name, and if it has none any more."""
 _RENAME_NOREPLACE: Final = 1
@@ -130,6 +132,17 @@ _ENTRY_BYTES: Final = 128
 def region_inode(region: Name, kind: int = _FILE) -> int:
     """The inode number of one of a region's files; never used twice in a mount."""
     return region.id * INODES + kind
+
+
+def _to_make(name: bytes) -> tuple[bytes, bool, int]:
+    """What a name is that is created as that; whether it is to be given memory; of which length.
+
+    The length, in bytes, is 0 if that is not said.
+    """
+    if sized := _SIZED.fullmatch(name):
+        return sized[2], True, int(sized[1])
+    wanted = name.removeprefix(_MAKING)
+    return (wanted, True, 0) if wanted and wanted != name else (name, False, 0)
 
 
 def _is_own_thread(pid: int) -> bool:
@@ -222,7 +235,7 @@ class FileSystem(_GuardedOperations):
 
     def _resolve(self, parent: int, name: bytes) -> int:
         """The inode of a name; FUSEError(ENOENT)."""
-        if len(name.removeprefix(_MAKING)) > NAME_MAX:
+        if len(_to_make(name)[0]) > NAME_MAX:
             raise FUSEError(errno.ENAMETOOLONG)
         if parent == ROOT:
             if name in FIXED and (name != CONTROL_NAME or CONTROL_INODE in self._controls):
@@ -352,10 +365,10 @@ class FileSystem(_GuardedOperations):
         if parent_inode != ROOT:
             raise FUSEError(errno.EPERM)
         creator = processes.process_of(ctx.pid)
-        wanted = name.removeprefix(_MAKING) or name
+        wanted, making, length = _to_make(name)
         async with self._turns.turn(ctx.uid):
             region = self._names.create(
-                FileNameT(wanted), mode, ctx.uid, ctx.gid, creator=creator, making=wanted != name
+                wanted, mode, ctx.uid, ctx.gid, creator=creator, making=making, length=length
             )
         barrier("create")
         try:

@@ -286,12 +286,14 @@ class Names:
         *,
         creator: int = 0,
         making: bool = False,
+        length: int = 0,
     ) -> Name:
         """A new name without a range.
 
         `making`: if it gets none, it goes when nobody has its file open any more.
+        `length`: a range of so many bytes is kept for it, as by find_place(); if it is not 0.
 
-        Raises Refused (EEXIST, EPERM, ENAMETOOLONG, ENOSPC; EDQUOT, see limits.py).
+        Raises Refused (EEXIST, EPERM, ENAMETOOLONG, ENOSPC; EDQUOT, see limits.py; ENOMEM).
         """
         check_name(name)
         if name in self._by_name:
@@ -301,7 +303,9 @@ class Names:
         made = Name(
             next(self._ids), name, mode & 0o7777, uid, gid, now, now, now, uid, creator=creator
         )
-        made.making = making
+        made.making, made.length = making, length
+        if length:
+            made.place = self._free_place(made, length, 0)
         self._journal.save(_row(made))
         self._add(made)
         self.changed(made)
@@ -403,15 +407,19 @@ class Names:
             raise Refused(errno.EINVAL, "the region has its range already")
         if length <= 0:
             raise Refused(errno.EINVAL, "a region's size is at least a byte")
+        place = self._free_place(name, length, above)
+        self.change(name, length=length)
+        name.place = place
+
+    def _free_place(self, name: Name, length: int, above: int) -> tuple[int, int]:
+        """Start and size of a range for a name.  Raises Refused(ENOMEM)."""
         size = -(-length // self.alignment) * self.alignment
         others = [each for each in self._by_id.values() if each is not name]
         for those in (others, [each for each in others if each.uid == name.uid]):
             taken = [(each.start, each.size) if each.size else each.place for each in those]
             start = lowest_free(taken, size, above, self.alignment)
             if start is not None:
-                self.change(name, length=length)
-                name.place = start, size
-                return
+                return start, size
         raise Refused(errno.ENOMEM, f"no range of {size} bytes of addresses is left for a region")
 
     # -- what pagers say --

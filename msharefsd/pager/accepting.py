@@ -175,7 +175,7 @@ class Accepting:
                 identity = syscalls.identify(fds[0])
         finally:
             # A socket waits for its last close, and that is not ours: the message has it.
-            if fds and stat.S_ISSOCK(identity.mode):
+            if fds and (stat.S_ISSOCK(identity.mode) or self.control.is_ours(identity)):
                 os.close(fds.pop(0))
             self.control.close_all(fds, self._uid)
         return identity

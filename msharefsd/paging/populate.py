@@ -18,9 +18,8 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import Final, NamedTuple
 
 from msharefsd.barriers import barrier
 from msharefsd.errors import Refused
@@ -55,8 +54,7 @@ class Source(Enum):
     FILE = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What of a chunk is populated at one time: all of it comes from one place."""
 
     start: int

@@ -25,7 +25,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 import trio
@@ -40,6 +41,7 @@ from msharefsd.linux.uffd import Fault, Feature, Inherited, Outcome
 from msharefsd.paging import thread
 from msharefsd.paging.background import AGAIN_SECONDS, Background
 from msharefsd.paging.bringers import Bringers
+from msharefsd.paging.eager import Eager
 from msharefsd.paging.fills import READ_AHEAD, Fills, Read
 from msharefsd.paging.fresh import Fresh
 from msharefsd.paging.hunger import Hunger
@@ -179,7 +181,7 @@ class PageServer:
 
     async def _serve(self, window: Window) -> None:
         """Until it is gone, or detached, which may be at every await."""
-        breath, empty, pause = Breath(), 0, FIRST_PAUSE
+        breath, empty, pause, eager = Breath(), 0, FIRST_PAUSE, Eager()
         while not window.detached:
             since = trio.current_time()
             faults = await window.faults(self._reader)
@@ -193,21 +195,31 @@ class PageServer:
                 if empty > PATIENCE:
                     await trio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
-            # First, and without an await: a child's userfaultfd is nobody's else.
-            children = [each for each in faults if isinstance(each, Inherited)]
-            for child in children:
-                self.inherited(window.sharer, child.uffd)
-            if children:
-                await self.room(window.sharer)
-            read = time.perf_counter()
-            for fault in faults:
-                if not isinstance(fault, Inherited) and (
-                    self._answered(window, fault, read) is Outcome.GONE
-                ):
+            while faults:
+                if not await self._answered_all(window, faults, breath):
                     return
-                await breath.take()
-                if window.detached:
-                    return
+                faults = eager.look(partial(window.faults_now, self._reader))
+
+    async def _answered_all(
+        self, window: Window, faults: Sequence[Fault | Inherited], breath: Breath
+    ) -> bool:
+        """Whether the window is there still."""
+        # First, and without an await: a child's userfaultfd is nobody's else.
+        children = [each for each in faults if isinstance(each, Inherited)]
+        for child in children:
+            self.inherited(window.sharer, child.uffd)
+        if children:
+            await self.room(window.sharer)
+        read = time.perf_counter()
+        for fault in faults:
+            if not isinstance(fault, Inherited) and (
+                self._answered(window, fault, read) is Outcome.GONE
+            ):
+                return False
+            await breath.take()
+            if window.detached:
+                return False
+        return True
 
     def _answered(self, window: Window, fault: Fault, since: float) -> Outcome:
         """`since`: when it was read (time.perf_counter())."""
@@ -339,15 +351,16 @@ class PageServer:
             # To be woken when it can be protected everywhere.
             pages.held_behind = self._later = True
             return Outcome.DONE
-        self._count(window.region, "file" if found.file else "anonymous")
+        if found.file is None:
+            outcome = self._populated(window, window.chunks.chunk(offset), found, offset, fault)
+            self._count(window.region, "anonymous")  # nobody has to wait for that
+            return outcome
+        self._count(window.region, "file")
         if found.awaited:
             return self._awaited(window, offset, fault)
-        if found.file is None:
-            chunk = window.chunks.chunk(offset)
-        elif self.fills.join(found, self._wait(window, offset, fault)):
+        if self.fills.join(found, self._wait(window, offset, fault)):
             return Outcome.DONE
-        else:
-            chunk = window.chunks.chunk(offset, max(READ_AHEAD, window.region.page))
+        chunk = window.chunks.chunk(offset, max(READ_AHEAD, window.region.page))
         return self._populated(window, chunk, found, offset, fault)
 
     def _awaited(self, window: Window, offset: int, fault: Fault) -> Outcome:

@@ -201,6 +201,12 @@ class Window(Mapping):
         await trio.lowlevel.wait_readable(self.sharer.uffd)
         return reader.faults(self.sharer.uffd) if self.sharer.uffd >= 0 else []
 
+    def faults_now(self, reader: uffd.Reader) -> Sequence[Fault | Inherited]:
+        """The faults that wait, if that can be told without waiting and costs next to nothing."""
+        if self.far is not None or self.sharer.uffd < 0 or not reader.nowait:
+            return []
+        return reader.faults(self.sharer.uffd)
+
     def unblock(self) -> None:
         """Somebody may have made it block."""
         if self.far is None:  # the lane does that itself

@@ -8,8 +8,13 @@ only what the answer itself is long.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from sortedcontainers import SortedDict
+
+_NONE: Final[SortedDict[int, int]] = SortedDict()
+"""Of ranges that have never had one, as most have not: to make a new one costs a good part of
+what it costs to attach."""
 
 
 class Ranges:
@@ -19,7 +24,7 @@ class Ranges:
     """
 
     def __init__(self) -> None:
-        self._ends: SortedDict[int, int] = SortedDict()
+        self._ends: SortedDict[int, int] = _NONE
         """The end of each range by its start."""
         self.length = 0
         """Bytes in all of them."""
@@ -81,6 +86,8 @@ class Ranges:
         """Add [start, end)."""
         if start >= end:
             return
+        if self._ends is _NONE:
+            self._ends = SortedDict()
         for low, high in self.touching(start, end):
             del self._ends[low]
             self.length -= high - low

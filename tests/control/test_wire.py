@@ -121,7 +121,7 @@ OBJECT = wire.OBJECT.pack(4096, 8192, 0, 3, 1)
         (message(0), errno.EINVAL),
         (message(99), errno.EINVAL),
         (message(wire.NOTE), errno.EINVAL),
-        (message(flags=16), errno.EINVAL),
+        (message(flags=32), errno.EINVAL),
         (message(backing=1), errno.EINVAL),
         (message(Op.ATTACH, backing=3), errno.EINVAL),
         (message(tail=b"x"), errno.EINVAL),

@@ -636,7 +636,7 @@ def test_who_creates_a_region_gets_it(stage: Stage, barrier: str, user: int) -> 
     stage.leave()
 
 
-@pytest.mark.parametrize("barrier", ["create", "reply.ATTACH", "reply.COMMIT"])
+@pytest.mark.parametrize("barrier", ["create", "established", "reply.ATTACH"])
 @pytest.mark.parametrize("exclusive", [os.O_EXCL, 0])
 def test_a_region_that_is_put_somewhere_is_made_once(
     stage: Stage, barrier: str, exclusive: int

@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from sortedcontainers import SortedDict
 
 from msharefsd.region.ranges import Ranges
 
@@ -80,7 +81,7 @@ TestModel = Model.TestCase
 @given(st.integers(0, 4999))
 def test_one_more_costs_no_more_than_the_logarithm_of_what_is_there(place: int) -> None:
     ranges = Ranges()
-    ranges._ends.update({number * 4: number * 4 + 1 for number in range(5000)})
+    ranges._ends = SortedDict({number * 4: number * 4 + 1 for number in range(5000)})
     lines = 0
 
     def count(frame: FrameType, event: str, _: Any) -> Any:

@@ -82,6 +82,33 @@ def test_a_place_is_kept_until_it_is_used_or_the_name_goes() -> None:
     assert third.length == 0
 
 
+async def test_a_name_is_made_with_a_place(files: Any, regions: Names) -> None:  # noqa: F811
+    handle, _ = await files.create(ROOT, b".sized-100-r", 0o600, 2, CONTEXT)
+    details = DETAILS_STRUCT.unpack(await files.read(handle.fh, DETAILS, 100))
+    assert details[1:] == (100, AREAS[0][0], 1 << 21)
+    await files.write(handle.fh, DETAILS, PLACE_STRUCT.pack(100, AREAS[0][0] + (1 << 21)))
+    details = DETAILS_STRUCT.unpack(await files.read(handle.fh, DETAILS, 100))
+    assert details[1:] == (100, AREAS[0][0] + (1 << 21), 1 << 21)  # something was in the first
+    other, _ = await files.create(ROOT, b".sized-1-5-x", 0o600, 2, CONTEXT)
+    assert regions.find(b"5-x") is not None
+    await files.release(other.fh)
+    assert regions.find(b"5-x") is None, "it has been given no memory"
+    for name, error in (
+        (b".sized-1-r", errno.EEXIST),
+        (b".sized-%d-y" % (1 << 62), errno.ENOMEM),
+        (b".sized-1-" + b"y" * 256, errno.ENAMETOOLONG),
+        (b".sized-1-.y", errno.EPERM),
+        (b".sized-1-", errno.EPERM),
+        (b".sized-0-y", errno.EPERM),
+        (b".sized--1-y", errno.EPERM),
+        (b".sized-%d-y" % (10**19), errno.EPERM),
+    ):
+        await fails(error, files.create(ROOT, name, 0o600, 2, CONTEXT))
+    assert [name.name for name in regions] == [b"r"]
+    long = b".sized-1-" + b"y" * 255
+    await fails(errno.ENOENT, files.lookup(ROOT, long, CONTEXT))
+
+
 async def test_a_region_is_found_by_its_identity(files: Any, regions: Names) -> None:  # noqa: F811
     handle, entry = await files.create(ROOT, b"r", 0o600, 2, CONTEXT)
     identity, length, start, size = DETAILS_STRUCT.unpack(await files.read(handle.fh, DETAILS, 100))

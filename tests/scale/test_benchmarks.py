@@ -149,7 +149,7 @@ def test_the_paths_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
     printed, _ = run("paths.py", tmp_path, f"--against={environment}")
     (results,) = tmp_path.iterdir()
     rows = json.loads(results.read_text())["rows"]
-    assert len(rows) == 7
+    assert len(rows) == 8
     for row in rows:
         assert row["measure"] in printed
         assert {"ours", "before"} <= row["medians"].keys()
