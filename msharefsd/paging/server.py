@@ -356,6 +356,9 @@ class PageServer:
             self._count(window.region, "anonymous")  # nobody has to wait for that
             return outcome
         self._count(window.region, "file")
+        return self._of_a_file(window, fault, found, offset)
+
+    def _of_a_file(self, window: Window, fault: Fault, found: Object, offset: int) -> Outcome:
         if found.awaited:
             return self._awaited(window, offset, fault)
         if self.fills.join(found, self._wait(window, offset, fault)):
