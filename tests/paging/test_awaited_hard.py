@@ -79,7 +79,7 @@ def test_who_touched_a_hole_has_what_comes_there(region: Region, shared: bool) -
 
     def touches() -> None:
         with Region.attach("r") as own:
-            for _ in range(2):
+            for goes_on, _ in steps:
                 for page in range(at, at + MiB, 2 * PAGE):
                     with pytest.raises(OSError, match="Memory page has hardware error"):
                         syscalls.madvise(BASE + page, PAGE, syscalls.MADV_POPULATE_READ)
@@ -88,21 +88,21 @@ def test_who_touched_a_hole_has_what_comes_there(region: Region, shared: bool) -
             assert own[at : at + MiB] == content(at, MiB)
 
     touching, touched = os.pipe()
-    goes_on, go_on = os.pipe()
+    steps = [os.pipe() for _ in range(2)]
     children = [in_child(touches) for _ in range(2)]
     for _ in children:
         os.read(touching, 1)
     core.mshare_await(BASE + at, MiB, BOTH, SHARED if shared else PRIVATE)
-    os.write(go_on, b"xx")
+    os.write(steps[0][1], b"xx")
     for _ in children:
         os.read(touching, 1)
     other = looks(at)
     waits(other)
     bring(at, MiB)
     assert other.wait() == 0
-    os.write(go_on, b"xx")
+    os.write(steps[1][1], b"xx")
     assert [child.wait() for child in children] == [0, 0]
-    for fd in (touching, touched, goes_on, go_on):
+    for fd in (touching, touched, *steps[0], *steps[1]):
         os.close(fd)
 
 
