@@ -30,7 +30,7 @@ from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.paging import protection, removal
 from msharefsd.paging.background import AGAIN_SECONDS
-from msharefsd.paging.pages import pages_of
+from msharefsd.paging.pages import Pages, pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.watch import is_plain
 from msharefsd.paging.writeback import Writeback
@@ -39,6 +39,9 @@ from msharefsd.region.record import save_objects
 from msharefsd.region.region import Region, Sharer
 from msharefsd.threads.breath import Breath
 
+_TRIES: Final = 20
+_PAUSE: Final = 0.02
+"""How often, and with what pauses (seconds), a call itself has pages come in place of poison."""
 _PROTECTIONS: Final = syscalls.PROT_READ | syscalls.PROT_WRITE | syscalls.PROT_EXEC
 
 
@@ -105,9 +108,24 @@ class AddressSpaces:
                     await self._cleared(region)
                     await let_go_of_plain(region, new)
         if new.file is not None and new.accessible:
-            # Who has called may touch it when this returns.  Nobody else waits for its file.
+            await self._read_what_is_poisoned(pages, new)
+
+    async def _read_what_is_poisoned(self, pages: Pages, new: Object) -> None:
+        """Who maps a file may touch it when that returns.  Nobody else waits for the file.
+
+        What cannot be put there just now is tried again some times; and then by hunger.py.
+        """
+        for _ in range(_TRIES):
             await self._server.poison.clear(pages, new.offset, new.length)
             await self._server.fills.finished(pages, new.offset, new.end)
+            if not any(
+                True
+                for window in pages.refused
+                if window.writable
+                for _ in window.starved.within(new.offset, new.end)
+            ):
+                return
+            await trio.sleep(_PAUSE)
 
     async def _cleared(self, region: Region) -> None:
         """What was to be cleared is, and the next daemon is not to clear it again.

@@ -258,19 +258,39 @@ class Fills:
         address: int,
         waiting: list[Waiting],
     ) -> Outcome:
-        put = partial(self._populate.put, source=Source.FILE)
-        outcome = put(target, start, end, address, guarded=item.guarded)
-        if outcome in NOT_ALL:
+        outcome = self._populate.put(
+            target, start, end, address, guarded=item.guarded, source=Source.FILE
+        )
+        if outcome in NOT_ALL or outcome is Outcome.GONE:
             # As in Populate.around: at least the pages that somebody waits for.
             for each in waiting:
-                if start <= each.offset < end:
-                    at = address + each.offset - start
-                    last = each.offset + target.region.page
-                    single = put(each.window, each.offset, last, at, guarded=item.guarded)
-                    outcome = single if single is Outcome.NO_MEMORY else outcome
-                    if single is Outcome.STRANGE:
+                low = max(start, each.offset)
+                high = min(end, max(each.end, each.offset + target.region.page))
+                if low < high:
+                    put = partial(self._put_parts, each.window, guarded=item.guarded)
+                    some = put(low, high, address + low - start)
+                    outcome = some if some is Outcome.NO_MEMORY else outcome
+                    if some is Outcome.STRANGE:
                         self._settled(each, Read.STRANGE)
         return outcome
+
+    def _put_parts(
+        self, window: Window, start: int, end: int, address: int, *, guarded: bool
+    ) -> Outcome:
+        """As much as can be had: there is not memory for all, or it lies in several VMAs."""
+        outcome = self._populate.put(
+            window, start, end, address, guarded=guarded, source=Source.FILE
+        )
+        page = window.region.page
+        if outcome not in NOT_ALL or end - start <= page:
+            return outcome
+        half = (end - start) // 2
+        middle = start + max(page, half - half % page)
+        first = self._put_parts(window, start, middle, address, guarded=guarded)
+        if first is Outcome.NO_MEMORY:
+            return first
+        rest = self._put_parts(window, middle, end, address + middle - start, guarded=guarded)
+        return first if first in NOT_ALL else rest
 
 
 def _not_stashed(backing: Backing, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -265,6 +265,9 @@ class Poison:
                 self._hunger.notice(window, start, end)
                 return start
         if found.file is not None and not stashed:
+            under_way = pages_of(region).filling(found.file, start)
+            if under_way is not None:
+                stop = min(stop, under_way.end)  # and no further
             window.starved.remove(start, stop)
             self._fills.read(found, start, stop, Waiting(window, start, None, stop))
             return stop
