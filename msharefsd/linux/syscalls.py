@@ -61,6 +61,7 @@ AT_EMPTY_PATH: Final = 0x1000
 AT_STATX_DONT_SYNC: Final = 0x4000
 STATX_TYPE: Final = 0x1
 STATX_INO: Final = 0x100
+STATX_SIZE: Final = 0x200
 
 PR_CAPBSET_DROP: Final = 24
 PR_SET_NO_NEW_PRIVS: Final = 38
@@ -286,6 +287,15 @@ class _Statx(ctypes.Structure):
         ("dev_minor", ctypes.c_uint32),
         ("spare", ctypes.c_uint64 * 14),
     )
+
+
+def known_size(fd: int) -> int:
+    """How long the kernel takes a file to be (bytes), as identify(); -1 if it does not know."""
+    out = _Statx()
+    flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC
+    if _libc.statx(fd, b"", flags, STATX_SIZE, ctypes.byref(out)) or not out.mask & STATX_SIZE:
+        return -1
+    return int(out.size)
 
 
 def identify(fd: int) -> FileIdentity:

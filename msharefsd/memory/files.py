@@ -77,6 +77,8 @@ class MappedFile:
         self.flushing = trio.Lock()
         """Held while dirty pages go to the file."""
         self.identity = identity or syscalls.identify(fd)
+        self.size = syscalls.known_size(fd) if fd >= 0 else -1
+        """How long it was when it came (bytes); -1 if that is not known."""
         self.path = path or b"?"  # longer than any link can say
         if not path:
             with contextlib.suppress(OSError):

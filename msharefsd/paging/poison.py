@@ -120,10 +120,10 @@ class Poison:
 
         The kernel has no call for that; a page that comes into a sharer takes the
         marker's place.  Where nobody may touch anything one is put there and punched out
-        again, and so where zeros belong in a range that is being mapped (`empty`); what a
-        file is mapped in is left alone then.  Elsewhere it is the page itself, which may
-        have to be read: Fills.finished().  In a hole SIGBUS is right, and others could see
-        what is put there.
+        again, and so where zeros belong, or nothing does beyond a file's end, in a range that
+        is being mapped (`empty`); what a file has is left alone then.  Elsewhere it is the
+        page itself, which may have to be read: Fills.finished().  In a hole SIGBUS is right,
+        and others could see what is put there.
 
         The region may be gone when this returns.
         """
@@ -160,9 +160,9 @@ class Poison:
         piece = pages_of(window.region).piece
         found = window.region.objects.first(start, end)
         if empty:
-            if found is not None and found.file is not None and found.accessible:
-                return found.end
-            return self._clear(window, start, min(end, start - start % piece + piece))
+            end = min(end, start - start % piece + piece)
+            contents = start if found is None else _contents(found, window.region.page)
+            return min(end, contents) if start < contents else self._clear(window, start, end)
         if found is None:
             return end
         start, end = found.offset, min(found.end, found.offset - found.offset % piece + piece)
@@ -360,6 +360,17 @@ def _map_all(window: Window, start: int, end: int, *, protect: bool) -> bool:
         else:
             start += done or page  # one that is mapped already, or not there at all
     return True
+
+
+def _contents(found: Object, page: int) -> int:
+    """Up to where a file's contents are to come in an object; up to its start if none are."""
+    file = found.file
+    if file is None or not found.accessible:
+        return found.offset
+    if file.size < 0:
+        return found.end
+    end = found.offset + max(0, file.size - found.file_offset)
+    return min(found.end, end + -end % page)
 
 
 def _half(start: int, end: int, page: int) -> int:
