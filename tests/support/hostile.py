@@ -379,19 +379,27 @@ class Held:
     """An attack in force."""
 
     def __init__(
-        self, attack: Attack, mount: Path, directory: Path, helpers: Path, *, mildly: bool
+        self,
+        attack: Attack,
+        mount: Path,
+        directory: Path,
+        helpers: Path,
+        *,
+        mildly: bool,
+        uid: int = MALLORY,
     ) -> None:
         self.attack = attack
         self.mildly = mildly
+        self.uid = uid
         self.mount = mount
-        self.directory = directory / "mallory"
+        self.directory = directory / f"mallory-{uid}"
         self.helpers = helpers
         self.hung: Path | None = None
         self._server = contextlib.ExitStack()
         self._groups: list[int] = []
         self._ready: list[int] = []
         self.directory.mkdir(exist_ok=True)
-        os.chown(self.directory, MALLORY, MALLORY)
+        os.chown(self.directory, uid, uid)
         if attack.needs_hung:
             self.hung = directory / f"hung-{os.urandom(4).hex()}"
             self._server.enter_context(hung_at(self.hung))
@@ -425,7 +433,7 @@ class Held:
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             if not self.attack.as_root:
-                become(MALLORY)
+                become(self.uid)
             _ends_with_parent()
             where = (self.mount, self.directory, self.helpers, self.hung)
             self.attack.act(Evil(*where, said, mildly=self.mildly))
@@ -467,10 +475,16 @@ def _says_so(ready: int) -> bool:
 
 @contextlib.contextmanager
 def held(
-    attack: Attack, mount: Path, directory: Path, helpers: Path, *, mildly: bool = False
+    attack: Attack,
+    mount: Path,
+    directory: Path,
+    helpers: Path,
+    *,
+    mildly: bool = False,
+    uid: int = MALLORY,
 ) -> Iterator[Held]:
     """An attack in force, which is over at the end whatever happens."""
-    one = Held(attack, mount, directory, helpers, mildly=mildly)
+    one = Held(attack, mount, directory, helpers, mildly=mildly, uid=uid)
     try:
         # An attack on its own address space may be the first whom it holds up.
         if not any(one.again(FORCE_SECONDS) for _ in range(2)):

@@ -130,10 +130,12 @@ class Walls:
         return made
 
     @contextlib.contextmanager
-    def attacked(self, attack: Attack) -> Iterator[Held]:
-        """An attack in force."""
+    def attacked(self, attack: Attack, uid: int = hostile.MALLORY) -> Iterator[Held]:
+        """An attack in force, by that user."""
         self.daemon.expected += attack.expected
-        with hostile.held(attack, self.daemon.mount, self.directory, self.programs.helpers) as held:
+        with hostile.held(
+            attack, self.daemon.mount, self.directory, self.programs.helpers, uid=uid
+        ) as held:
             self.attacks.append(held)
             yield held
         held.clear()
