@@ -655,6 +655,7 @@ def test_a_file_that_hangs_stalls_its_own_range_only(
     assert second.do("load", BASE + ALIGNMENT) == "1"
 
 
+@pytest.mark.shm_only  # freeing huge pages takes markers away: who touches it waits
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_file_that_hangs_is_mapped_where_a_hole_was_touched(
     pair: Pair, strange: Path, daemon: Daemon, *, killed: bool
