@@ -116,13 +116,14 @@ class AddressSpaces:
         What cannot be put there just now is tried again some times; and then by hunger.py.
         """
         for _ in range(_TRIES):
+            if not any(any(each.poisoned.within(new.offset, new.end)) for each in pages.refused):
+                return  # and what others read there is not waited for
             await self._server.poison.clear(pages, new.offset, new.length)
             await self._server.fills.finished(pages, new.offset, new.end)
             if not any(
-                True
-                for window in pages.refused
-                if window.writable
-                for _ in window.starved.within(new.offset, new.end)
+                any(each.starved.within(new.offset, new.end))
+                for each in pages.refused
+                if each.writable
             ):
                 return
             await trio.sleep(_PAUSE)

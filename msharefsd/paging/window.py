@@ -166,8 +166,8 @@ class Window(Mapping):
         """What could not be protected while its process forks: protection.py."""
         self.coming = False
         """Whether its process has inherited it, and it lacks what its parent's was given."""
-        self.caught_up = _now()
-        """Set when there is nothing of either kind."""
+        self.caught_up = trio.Event()
+        """While it is behind for one of these: set when there is nothing of either kind."""
 
     @property
     def detached(self) -> bool:
@@ -226,12 +226,6 @@ class Window(Mapping):
         """The offset of an address's page; outside of the region, if the address is."""
         offset = address - self.start
         return offset - offset % self.region.page
-
-
-def _now() -> trio.Event:
-    event = trio.Event()
-    event.set()
-    return event
 
 
 def window_of(sharer: Sharer) -> Window:
