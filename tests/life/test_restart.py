@@ -255,6 +255,26 @@ def reached_and_killed(daemon: Daemon) -> None:
     daemon.kill()
 
 
+def again_until_reached(
+    daemon: Daemon, client: Client, command: tuple[object, ...], result: str
+) -> None:
+    """Give a command until it leads there.
+
+    A page that a reader without a userfaultfd has put where none belongs is mapped over the
+    poison, and then there is nothing to clear.
+    """
+
+    def there() -> bool:
+        if any(map(stopped, daemon.processes())):
+            return True
+        if client.has_result():
+            assert client.result() == result
+            client.send(*command)
+        return False
+
+    eventually(there, "the barrier")
+
+
 def told_of(daemon: Daemon) -> dict[str, list[str]]:
     """What the texts of the region say, but for what a daemon has done for it."""
     return {
@@ -380,6 +400,8 @@ def dies_at(
     client, command, result, changed = scene(stage)
     # It meets the daemon that will die, perhaps by waiting for it.
     client.send(*command)
+    if barrier == "poison.cleared":
+        again_until_reached(daemon, client, command, result)
     end(daemon)
     other = stage.first if client is stage.second else stage.second
     if changed != Stage.MEMORY:
