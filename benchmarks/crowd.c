@@ -3,7 +3,8 @@
  * A process that forks others, which share memory: crowd NAME START SIZE.  Each line of
  * its input is a command, each line of its output the answer:
  *
- *   create        make the memory, and write a byte of every 4 KiB of it
+ *   create        make the memory
+ *   fill          write a byte of every 4 KiB of it; the nanoseconds that it took
  *   add COUNT     so many children that attach it; how many did
  *   idle COUNT    so many that do not
  *   touch FIRST COUNT read|write|none
@@ -197,8 +198,12 @@ int main(int argc, char **argv)
 	while (fgets(line, sizeof line, stdin)) {
 		if (strcmp(line, "create\n") == 0) {
 			need(backend_create(name, start, size));
-			touch_all(1);
 			printf("0\n");
+		} else if (strcmp(line, "fill\n") == 0) {
+			uint64_t since = now();
+
+			touch_all(1);
+			printf("%llu\n", (unsigned long long)(now() - since));
 		} else if (sscanf(line, "add %zu", &count) == 1) {
 			add(count, 1);
 		} else if (sscanf(line, "idle %zu", &count) == 1) {

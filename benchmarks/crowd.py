@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from benchmarks.worker import WorkerError, compile_program, library_flags
 
 SOURCES: Final = Path(__file__).parent
 START: Final = 0x2000_0000_0000
@@ -17,7 +18,7 @@ TRIES: Final = 10
 END_SECONDS: Final = 300.0
 
 
-class CrowdError(Exception):
+class CrowdError(WorkerError):
     """A crowd failed; it has said why on stderr."""
 
 
@@ -32,18 +33,10 @@ class Touch:
 
 def compile_crowd(backend: str, directory: Path) -> Path:
     """Compile it with a backend ("mshare", "shm", "hugetlb"), as a user of the wheel does."""
-    words = subprocess.run(
-        [sys.executable, "-m", "libmshare", "--cflags", "--libs"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
     program = directory / f"crowd-{backend}"
-    command = ["cc", "-O2", "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
-    command += ["-o", str(program), str(SOURCES / "crowd.c"), str(SOURCES / f"backend_{backend}.c")]
     # The peers have no libmshare in them.
-    subprocess.run(command + (words if backend == "mshare" else ["-lrt"]), check=True)
-    return program
+    words = library_flags() if backend == "mshare" else ["-lrt"]
+    return compile_program("crowd.c", program, str(SOURCES / f"backend_{backend}.c"), *words)
 
 
 class Crowd:

@@ -5,10 +5,10 @@
     .venv/bin/python benchmarks/report.py --quick --only story --processes 10 20 50 --record
     .venv/bin/python benchmarks/report.py --from docs/measured --record
 
-Runs run.py (peers), paths.py, images.py and story.py one after the other.  Each prints its
-tables and writes its JSON; then all of it goes into one HTML file beside that, which needs
-nothing else: tables, plots, the machine, the load while it ran.  What README.md and the documents
-show is what is in docs/measured: --record puts it there, and draws their plots.
+Runs run.py (peers), paths.py, images.py, collapsing.py and story.py one after the other.
+Each prints its tables and writes its JSON; then all of it goes into one HTML file beside that,
+which needs nothing else: tables, plots, the machine, the load while it ran.  What README.md and
+the documents show is what is in docs/measured: --record puts it there, and draws their plots.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ from typing import Final
 # Behind what is installed: libmshare and msharefsd are the wheel's, not the source's.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import images, paths, plot, results, run, story
+from benchmarks import collapsing, images, paths, plot, results, run, story
 from benchmarks.table import Table
 
 BENCHMARKS: Final = Path(__file__).resolve().parent
 DOCS: Final = BENCHMARKS.parent / "docs"
 MEASURED: Final = "measured"
 SCRIPTS: Final = {
-    "peers": "run.py", "paths": "paths.py", "images": "images.py", "story": "story.py",
+    "peers": "run.py", "paths": "paths.py", "images": "images.py",
+    "collapsing": "collapsing.py", "story": "story.py",
 }  # fmt: skip
+ROOTS: Final = frozenset({"paths", "collapsing"})
 TABLES: Final[dict[str, Callable[[results.Document], list[Table]]]] = {
     "peers": run.tables,
     "paths": paths.tables,
     "images": images.tables,
+    "collapsing": collapsing.tables,
     "story": story.tables,
 }
 PLOTS: Final[dict[str, tuple[Callable[[results.Document], str], ...]]] = {
     "peers": (plot.peers,),
     "paths": (plot.paths,),
     "images": (plot.images,),
+    "collapsing": (),
     "story": (plot.page_tables, plot.faults),
 }
 SHOWN: Final = {"pagetables.svg": plot.page_tables, "faults.svg": plot.faults}
@@ -160,8 +164,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, results.Document]:
     words = [f"--{size}" for size in ("quick", "smoke") if getattr(arguments, size)]
     parts = {}
     for part in arguments.only:
-        if part == "paths" and os.geteuid() != 0:
-            print("paths: left out: takes root", file=sys.stderr)
+        if part in ROOTS and os.geteuid() != 0:
+            print(f"{part}: left out: takes root", file=sys.stderr)
             continue
         more = []
         if part == "story" and arguments.processes is not None:

@@ -36,6 +36,7 @@ from benchmarks.crowd import Crowd, CrowdError, compile_crowd, crowd, end, kib
 from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
 from benchmarks.memory_group import NoMemoryGroupError, memory_group
 from benchmarks.table import Table
+from benchmarks.worker import WorkerError
 from msharefsd.linux import syscalls
 
 MiB: Final = 1 << 20
@@ -140,6 +141,16 @@ class Stage:
 
         Gives what starts a crowd for it, and the daemon's mount.
         """
+        with self.empty(kind) as (first, start, mount):
+            first.do("fill")
+            yield start, mount
+
+    @contextlib.contextmanager
+    def empty(self, kind: Kind) -> Iterator[tuple[Crowd, Callable[[], Crowd], Path | None]]:
+        """Memory of that kind, of which nothing is there.
+
+        Gives whose it is, what starts another crowd for it, and the daemon's mount.
+        """
         directory = Path(tempfile.mkdtemp(dir=self._directory))
         name = f"benchmark-{os.getpid()}"
         environment: dict[str, str] = {}
@@ -148,10 +159,7 @@ class Stage:
             if kind.huge:
                 stack.enter_context(huge_pages(self._plan.size // HUGE))
             if kind.daemon is not None:
-                config = directory / "config"
-                config.write_text("collapse_seconds = 0.2\n")
-                arguments = (f"--config={config}", *kind.daemon)
-                running = service.running(directory, self._plan.size, *arguments)
+                running = service.running(directory, self._plan.size, *kind.daemon)
                 mount = stack.enter_context(running).mountpoint
                 environment["MSHARE_ROOT"] = str(mount)
             elif kind.huge:
@@ -167,8 +175,9 @@ class Stage:
             def start() -> Crowd:
                 return stack.enter_context(crowd(program, name, self._plan.size, environment))
 
-            start().do("create")
-            yield start, mount
+            first = start()
+            first.do("create")
+            yield first, start, mount
 
     def _program(self, backend: str) -> Path:
         if backend not in self._programs:
@@ -204,7 +213,7 @@ def growth(stage: Stage, kind: Kind, plan: Plan) -> Iterator[Point]:
             many.add(count - there)
             touched = many.touch(there, count - there, "read")
             if kind.collapse and mount is not None and there == 0:
-                _wait_until_collapsed(mount, plan.size // HUGE)
+                wait_until_collapsed(mount, plan.size // HUGE)
                 # Their page tables are gone: have them map it anew.
                 touched = many.touch(there, count - there, "read")
             there = count
@@ -238,7 +247,7 @@ def crash(stage: Stage, kind: Kind, plan: Plan) -> Crash:
         if kind.collapse and mount is not None:
             # Collapsing takes two sharers.
             start().add(1)
-            _wait_until_collapsed(mount, plan.size // HUGE)
+            wait_until_collapsed(mount, plan.size // HUGE)
         group = stack.enter_context(memory_group(plan.crash_limit))
         many = start()
         group.add(many.process.pid)
@@ -253,13 +262,14 @@ def crash(stage: Stage, kind: Kind, plan: Plan) -> Crash:
         return Crash(kind.name, plan.crash_processes, killed, plan.crash_limit, group.peak())
 
 
-def _wait_until_collapsed(mount: Path, chunks: int) -> None:
+def wait_until_collapsed(mount: Path, chunks: int) -> None:
+    """Until so many chunks of the only region are huge pages; says what it is if they do not."""
     deadline = time.monotonic() + COLLAPSE_SECONDS
     while (found := _collapsed(mount)) < chunks:
         if time.monotonic() > deadline:
             _say(f"  {found} of {chunks} chunks were collapsed")
             return
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def _collapsed(mount: Path) -> int:
@@ -331,7 +341,8 @@ def tables(document: results.Document) -> list[Table]:
 
 
 @contextlib.contextmanager
-def _temporary_directory() -> Iterator[Path]:
+def temporary_directory() -> Iterator[Path]:
+    """For what a benchmark needs."""
     path = Path(tempfile.mkdtemp(prefix="mshare-bench-"))
     try:
         yield path
@@ -344,7 +355,7 @@ def _temporary_directory() -> Iterator[Path]:
 def _measure(plan: Plan) -> tuple[list[Point], list[Crash]]:
     points: list[Point] = []
     crashes: list[Crash] = []
-    with _temporary_directory() as directory:
+    with temporary_directory() as directory:
         stage = Stage(directory, plan)
         _say(f"{IDLE} ...")
         points += idle(stage, plan)
@@ -393,7 +404,7 @@ def main() -> None:
     try:
         with results.Run("story") as run:
             points, crashes = _measure(plan)
-    except (service.ServiceError, CrowdError, subprocess.CalledProcessError) as error:
+    except (service.ServiceError, WorkerError, subprocess.CalledProcessError) as error:
         sys.exit(f"story: {error}")
     document = run.document(
         plan=asdict(plan),

@@ -35,6 +35,7 @@ from victim import SOURCE, Kind, StuckError, Victim
 
 from benchmarks import results, service
 from benchmarks.table import Table
+from benchmarks.worker import library_flags
 from libmshare import core
 
 ALIGNMENT: Final = 2 << 20
@@ -225,14 +226,8 @@ def _bench() -> Iterator[Bench]:
         if library is not None:
             shutil.copy(library / core.LIBRARY, directory)
         victim = directory / "victim"
-        words = subprocess.run(
-            [sys.executable, "-m", "libmshare", "--cflags", "--libs"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.split()
         flags = ["-std=gnu11", "-O2", "-Wl,-rpath,$ORIGIN", "-pthread"]
-        subprocess.run(["cc", *flags, "-o", victim, SOURCE, *words], check=True)
+        subprocess.run(["cc", *flags, "-o", victim, SOURCE, *library_flags()], check=True)
         usage = subprocess.run([binaries / "msharefsd", "--help"], check=True, capture_output=True)
         arguments = ("--userfaultfd=all",) if b"--userfaultfd" in usage.stdout else ()
         yield Bench(directory, victim, hostile.compile_helpers(directory), arguments)

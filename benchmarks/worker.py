@@ -36,14 +36,20 @@ def compile_program(source: str, target: Path, *more: str) -> Path:
     return target
 
 
-def compile_workers(directory: Path) -> dict[Side, Path]:
-    """Compile both programs into `directory`, as a user of the installed wheel does."""
-    flags = subprocess.run(
-        [sys.executable, "-m", "libmshare", "--cflags", "--libs"],
+def library_flags() -> list[str]:
+    """What links libmshare, as a user of the wheel has it: not the checkout, if we run there."""
+    words = subprocess.run(
+        [sys.executable, "-P", "-m", "libmshare", "--cflags", "--libs"],
         check=True,
         capture_output=True,
         text=True,
-    ).stdout.split()
+    ).stdout
+    return words.split()
+
+
+def compile_workers(directory: Path) -> dict[Side, Path]:
+    """Compile both programs into `directory`, as a user of the installed wheel does."""
+    flags = library_flags()
     # The peer has no libmshare in it: nothing is interposed there.
     return {
         side: compile_program(

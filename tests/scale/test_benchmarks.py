@@ -100,7 +100,7 @@ def test_the_report_has_all_that_was_measured(tmp_path: Path) -> None:
     page = Page(text)
 
     everybodys = {"peers", "images", "story"}
-    assert set(parts) == everybodys | ({"paths"} if os.geteuid() == 0 else set())
+    assert set(parts) == everybodys | (report.ROOTS if os.geteuid() == 0 else set())
     rows = parts["peers"]["rows"]
     assert len(rows) > 20
     for row in rows:
@@ -109,7 +109,9 @@ def test_the_report_has_all_that_was_measured(tmp_path: Path) -> None:
     kinds = {point["kind"] for point in parts["story"]["points"]}
     crashes = parts["story"]["crashes"]
     assert len(kinds) + len(crashes) + of_story.count("left out") == 7 + 3
-    measures = [row["measure"] for part in parts if part != "story" for row in parts[part]["rows"]]
+    measures = [row["measure"] for each in parts.values() for row in each.get("rows", ())]
+    if "collapsing" in parts:
+        assert all(point["collapsed"] > 0 for point in parts["collapsing"]["points"])
     for each in (*measures, *kinds, *(crash["kind"] for crash in crashes)):
         assert each in printed
         assert each in page.cells
