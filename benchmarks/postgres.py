@@ -251,7 +251,9 @@ class Postgres:
         """End it: SIGINT fast, SIGQUIT immediately, SIGKILL the postmaster alone."""
         if self.process is None:
             return
+        children: list[str] = []
         with contextlib.suppress(OSError, ValueError):
+            children = [f"/proc/{pid}" for pid in self.processes()[1:]]
             os.kill(self.pid, how)
         try:
             self.process.wait(START_SECONDS)
@@ -259,6 +261,10 @@ class Postgres:
             self.process.kill()
             self.process.wait()
         self.process = None
+        # Its children notice that it is gone; as long as they have the memory no other starts.
+        deadline = time.monotonic() + START_SECONDS
+        while any(map(os.path.exists, children)) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def remove(self) -> None:
         """End it and remove its data."""

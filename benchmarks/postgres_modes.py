@@ -9,7 +9,7 @@ stay open.  PageTables are the machine's, less VmPTE of everybody else.
     huge_pages  PostgreSQL's own huge_pages=on, of a pool that is set aside
     within_size the kernel's shmem_enabled=within_size, no tool at all
     always      the same with `always`: what huge=always is for a tmpfs
-    watched     `mshare run`: aligned, and watched from the start
+    watched     `mshare run`: aligned, and watched from the start, until that has it all
     collapsed   aligned, and `mshare collapse` with all connections open
 
 Stalls are transactions that take more than 100 ms: in the load before it is collapsed, and
@@ -42,6 +42,7 @@ from typing import Final
 # The project's own directory, for `benchmarks`; what is installed comes first.
 sys.path.append(str(Path(__file__).parent.parent))
 
+from benchmarks.crowd import kib
 from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
 from benchmarks.postgres import NoPostgresError, Postgres
 from msharetables import proc, survey
@@ -56,6 +57,8 @@ STALL_MILLISECONDS: Final = 100
 SLICE_SECONDS: Final = 2
 """How long the load runs at a time while it is collapsed."""
 SETTLE_SECONDS: Final = 60.0
+STEADY_SECONDS: Final = 3.0
+"""More than the watcher takes from one look to the next."""
 MiB: Final = 1 << 20
 
 
@@ -128,6 +131,8 @@ class Bench:
             self.server.start(settings, wrapper)
             stack.callback(self.server.stop)
             self.server.prewarm()
+            if mode == "watched":
+                self.samples[mode].seconds.append(_until_all_is_huge())
             yield
 
     def round(self, mode: str) -> None:
@@ -216,6 +221,18 @@ class Bench:
                 yield f"{mode}: the postmaster killed, started: consistent"
             self.server.check_sums()
             yield f"{mode}: stopped: checksums are right"
+
+
+def _until_all_is_huge() -> float:
+    """Until no more huge pages come; for how many seconds they came."""
+    began = last = time.monotonic()
+    most = -1
+    while time.monotonic() - last < STEADY_SECONDS and last - began < SETTLE_SECONDS:
+        now = kib(Path("/proc/meminfo").read_text(), "ShmemHugePages")
+        if now > most:
+            most, last = now, time.monotonic()
+        time.sleep(0.1)
+    return last - began
 
 
 def _settle() -> None:

@@ -23,10 +23,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Final
 
 from msharetables import calls, fill, proc
 from msharetables.calls import HUGE_PAGE
+from msharetables.pace import Haste, Pace
 from msharetables.pagemap import Pagemap
 from msharetables.patience import NoAnswerError, Patience
 from msharetables.proc import Vma
@@ -39,9 +41,10 @@ SECONDS_A_CHUNK: Final = 0.0004
 measured with up to 400 of them."""
 MOST_PAYERS: Final = 8
 """How many sharers' page tables are looked into for chunks: those with the most tables."""
-TRIES: Final = 3
+TRIES: Final = 5
 """How often a chunk is tried that is in use just then."""
 AGAIN_SECONDS: Final = 0.2
+"""Before it is tried again for the first time, and each time twice as long."""
 AT_ONCE_SECONDS: Final = 0.02
 """How long (processor time) one call may take, and how many chunks that may be."""
 MOST_AT_ONCE: Final = 32
@@ -130,21 +133,6 @@ class Batch:
         """So many have taken so much processor time (seconds)."""
         each = max(processor / chunks, self._seconds / MOST_AT_ONCE)
         self.most = max(int(self._seconds / each), 1)
-
-
-class Pace:
-    """Pauses, so that no more than a share of a processor is taken."""
-
-    def __init__(self, share: float) -> None:
-        """`share` of one processor, above 0 and up to 1."""
-        self.share = share
-
-    def pause(self, taken: float, waited: float = 0.0) -> float:
-        """How long to pause after what has taken so many seconds.
-
-        `waited`: for how long it has had no processor meanwhile, if that is to count as pause.
-        """
-        return max(taken * (1 / self.share - 1) - waited, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,13 +333,27 @@ class Step:
     """Seconds of processor time: what pauses are measured by."""
 
 
-def steps(made: Plan, patience: Patience) -> Iterator[Step]:
+def steps(made: Plan, patience: Patience, haste: Haste) -> Iterator[Step]:
     """Do it, a few chunks at a time.
 
     The caller pauses in between.  A chunk that is busy comes again at the end.  Raises
     OSError (EPERM), see `collapse`.
     """
     processes = Processes(patience)
+    vmas = sum(len(part.vmas) for part in made.object.sharers.values())
+
+    def ask_for(run: Sequence[Chunk]) -> tuple[Outcome, float]:
+        first = run[0]
+        pidfd = processes.pidfd(first.pid, made.object)
+        if pidfd is None:
+            return Outcome.GONE, 0.0
+        user, length = proc.user(first.pid), len(run) * HUGE_PAGE
+        with contextlib.suppress(NoAnswerError):
+            ask = partial(collapse, pidfd, first.address, length)
+            answer: tuple[Outcome, float] = patience.call(haste.call, ask, user, vmas, whose=user)
+            return answer
+        return Outcome.BUSY, 0.0
+
     hopeless = 0
     batch = Batch()
     try:
@@ -361,7 +363,7 @@ def steps(made: Plan, patience: Patience) -> Iterator[Step]:
             while waiting:
                 run = _run(waiting, batch.most)
                 del waiting[: len(run)]
-                for step in _step(run, processes.pidfd(run[0].pid, made.object), patience):
+                for step in _step(run, ask_for):
                     yield step
                     if step.outcome is Outcome.BUSY and left:
                         again += step.chunks
@@ -372,7 +374,7 @@ def steps(made: Plan, patience: Patience) -> Iterator[Step]:
                         return
             waiting = again
             if waiting and left:
-                time.sleep(AGAIN_SECONDS)
+                time.sleep(AGAIN_SECONDS * 2 ** (TRIES - 1 - left))
     finally:
         processes.close()
 
@@ -387,25 +389,16 @@ def _run(waiting: Sequence[Chunk], most: int) -> list[Chunk]:
     return run
 
 
-def _step(run: Sequence[Chunk], pidfd: int | None, patience: Patience) -> Iterator[Step]:
+def _step(run: Sequence[Chunk], ask_for: Callable[..., tuple[Outcome, float]]) -> Iterator[Step]:
     """One call for all; if something is wrong with one of them, one for each."""
-    if pidfd is None:
-        yield Step(run, Outcome.GONE, 0.0, 0.0)
-        return
     began = time.monotonic()
-    try:
-        length = len(run) * HUGE_PAGE
-        outcome, processor = patience.call(
-            collapse, pidfd, run[0].address, length, whose=proc.user(run[0].pid)
-        )
-    except NoAnswerError:
-        outcome, processor = Outcome.BUSY, 0.0
+    outcome, processor = ask_for(run)
     step = Step(run, outcome, time.monotonic() - began, processor)
     if outcome in (Outcome.DONE, Outcome.GONE) or len(run) == 1:
         yield step
         return
     for chunk in run:
-        yield from _step([chunk], pidfd, patience)
+        yield from _step([chunk], ask_for)
 
 
 def carry_out(
@@ -417,25 +410,13 @@ def carry_out(
     """Do it, with pauses.  `done` is told of each step.  Raises OSError (EPERM)."""
     result = Result()
     began = time.monotonic()
-    for step in steps(made, patience):
+    for step in steps(made, patience, pace.haste):
         for chunk in step.chunks:
             result.last[chunk.offset] = step.outcome
         result.worst = max(result.worst, step.wall)
         result.processor += step.processor
         if done is not None:
             done(step)
-        time.sleep(pace.pause(step.processor))
+        time.sleep(pace.pause(step.processor, worth_it=True))
     result.seconds = time.monotonic() - began
     return result
-
-
-def hurry() -> None:
-    """Have this process run before others, if it may.
-
-    The kernel holds locks of a chunk while it makes a huge page of it.  Who takes a quarter
-    of a processor and waits for it in the middle of that holds up everybody who touches the
-    chunk, the more the busier the machine is.
-    """
-    for thread in os.listdir("/proc/self/task"):  # each has its own, and one asks: patience.py
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, int(thread), -10)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from msharetables import collapse, fill, proc, survey
-from msharetables.collapse import Outcome, Pace, Plan, Result, Step
+from msharetables.collapse import Outcome, Plan, Result, Step
 from msharetables.objects import Kernel, Key
+from msharetables.pace import Pace
 from msharetables.patience import NoAnswerError, NotAskedError, Patience
 from msharetables.proc import Status
 from msharetables.survey import Object, Process

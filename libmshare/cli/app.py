@@ -245,7 +245,8 @@ def collapse(
         typer.Option(metavar="PART", help="leave chunks of 2 MiB alone that are emptier [50%]"),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="PART", help="how much of one processor to use [25%]")
+        str | None,
+        typer.Option(metavar="PART", help="how much of one processor to take from others [25%]"),
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="keep running, and do it as memory is filled")

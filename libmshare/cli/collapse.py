@@ -22,8 +22,9 @@ from libmshare.cli.errors import CommandError
 from libmshare.cli.output import Column, printable_line
 from msharetables import collapse as engine
 from msharetables import proc, survey
-from msharetables.collapse import Outcome, Pace, Plan, Result, Step
+from msharetables.collapse import Outcome, Plan, Result, Step
 from msharetables.objects import COLLAPSIBLE
+from msharetables.pace import Pace, hurry
 from msharetables.patience import Patience
 from msharetables.survey import Object
 from msharetables.watch import Watcher, tables_of
@@ -167,7 +168,7 @@ _Done = tuple[Plan, Result, int, int]
 def _carry_out(plans: Sequence[Plan], pace: Pace, patience: Patience, *, json: bool) -> list[_Done]:
     results: list[_Done] = []
     total = sum(len(plan.chunks) for plan in plans)
-    engine.hurry()
+    hurry()
     with _progress(total, wanted=not json) as advance:
         for plan in plans:
             before = tables_of(plan.object)
@@ -285,7 +286,7 @@ def watch(
         wanted=settings.of,
         chosen=settings.means,
     )
-    engine.hurry()
+    hurry()
     report = _Report(watcher, order)
     try:
         while not ended.is_set():

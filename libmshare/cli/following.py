@@ -104,8 +104,7 @@ def _ended(pidfd: int, seconds: float) -> bool:
 def _watch(tree: Tree, smallest: int, *, aligned: bool) -> None:
     """Raises OSError: EPERM."""
     # The program does not wait for these.
-    from msharetables import collapse  # noqa: PLC0415
-    from msharetables.collapse import Pace  # noqa: PLC0415
+    from msharetables.pace import Pace, hurry  # noqa: PLC0415
     from msharetables.watch import Limits, Watcher  # noqa: PLC0415
 
     members: Sequence[int] = ()
@@ -117,7 +116,7 @@ def _watch(tree: Tree, smallest: int, *, aligned: bool) -> None:
 
     watcher = Watcher(Limits(smallest, FILLED), Pace(SHARE), pids=pids)
     told: set[object] = set()
-    collapse.hurry()
+    hurry()
     ended = False
     while True:
         objects = watcher.once(_nothing)

@@ -42,7 +42,8 @@ from msharefsd.region.region import Region, Sharer
 from msharefsd.telemetry.metrics import Metrics
 from msharefsd.telemetry.seldom import Seldom
 from msharetables import fill
-from msharetables.collapse import Answer, Batch, Outcome, Pace, ask
+from msharetables.collapse import Answer, Batch, Outcome, ask
+from msharetables.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class Collapser:
                 log.warning("region %s: cannot collapse: %s", region.label(), why)
             outcome = Outcome.BUSY
         waited = trio.current_time() - began - answer.processor
-        await trio.sleep(self._pace.pause(answer.processor, waited))
+        await trio.sleep(self._pace.pause(answer.processor, waited, worth_it=True))
         return outcome
 
     def _say(self, region: Region) -> None:

@@ -114,8 +114,8 @@ def test_a_running_program_gets_its_page_tables_back(sharers: Sharers, code: str
 def test_all_threads_hurry() -> None:
     """Also the one that asks, which has been there before."""
     code = (
-        "import os\nfrom msharetables import collapse, patience\n"
-        "asking = patience.Patience(10)\nasking.call(int)\ncollapse.hurry()\n"
+        "import os\nfrom msharetables import pace, patience\n"
+        "asking = patience.Patience(10)\nasking.call(int)\npace.hurry()\n"
         "threads = [int(each) for each in os.listdir('/proc/self/task')]\n"
         "print([os.getpriority(os.PRIO_PROCESS, each) for each in threads])\nasking.close()"
     )

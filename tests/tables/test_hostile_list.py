@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from sharers import Sharer, Sharers, make_sharers  # noqa: F401 - a fixture
 
 from msharefsd.linux import features
-from msharetables import collapse, proc, watch
-from msharetables.collapse import Pace
+from msharetables import collapse, pace, proc, watch
+from msharetables.pace import Pace
 from msharetables.watch import Limits, Watcher
 
 MiB = 1 << 20
@@ -96,6 +97,8 @@ def test_it_costs_the_watcher_a_bounded_share(
     clock = SimpleNamespace(**{name: getattr(time, name) for name in dir(time)} | {"sleep": sleep})
     monkeypatch.setattr(watch, "time", clock)
     monkeypatch.setattr(collapse, "time", clock)
+    # No processor is idle, as far as it can see.
+    monkeypatch.setattr(pace, "_STAT", Path(os.devnull))
     watcher = Watcher(
         Limits(smallest=4 * MiB, filled=0.5),
         Pace(SHARE),
