@@ -180,21 +180,25 @@ class Bench:
     def _collapse(self, found: Samples) -> None:
         """Under load, beside the connections that are open."""
         command = [MSHARE, "collapse", "--min-size=16M", "--pid", str(self.server.pid)]
-        load = self._load(f"--latency-limit={STALL_MILLISECONDS}")
-        before = self.server.pgbench(*load, f"--time={self.plan.seconds}")
-        rates, stalls = [], 0
+        slice_of_load = self._load(
+            f"--latency-limit={STALL_MILLISECONDS}", f"--time={SLICE_SECONDS}"
+        )
+
+        def load() -> str:
+            return self.server.pgbench(*slice_of_load)
+
+        before = [load() for _ in range(0, self.plan.seconds, SLICE_SECONDS)]
+        meanwhile = []
         began = time.monotonic()
         with subprocess.Popen(command, stdout=sys.stderr) as process:
             # As long as it takes, which nobody knows before.
             while process.poll() is None:
-                said = self.server.pgbench(*load, f"--time={SLICE_SECONDS}")
-                rates.append(_tps(said))
-                stalls += _stalls(said)
+                meanwhile.append(load())
             found.seconds.append(time.monotonic() - began)
-        if _tps(before):
-            found.during.append(statistics.mean(rates) / _tps(before))
-        found.stalls_before.append(_stalls(before))
-        found.stalls_during.append(stalls)
+        if rate := statistics.mean(map(_tps, before)):
+            found.during.append(statistics.mean(map(_tps, meanwhile)) / rate)
+        found.stalls_before.append(sum(map(_stalls, before)))
+        found.stalls_during.append(sum(map(_stalls, meanwhile)))
 
     def crashes(self) -> Iterator[str]:
         """What happens when things die; raises RuntimeError if anything is lost."""

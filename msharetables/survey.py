@@ -174,7 +174,9 @@ def look(pid: int, kernel: Kernel, patience: Patience) -> Process | None:
             raise
         return Process(pid, status, group, None, str(error))
     # What it has now, if it went on meanwhile.
-    return Process(pid, proc.status(pid) or status, group, tables)
+    status = proc.status(pid) or status
+    tables.fit(status.tables)
+    return Process(pid, status, group, tables)
 
 
 def objects(processes: Sequence[Process], kernel: Kernel) -> list[Object]:

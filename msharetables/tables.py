@@ -6,7 +6,9 @@ one of the next level for each GiB that has such a table or a huge page, and one
 page is split (pgtable_trans_huge_deposit(), mm/huge_memory.c); a shared one has none.
 
 What PAGEMAP_SCAN does not show is a table whose pages have all been taken away
-(MADV_DONTNEED); VmPTE counts it, so that is what is left over.
+(MADV_DONTNEED); VmPTE counts it, so that is what is left over.  One of the middle level is left
+of each GiB of which all has been collapsed, until the process touches it again: as many of these
+as there can be are taken for what is left over.
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class Tables:
     upper: int = 0
     shared: int = 0
     """Those of `small` that are for shared mappings."""
+    hollow: int = 0
+    """How many of the middle level there may be that have nothing in them."""
     parts: dict[Key, Part] = field(default_factory=dict)
     names: dict[Key, Vma] = field(default_factory=dict)
     """A mapping of each object, for its name."""
@@ -74,6 +78,12 @@ class Tables:
     def bytes(self) -> int:
         """What VmPTE should say."""
         return (self.small + self.middle + self.upper) * TABLE
+
+    def fit(self, vmpte: int) -> None:
+        """Take into account what VmPTE (bytes) shows and PAGEMAP_SCAN does not."""
+        found = max(0, min((vmpte - self.bytes) // TABLE, self.hollow))
+        self.middle += found
+        self.hollow -= found
 
 
 def is_congruent(vma: Vma) -> bool:
@@ -121,6 +131,7 @@ class _Count:
         self._kernel = kernel
         self._tables = Tables()
         self._of: dict[int, tuple[Part, bool]] = {}
+        self._may_be_hollow: set[int] = set()
         self._last = self._last_middle = self._last_upper = -1
         for number, vma in enumerate(vmas):
             if not vma.shared or not vma.inode:
@@ -132,6 +143,9 @@ class _Count:
             part.vmas.append(vma)
             part.congruent |= is_congruent(vma)
             self._of[number] = part, vma.device in kernel.huge
+            if is_congruent(vma) and kernel.kind(vma) in COLLAPSIBLE:
+                self._may_be_hollow.add(number)
+                self._tables.hollow += (vma.end - 1) // _MIDDLE - vma.start // _MIDDLE + 1
 
     def walk(self, pagemap: Pagemap) -> Tables:
         """Count.  Raises OSError."""
@@ -160,10 +174,13 @@ class _Count:
         while number < len(self._vmas) and self._vmas[number].start < end:
             vma = self._vmas[number]
             low, high = max(start, vma.start), min(end, vma.end)
+            before = self._tables.middle
             if bits & HUGE:
                 self._huge(number, vma, low, high, bits)
             else:
                 self._small(number, vma, low, high)
+            if number in self._may_be_hollow:
+                self._tables.hollow -= self._tables.middle - before
             number += 1
 
     def _small(self, number: int, vma: Vma, start: int, end: int) -> None:

@@ -23,7 +23,7 @@ sys.path.append(str(TESTS.parent))
 
 from benchmarks.memory_group import MemoryGroup, NoMemoryGroupError, memory_group
 from msharefsd.linux import features
-from msharetables import proc
+from msharetables import proc, survey
 
 MiB = 1 << 20
 HUGE = 2 * MiB
@@ -109,6 +109,21 @@ def test_a_running_program_gets_its_page_tables_back(sharers: Sharers, code: str
     # Whoever comes later has none in the first place.
     program.do(f"children(1, lambda: read(at, {SIZE}))")
     assert collapse("--pid", program.pid).stdout == "nothing to free\n"
+
+
+def test_a_table_that_has_nothing_in_it_any_more_is_explained(sharers: Sharers) -> None:
+    """Of the GiB in the middle of three: all that was in it has been collapsed."""
+    code = (
+        f"at = shared(3 << 30)\nmiddle = at + (1 << 30) + -at % (1 << 30)\n"
+        f"touch(middle, {SIZE})\nchildren(3, lambda: read(middle, {SIZE}))"
+    )
+    program = sharers(code)
+    assert collapse("--pid", program.pid).returncode == 0
+    found = survey.take(proc.with_children([program.pid]))
+    assert len(found.processes) == 4
+    assert [each.other for each in found.processes] == [0] * 4
+    # There may be one for each other GiB that the mapping lies in, and there is none.
+    assert all(each.tables and each.tables.hollow in (2, 3) for each in found.processes)
 
 
 def test_all_threads_hurry() -> None:
