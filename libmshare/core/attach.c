@@ -369,6 +369,17 @@ static int try_add(struct attachment *attachment, int oflags, mode_t mode, uint3
 	return result;
 }
 
+/*
+ * Somebody else has made it meanwhile; or it has gone again, and who creates begins anew.  It
+ * may be what this process was making when a daemon died, which the next one has taken back.
+ */
+static bool is_another_now(const struct wish *wish, int oflags)
+{
+	bool any = wish->placed && !(oflags & O_EXCL);
+
+	return (errno == ENOENT && (any || (oflags & O_CREAT))) || (errno == EINVAL && any);
+}
+
 static int add(struct attachment *attachment, int oflags, mode_t mode, uint32_t kind,
 	       const struct wish *wish, struct mshare_region *region, enum had *had)
 {
@@ -382,10 +393,9 @@ static int add(struct attachment *attachment, int oflags, mode_t mode, uint32_t 
 	do
 		result = try_add(attachment, oflags, mode, kind, wish, region, had);
 	while (result < 0 && *had == NOT_HAD &&
-	       /* Somebody else has made it meanwhile, or it has gone. */
-	       ((wish->placed && !(oflags & O_EXCL) && (errno == EINVAL || errno == ENOENT) &&
-		 races++ < 3) ||
-		(daemon_is_gone(errno) && wait_again(&attachment->waiting))));
+	       (is_another_now(wish, oflags) ?
+			races++ < 3 :
+			(daemon_is_gone(errno) && wait_again(&attachment->waiting))));
 	return result;
 }
 

@@ -658,6 +658,29 @@ def test_who_creates_a_region_gets_it(stage: Stage, barrier: str, user: int) -> 
     stage.leave()
 
 
+@pytest.mark.parametrize("at", [BASE + SIZE, 0])
+@pytest.mark.parametrize("exclusive", [os.O_EXCL, 0])
+def test_what_goes_while_it_is_made_is_made_anew(stage: Stage, at: int, exclusive: int) -> None:
+    """As a name that the next daemon takes back.  Nobody who creates hears ENOENT (open(2))."""
+    daemon, creator = stage.daemon, stage.start()
+    pager, path = daemon.pager(), daemon.mount / "new"
+    os.kill(pager, signal.SIGSTOP)
+    try:
+        creator.send("mshare", "new", at, SIZE, os.O_CREAT | os.O_RDWR | exclusive, 0o600)
+        eventually(path.exists, "the name")
+        path.unlink()
+    finally:
+        os.kill(pager, signal.SIGCONT)
+    assert creator.result() == "0"
+    start, _ = struct.unpack("=QQ", path.read_bytes())
+    creator.ok("mmap", start, PAGE, 3, SHARED | FIXED)
+    creator.ok("store", start, 3)
+    creator.ok("unlink", "new")
+    assert not path.exists()
+    stage.check()
+    stage.leave()
+
+
 @pytest.mark.parametrize("barrier", ["create", "established", "reply.ATTACH"])
 @pytest.mark.parametrize("exclusive", [os.O_EXCL, 0])
 def test_a_region_that_is_put_somewhere_is_made_once(
