@@ -8,7 +8,8 @@ object store in the same region.  Both sides fetch the same parts, 16 at one tim
 library.  Processes that touch what is fetched are there before it begins; they look at a byte of
 each page, and at whether what they see is right.  Needs obstore.
 
-The row on huge pages takes as many of them free as the image has; without, it is left out.
+The row on huge pages reserves as many of them as the image has; if it cannot, it is left out.  So
+is `rclone mount` where there is no rclone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -38,6 +40,8 @@ from typing import TYPE_CHECKING, Any, Final
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import results, service, table
+from benchmarks.huge_pages import HUGE, NoHugePagesError, free_huge_pages, huge_pages
+from msharefsd.mount import mounting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,11 +60,13 @@ LOCKSTEP: Final = 1.3
 MORE_REQUESTS: Final = 16
 FIRST_BYTE_MS: Final = 50.0
 LOADED: Final = 0.4
-HUGE: Final = 2 * MiB
+OTHERS: Final = 2 << 30
+"""Memory that is left alone (bytes)."""
 PAGE: Final = 4096
 LOOK_SECONDS: Final = 0.001
 PATIENCE: Final = 120.0
-FREE_HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+COME: Final = ".come"
+"""Behind a file's name: a byte for each of its parts that is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +123,13 @@ def _store(parts: int) -> Iterator[Store]:
 # -- the processes that touch --
 
 
-def _touch(memory: memoryview, barrier: Barrier) -> None:
-    """A byte of each page, part by part, when all others have come as far."""
+def _touch(memory: memoryview, barrier: Barrier, come: Callable[[int], None]) -> None:
+    """A byte of each page, part by part, when all others have come as far, and `come` returns."""
     import numpy as np  # noqa: PLC0415 - not at the start of every process
 
     pages: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(memory, np.uint8)
     for number in range(len(memory) // PART):
+        come(number)
         barrier.wait(PATIENCE)
         part = pages[number * PART : (number + 1) * PART]
         part[::PAGE].sum()
@@ -130,8 +137,15 @@ def _touch(memory: memoryview, barrier: Barrier) -> None:
             raise BenchmarkError(f"part {number} is wrong")
 
 
-def _toucher(orders: Connection, barrier: Barrier, root: str) -> None:
-    """Told a region's name, or a file; when all of it was touched it says at what time."""
+def _at_once(_number: int) -> None:
+    """Who touches it waits for it, or all of it is there."""
+
+
+def _toucher(orders: Connection, barrier: Barrier, root: str, *, first: bool) -> None:
+    """Told a region's name, or a file; when all of it was touched it says at what time.
+
+    A file may come meanwhile: the `first` of them sees what of it is there, in a file beside it.
+    """
     os.environ["MSHARE_ROOT"] = root
     import numpy  # noqa: F401, ICN001, PLC0415 - before it is timed
 
@@ -145,13 +159,24 @@ def _toucher(orders: Connection, barrier: Barrier, root: str) -> None:
                 time.sleep(LOOK_SECONDS)
             with Region.attach(what) as region:
                 with memoryview(region.buf) as memory:
-                    _touch(memory, barrier)
-                orders.send(time.monotonic())
+                    _touch(memory, barrier, _at_once)
+                end = time.monotonic()
         else:
-            with open(what, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            with (
+                open(what, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            ):
+                come = partial(_look, f"{what}{COME}") if kind == "coming" and first else _at_once
                 with memoryview(mapped) as memory:
-                    _touch(memory, barrier)
-                orders.send(time.monotonic())
+                    _touch(memory, barrier, come)
+                end = time.monotonic()
+        orders.send(end)  # when it has let go of it
+
+
+def _look(file: str, number: int) -> None:
+    with open(file, "rb") as come:
+        while os.pread(come.fileno(), 1, number) != b"x":
+            time.sleep(LOOK_SECONDS)
 
 
 class Touchers:
@@ -162,10 +187,13 @@ class Touchers:
         self._barrier = context.Barrier(PROCESSES)
         self._ends: list[Connection] = []
         self._processes = []
-        for _ in range(PROCESSES):
+        for number in range(PROCESSES):
             mine, theirs = context.Pipe()
             process = context.Process(
-                target=_toucher, args=(theirs, self._barrier, root), daemon=True
+                target=_toucher,
+                args=(theirs, self._barrier, root),
+                kwargs={"first": number == 0},
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -215,6 +243,7 @@ def _download(url: str, put: Callable[[int, memoryview], object]) -> None:
 
 
 def _first_part(url: str) -> None:
+    """Fetched and checked, by a process that has done so before."""
     import obstore  # noqa: PLC0415 - as above
 
     from libmshare.images.manifest import parse  # noqa: PLC0415 - as above
@@ -222,25 +251,84 @@ def _first_part(url: str) -> None:
 
     store = obstore.store.from_url(url.rpartition("/")[0], client_options={"allow_http": True})
     manifest = parse(bytes(obstore.get(store, url.rpartition("/")[2]).bytes()))
-    obstore.get(store, part_key(manifest.parts[0].hash)).bytes()
+    first = manifest.parts[0].hash
+    if hashlib.sha256(obstore.get(store, part_key(first)).bytes()).hexdigest() != first:
+        raise BenchmarkError("a part is wrong")
 
 
-def _into(file: Path, size: int, url: str) -> None:
+def _into(file: Path, size: int, url: str, begun: Callable[[], object] = lambda: None) -> None:
+    """`begun` is called when the file is there, and that which says what of it is."""
+    come_file = f"{file}{COME}"
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    come = os.open(come_file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         os.truncate(fd, size)
+        begun()
 
         def put(offset: int, data: memoryview) -> None:
+            number = offset // PART
             while data:
                 done = os.pwrite(fd, data, offset)
                 data, offset = data[done:], offset + done
+            os.pwrite(come, b"x", number)
 
         _download(url, put)
     finally:
         os.close(fd)
+        os.close(come)
+
+
+# -- another peer: a file system that fetches what is read --
+
+
+def _rclone() -> str | None:
+    beside = Path(sys.executable).with_name("rclone")
+    return str(beside) if beside.exists() else shutil.which("rclone")
+
+
+@contextlib.contextmanager
+def _mounted(program: str, store: Store, directory: Path) -> Iterator[Path]:
+    """The same bytes in one file, which `rclone mount` fetches with as many requests as we do.
+
+    It keeps them in memory: without that, several who read make it begin anew again and again.
+    """
+    directory.mkdir()
+    cache = tempfile.mkdtemp(prefix="mshare-bench-", dir="/dev/shm")
+    command = [
+        program, "mount", ":http:", str(directory), "--config", "",
+        "--http-url", f"http://127.0.0.1:{store.port}/files/", "--read-only",
+        "--vfs-read-chunk-size", str(PART), "--vfs-read-chunk-streams", str(IN_FLIGHT),
+        "--vfs-cache-mode", "full", "--cache-dir", cache,
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not os.path.ismount(directory):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise BenchmarkError("rclone does not mount")
+                time.sleep(LOOK_SECONDS)
+            yield directory / "whole"
+        finally:
+            process.terminate()  # it unmounts
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            process.kill()
+            if os.path.ismount(directory):
+                mounting.unmount(str(directory))
+            shutil.rmtree(cache)
+    directory.rmdir()
 
 
 # -- what is measured --
+
+
+def _room() -> int:
+    """How much may be loaded (bytes): it is there twice, and others have memory left."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(
+        int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")
+    )
+    return max(PART, (available - OTHERS) // 2)
 
 
 class Bench:
@@ -259,14 +347,22 @@ class Bench:
         with _store(self._plan.parts) as store:
             yield from self._lockstep(store)
             yield from self._first_byte(store)
-        with _store(self._plan.loaded) as store:
-            yield from self._loaded(store)
+        parts = min(self._plan.loaded, _room() // PART)
+        if parts < self._plan.loaded:
+            size = self._plan.loaded * PART // MiB
+            print(f"no room for {size} MiB: {parts * PART // MiB} are loaded", file=sys.stderr)
+        with _store(parts) as store:
+            yield from self._loaded(store, parts)
 
     def _lockstep(self, store: Store) -> Iterator[table.Row]:
         from libmshare import Region  # noqa: PLC0415 - as above
 
         size, ours, plain, file, requests = self._plan.parts * PART, [], [], [], []
+        least, mounted = [], []
         shared = Path("/dev/shm", f"mshare-bench-{os.getpid()}")
+        program = _rclone()
+        if program is None:
+            print("rclone is not here: left out", file=sys.stderr)
         for _ in range(self._plan.rounds):
             asked, begun = store.asked(), time.monotonic()
             self._touchers.begin("region", "r")
@@ -282,13 +378,33 @@ class Bench:
                 _into(shared, size, store.url)
                 self._touchers.begin("file", str(shared))
                 file.append((self._touchers.end() - begun) * 1e3)
+                shared.unlink()
+                begun = time.monotonic()
+                _into(shared, size, store.url, partial(self._touchers.begin, "coming", str(shared)))
+                least.append((self._touchers.end() - begun) * 1e3)
             finally:
                 shared.unlink(missing_ok=True)
+                Path(f"{shared}{COME}").unlink(missing_ok=True)
+            if program is not None:
+                with _mounted(program, store, self._directory / "rclone") as there:
+                    begun = time.monotonic()
+                    self._touchers.begin("file", str(there))
+                    mounted.append((self._touchers.end() - begun) * 1e3)
         what = f"{PROCESSES} processes touch {size // MiB} MiB while it is pulled"
         yield table.Row(what, "ms", ours, plain, "a download, to nowhere", LOCKSTEP)
         yield table.Row(
-            "the same", "ms", ours, file, "a download to a tmpfs file, then the touches"
+            "the same, beside a tmpfs file", "ms", ours, file, "a download there, then the touches"
         )
+        yield table.Row(
+            "the same, beside the least there is",
+            "ms",
+            ours,
+            least,
+            "a download to a tmpfs file, touched part by part as it comes",
+        )
+        yield table.Row("that least itself", "ms", least, plain, "a download, to nowhere")
+        if mounted:
+            yield table.Row("the same, beside rclone", "ms", ours, mounted, "rclone mount, mapped")
         most = self._plan.parts + MORE_REQUESTS
         fewest = [float(self._plan.parts + 1)]
         yield table.Row(
@@ -313,22 +429,31 @@ class Bench:
             _first_part(store.url)
             plain.append((time.monotonic() - begun) * 1e3)
         yield table.Row(
-            "until the first byte is touched", "ms", ours, plain, "manifest and first part fetched"
+            "until the first byte is touched",
+            "ms",
+            ours,
+            plain,
+            "manifest and first part fetched, and checked",
         )
         more = [statistics.median(ours) - statistics.median(plain)]
         yield table.Row(
             "which is so much later", "ms", more, [FIRST_BYTE_MS], "the most", limit=FIRST_BYTE_MS
         )
 
-    def _loaded(self, store: Store) -> Iterator[table.Row]:
-        size = self._plan.loaded * PART
-        kinds = ["shm"]
-        if _free_huge_pages() >= size // HUGE:
-            kinds.append("hugetlb")
-        else:
-            print(f"{size // HUGE} huge pages are not free: left out", file=sys.stderr)
+    def _loaded(self, store: Store, parts: int) -> Iterator[table.Row]:
+        size = parts * PART
+        try:
+            with huge_pages(max(0, size // HUGE - free_huge_pages())):
+                yield from self._loaded_on(store, size, ["shm", "hugetlb"])
+        except NoHugePagesError as error:
+            print(f"{error}: left out", file=sys.stderr)
+            yield from self._loaded_on(store, size, ["shm"])
+
+    def _loaded_on(self, store: Store, size: int, kinds: list[str]) -> Iterator[table.Row]:
+        for kind in kinds:  # the machine has to have touched such memory before
+            self._load(store, kind)
         ours: dict[str, list[float]] = {kind: [] for kind in kinds}
-        peers = []
+        peers, plain = [], []
         for _ in range(max(1, self._plan.rounds // 2)):
             for kind in kinds:
                 ours[kind].append(self._load(store, kind))
@@ -338,6 +463,10 @@ class Bench:
             self._touchers.begin("file", str(file))
             peers.append(self._touchers.end() - begun)
             file.unlink()
+            Path(f"{file}{COME}").unlink(missing_ok=True)
+            begun = time.monotonic()
+            _download(store.url, lambda _offset, _data: None)
+            plain.append(time.monotonic() - begun)
         for kind in kinds:
             yield table.Row(
                 f"{size // MiB} MiB pulled, and touched by {PROCESSES}, on {kind}",
@@ -347,6 +476,9 @@ class Bench:
                 "a download to a file, mapped",
                 LOADED if kind == "hugetlb" else None,
             )
+        yield table.Row(
+            f"{size // MiB} MiB downloaded to nowhere", "s", plain, peers, "the same file, mapped"
+        )
 
     def _load(self, store: Store, kind: str) -> float:
         from libmshare import Region  # noqa: PLC0415 - as above
@@ -357,12 +489,6 @@ class Bench:
             taken = self._touchers.end() - begun
             region.unlink()
         return taken
-
-
-def _free_huge_pages() -> int:
-    with contextlib.suppress(OSError):
-        return int(FREE_HUGE_PAGES.read_text())
-    return 0
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
     python slow_store.py PARTS PART_BYTES LATENCY_SECONDS BYTES_PER_SECOND
 
-Prints its port, and then serves an image of so many parts by HTTP: `/r.img`, `/parts/...`; and at
-`/asked` how many of these requests there were, which takes no time.  What is in a part is the same
+Prints its port, and then serves an image of so many parts by HTTP: `/r.img`, `/parts/...`; the same
+bytes as one file in a directory, `/files/whole`; and at `/asked` how many of these requests there
+were, which takes no time.  What is in a part is the same
 but for its first eight bytes, its number counted from one: the memory of one serves them all.
 """
 
@@ -13,8 +14,10 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
@@ -23,6 +26,7 @@ START: Final = 1 << 45
 SEED: Final = 1
 _PIECE: Final = 256 << 10
 """So much is sent between two looks at the clock (bytes)."""
+_RANGE: Final = re.compile(r"bytes=(\d+)-(\d*)")
 
 
 class Store(ThreadingHTTPServer):
@@ -64,6 +68,14 @@ def _manifest(rows: list[list[object]], size: int) -> bytes:
     return dump(Manifest(START, size, os.uname().machine, "", "shm", whole, parts))
 
 
+def _cut(pieces: Iterable[bytes | memoryview], start: int, end: int) -> Iterator[memoryview]:
+    """What of them is from `start` to `end` of all."""
+    at = 0
+    for piece in pieces:
+        yield memoryview(piece)[max(0, start - at) : max(0, end - at)]
+        at += len(piece)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 0
@@ -81,17 +93,36 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(store.latency)
         if self.path == "/r.img":
             self._answer(store.manifest)
+        elif self.path == "/files/":
+            self._answer(b'<a href="whole">whole</a>', kind="text/html")
+        elif self.path == "/files/whole":
+            self._answer(
+                *(piece for head in store.heads.values() for piece in (head, store.common))
+            )
         elif (head := store.heads.get(self.path)) is not None:
             self._answer(head, store.common)
         else:
             self.send_error(404)
 
-    def _answer(self, *pieces: bytes | memoryview) -> None:
-        self.send_response(200)
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _answer(self, *pieces: bytes | memoryview, kind: str = "application/octet-stream") -> None:
+        size = sum(map(len, pieces))
+        if (asked := _RANGE.fullmatch(self.headers.get("Range", ""))) is not None:
+            start, end = int(asked[1]), min(int(asked[2] or size) + 1, size)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+            pieces = tuple(_cut(pieces, start, end))
+        else:
+            self.send_response(200)
         self.send_header("Content-Length", str(sum(map(len, pieces))))
+        self.send_header("Content-Type", kind)
         self.send_header("ETag", '"1"')
         self.send_header("Last-Modified", "Mon, 02 Nov 2026 10:00:00 GMT")
         self.end_headers()
+        if self.command == "HEAD":
+            return
         begun, sent = time.monotonic(), 0
         for piece in pieces:
             for at in range(0, len(piece), _PIECE):

@@ -18,15 +18,18 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from libmshare import core, waiting
-from libmshare.images.store import Store
+from libmshare.images.ahead import Ahead
+from libmshare.images.manifest import Part
+from libmshare.images.store import TRIES, Store
 from libmshare.images.units import Unit, jobs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from libmshare.region import Region
 
@@ -77,6 +80,47 @@ class Turns:
         return min(self._waiting, key=lambda each: (each not in self._urgent, each))
 
 
+class Memories:
+    """Memfds that contents come in: the memory of one that has been used is used again.
+
+    Synchronization: any thread may call any method.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[int] = []
+        self._closed = False
+
+    def close(self) -> None:
+        """What is lent is closed when it comes back."""
+        with self._lock:
+            self._closed = True
+            for memory in self._idle:
+                os.close(memory)
+            self._idle.clear()
+
+    @contextlib.contextmanager
+    def lent(self, unit: Unit) -> Iterator[int]:
+        """One of a unit's length; zeros where none of its parts will come."""
+        with self._lock:
+            memory = self._idle.pop() if self._idle else -1
+        if memory < 0:
+            memory = os.memfd_create("mshare-part")
+        try:
+            if sum(part.length for part in unit.parts) < unit.end - unit.start:
+                os.ftruncate(memory, 0)
+            os.ftruncate(memory, unit.end - unit.start)
+            yield memory
+        except BaseException:
+            os.close(memory)  # the pager may read it still, and must see nothing else in it
+            raise
+        with self._lock:
+            if self._closed:
+                os.close(memory)
+            else:
+                self._idle.append(memory)
+
+
 class Bringing:
     """What is left to be brought; the threads share it, and each takes the next by `next()`."""
 
@@ -87,10 +131,16 @@ class Bringing:
         awaited: list[tuple[int, int]],
         store: Store,
         total: int,
+        ahead: Ahead,
     ) -> None:
-        """`awaited`: what of the region waits (offsets, by offset); `total`: bytes of the image."""
+        """`awaited`: what of the region waits (offsets, by offset); `total`: bytes of the image.
+
+        `ahead`: what may be on its way already.
+        """
         self._region = region
         self._store = store
+        self._ahead = ahead
+        self._memories = Memories()
         left = [unit for unit in units if _meets(awaited, unit)]
         self._jobs = dict(enumerate(jobs_of(left)))
         self._order = collections.deque(self._jobs)
@@ -120,23 +170,40 @@ class Bringing:
 
     def bring(self, job: list[Unit]) -> None:
         """Fetch the parts of some units, and put them in place.  Raises ImageError, OSError."""
-        fetched: dict[tuple[str, int], memoryview] = {}
         number = self._number(job[0].start)
+        times = Counter((part.hash, part.length) for unit in job for part in unit.parts)
+        several = {key: bytearray() for key, count in times.items() if count > 1}
         for unit in job:
-            memory = os.memfd_create("mshare-part")
-            try:
-                os.ftruncate(memory, unit.end - unit.start)
+            with self._memories.lent(unit) as memory:
                 for part in unit.parts:
-                    key = part.hash, part.length
-                    if key not in fetched:
-                        fetched[key] = self._store.part(*key)
-                    _write(memory, fetched[key], part.offset - unit.start)
+                    put = partial(_write, memory, part.offset - unit.start)
+                    again = several.get((part.hash, part.length))
+                    if again is None:
+                        self._fetch(part, put)
+                    else:
+                        if not again:
+                            again += bytes(part.length)
+                            self._fetch(part, partial(_keep, again))
+                        put(0, memoryview(again))
                 address = self._region.start + unit.start
                 with self._turns.turn(number):
                     wanted = core.mshare_fill(address, unit.end - unit.start, memory)
-            finally:
-                os.close(memory)
             self._brought(unit, wanted)
+
+    def _fetch(self, part: Part, put: Callable[[int, memoryview], object]) -> None:
+        pieces = self._ahead.take(part)
+        if pieces is None:
+            tries = 1 if self._ahead.was_long(part) else TRIES
+            self._store.part(part.hash, part.length, put, tries)
+            return
+        at = 0
+        for piece in pieces:
+            put(at, piece)
+            at += len(piece)
+
+    def close(self) -> None:
+        """Nothing is begun any more."""
+        self._memories.close()
 
     def go_on(self) -> None:
         """To be called again and again meanwhile, by the thread that waits for the others."""
@@ -163,10 +230,15 @@ class Bringing:
         return self._numbers[at] if at >= 0 else -1
 
 
-def _write(file: int, data: memoryview, offset: int) -> None:
+def _write(file: int, start: int, offset: int, data: memoryview) -> None:
+    offset += start
     while data:
         done = os.pwrite(file, data, offset)
         data, offset = data[done:], offset + done
+
+
+def _keep(memory: bytearray, offset: int, data: memoryview) -> None:
+    memory[offset : offset + len(data)] = data
 
 
 def _meets(ranges: list[tuple[int, int]], unit: Unit) -> bool:

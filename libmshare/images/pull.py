@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 from libmshare import core, texts, waiting
 from libmshare.errors import ImageError, RegionExists, Stale
 from libmshare.images import crew, unnamed
+from libmshare.images.ahead import Ahead
 from libmshare.images.bringing import Bringing, say
 from libmshare.images.manifest import LARGEST, Manifest, Object, check_digest, digest_of, parse
 from libmshare.images.patience import patiently
@@ -79,12 +80,12 @@ def pull(
     store = Store(where)
     manifest, got = _checked(store, where, digest, abi)
     turn = _Turn(called, got, begun)
-    with unnamed.alone(called, turn.is_stuck):
-        region = _found(called, got)
+    with unnamed.alone(called, turn.is_stuck), Ahead(store, manifest.parts) as ahead:
+        region, units = _found(called, got), None
         if region is None and turn.told:
             raise Stale(errno.ESTALE, "the region was removed", called)
         if region is None:
-            region = _begin(called, got, manifest, backing, mode)
+            region, units = _begin(called, got, manifest, backing, mode, ahead)
         with _given_up(region):
             if region._readonly:  # noqa: SLF001 - who may write it fills it
                 turn.has_come()
@@ -92,7 +93,11 @@ def pull(
             else:
                 wanted = say(region)  # first: whoever is told that it has begun may touch it
                 turn.has_come()
-                _fill(region, manifest, store, progress, wanted)
+                bringing = _left(region, manifest, store, ahead, units)
+                with contextlib.closing(bringing):
+                    bringing.heard(wanted)
+                    ahead.wait()
+                    _fill(bringing, progress)
     return region
 
 
@@ -171,22 +176,28 @@ def _given_up(region: Region) -> Iterator[None]:
             raise
 
 
-def _begin(called: str, got: str, manifest: Manifest, backing: str | None, mode: int) -> Region:
-    """The region, which has its name and waits for its contents."""
+def _begin(
+    called: str, got: str, manifest: Manifest, backing: str | None, mode: int, ahead: Ahead
+) -> tuple[Region, list[Unit] | None]:
+    """The region, which has its name and waits for its contents: for these units, if it is new."""
     region = unnamed.make(manifest.start, manifest.size, _end(manifest), backing)
     try:
-        _map(region, manifest)
+        kind, page = Told(region).pages()
+        unnamed.check_room(region.identity.root, manifest.stored(), kind)
+        ahead.begin()
+        units = units_of(manifest, page)
+        _map(region, manifest, units, page)
         Unnamed(region).give(called, mode, got)
     except RegionExists:  # by somebody who is not held off by our lock
         region.close()
         found = unnamed.attach_image(called, got)
         if found is None:
             raise
-        return found
+        return found, None
     except BaseException:
         region.close()
         raise
-    return region
+    return region, units
 
 
 def described(url: str, digest: str | None, abi: str | None) -> tuple[Manifest, str]:
@@ -215,10 +226,8 @@ def _end(manifest: Manifest) -> int:
     return max((each.offset + each.length for each in manifest.objects), default=0)
 
 
-def _map(region: Region, manifest: Manifest) -> None:
+def _map(region: Region, manifest: Manifest, units: list[Unit], page: int) -> None:
     """What is mapped in the image is mapped, and what has contents there waits for them."""
-    kind, page = Told(region).pages()
-    unnamed.check_room(region.identity.root, manifest.stored(), kind)
     objects = [_whole(each, page) for each in manifest.objects]
     for each, behind in zip(objects, [*objects[1:], None], strict=True):
         if behind is not None and each.offset + each.length > behind.offset:
@@ -227,7 +236,7 @@ def _map(region: Region, manifest: Manifest) -> None:
         flags = kind_of | mmap.MAP_ANONYMOUS | core.MAP_FIXED_NOREPLACE
         # (Not Region.mmap(): the last page may end beyond the region's size.)
         _call(core.mshare_mmap, region, each, each.prot, flags)
-    for item in _awaited(objects, units_of(manifest, page)):
+    for item in _awaited(objects, units):
         kind_of = mmap.MAP_SHARED if item.shared else mmap.MAP_PRIVATE
         _call(core.mshare_await, region, item, item.prot, kind_of)
 
@@ -247,24 +256,24 @@ def _awaited(objects: list[Object], units: list[Unit]) -> Iterator[Object]:
             yield Object(start, stop - start, each.prot, each.shared)
 
 
-def _fill(
-    region: Region,
-    manifest: Manifest,
-    store: Store,
-    progress: crew.Progress | None,
-    wanted: int | None,
-) -> None:
-    """Fetch and bring what it still waits for; first what is at the offset `wanted`."""
-    told = Told(region)
-    awaited = [
-        (each["start"] - region.start, each["end"] - region.start)
-        for each in told.maps()
-        if texts.is_awaited(each)
-    ]
-    units = units_of(manifest, told.pages()[1])
-    bringing = Bringing(region, units, awaited, store, manifest.stored())
-    bringing.heard(wanted)
+def _left(
+    region: Region, manifest: Manifest, store: Store, ahead: Ahead, units: list[Unit] | None
+) -> Bringing:
+    """What is left to be brought: `units`, if it is a new region."""
+    if units is None:
+        told = Told(region)
+        awaited = [
+            (each["start"] - region.start, each["end"] - region.start)
+            for each in told.maps()
+            if texts.is_awaited(each)
+        ]
+        units = units_of(manifest, told.pages()[1])
+    else:
+        awaited = [(unit.start, unit.end) for unit in units]
+    return Bringing(region, units, awaited, store, manifest.stored(), ahead)
 
+
+def _fill(bringing: Bringing, progress: crew.Progress | None) -> None:
     def tick() -> None:
         bringing.go_on()
         if progress is not None:

@@ -15,14 +15,14 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 from libmshare.errors import ImageError
 from libmshare.extras import cure
-from libmshare.images import sources
+from libmshare.images import crew, sources
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -37,9 +37,16 @@ ANSWER: Final = timedelta(seconds=60)
 CONNECT: Final = timedelta(seconds=5)
 _WORST: Final = 300
 """How much of a store's own words is told."""
-_TRIES: Final = 2
+TRIES: Final = 2
 """How often a part is asked for whose answer ends too early, or is wrong."""
 _AGAIN: Final = {errno.EIO, errno.EHOSTUNREACH, errno.ETIMEDOUT}
+_PIECE: Final = 1 << 20
+"""At least so much of an answer is taken at one time (bytes)."""
+_RANGES: Final = 8
+"""By so many requests a part comes that is wanted soon."""
+
+Put = Callable[[int, memoryview], object]
+"""Told where in a part some bytes are, and these."""
 
 
 class Url:
@@ -153,14 +160,11 @@ class Store:
         result: GetResult = self._library.get(self._store, key, options=options or None)
         return result
 
-    def _came(self, data: Any, length: int, key: str) -> Any:
+    def _came(self, came: int, length: int, key: str) -> None:
         with self._lock:
-            self.fetched += len(data)
-        if len(data) != length:
-            raise ImageError(
-                errno.EIO, f"the answer has {len(data)} bytes instead of {length}", key
-            )
-        return data
+            self.fetched += came
+        if came != length:
+            raise ImageError(errno.EIO, f"the answer has {came} bytes instead of {length}", key)
 
     def get(self, key: str, most: int) -> bytes:
         """A small object.  Raises ImageError, of EFBIG too."""
@@ -168,29 +172,68 @@ class Store:
             result = self._get(key)
             if (length := result.meta["size"]) > most:
                 raise ImageError(errno.EFBIG, f"it has {length} bytes", key)
-            return bytes(self._came(result.bytes(), length, key))
+            data = bytes(result.bytes())
+            self._came(len(data), length, key)
+            return data
 
-    def part(self, name: str, length: int) -> memoryview:
-        """A part, whose contents are what it is called.  Raises ImageError, of EIO if not."""
+    def part(self, name: str, length: int, put: Put, tries: int = TRIES) -> None:
+        """Fetch a part, whose contents are what it is called: `put` is told them as they come.
+
+        If they are wrong they come once more, or `tries` times in all.  They are right when this
+        has returned.  Raises ImageError, of EIO if they are not; what `put` raises.
+        """
         key = part_key(name)
-        for left in reversed(range(_TRIES)):
+        for left in reversed(range(tries)):
             try:
-                with self._explained(key):
-                    result = self._get(key)
-                    if result.meta["size"] != length:
-                        raise ImageError(
-                            errno.EIO,
-                            f"it has {result.meta['size']} bytes instead of {length}",
-                            key,
-                        )
-                    data = memoryview(self._came(result.bytes(), length, key))
-                    if hashlib.sha256(data).hexdigest() != name:
-                        raise ImageError(errno.EIO, "its contents are not what it is called", key)
-                    return data
+                found, at = hashlib.sha256(), 0
+                for piece in self._pieces(key, length):
+                    found.update(piece)
+                    put(at, piece)
+                    at += len(piece)
+                _check(found.hexdigest(), name, key)
+                return
             except ImageError as error:
                 if error.errno not in _AGAIN or not left:
                     raise
-        raise AssertionError
+
+    def _pieces(self, key: str, length: int) -> Iterator[memoryview]:
+        """All of an object that has so many bytes, as it comes."""
+        with self._explained(key):
+            result, came = self._get(key), 0
+            if (size := result.meta["size"]) != length:
+                raise ImageError(errno.EIO, f"it has {size} bytes instead of {length}", key)
+            for piece in result.stream(min_chunk_size=_PIECE):
+                came += len(piece)
+                if came <= length:
+                    yield memoryview(piece)
+            self._came(came, length, key)
+
+    def part_soon(self, name: str, length: int) -> list[memoryview]:
+        """The same, in pieces that come at one time: one connection is only as wide as it is.
+
+        Not every store has ranges.  Raises ImageError.
+        """
+        key, step = part_key(name), max(_PIECE, -(-length // _RANGES))
+        starts = range(0, length, step)
+        pieces = [memoryview(b"")] * len(starts)
+
+        def fetch(number: int) -> None:
+            start, end = starts[number], min(starts[number] + step, length)
+            of = {"range": (start, end)} if len(starts) > 1 else {}
+            with self._explained(key):
+                result = self._get(key, **of)
+                if result.meta["size"] != length or tuple(result.range) != (start, end):
+                    raise ImageError(errno.EIO, "the answer is another part of it", key)
+                data = memoryview(result.bytes())
+            self._came(len(data), end - start, key)
+            pieces[number] = data
+
+        crew.each(range(len(starts)), fetch, width=len(starts))
+        found = hashlib.sha256()
+        for piece in pieces:
+            found.update(piece)
+        _check(found.hexdigest(), name, key)
+        return pieces
 
     def version(self, key: str) -> tuple[int, str]:
         """The size of an object, and what tells this version of it from others."""
@@ -201,7 +244,7 @@ class Store:
 
     def range(self, key: str, offset: int, length: int, version: tuple[int, str]) -> memoryview:
         """A part of an object, of that version.  Raises ImageError, of ESTALE if it is not."""
-        for left in reversed(range(_TRIES)):
+        for left in reversed(range(TRIES)):
             try:
                 with self._explained(key):
                     match = {"if_match": version[1]} if version[1].startswith('"') else {}
@@ -210,7 +253,9 @@ class Store:
                         raise ImageError(errno.ESTALE, "it was replaced meanwhile", key)
                     if tuple(result.range) != (offset, offset + length):
                         raise ImageError(errno.EIO, "the answer is another part of it", key)
-                    return memoryview(self._came(result.bytes(), length, key))
+                    data = memoryview(result.bytes())
+                    self._came(len(data), length, key)
+                    return data
             except ImageError as error:
                 if error.errno not in _AGAIN or not left:
                     raise
@@ -240,6 +285,11 @@ class Store:
 def part_key(name: str) -> str:
     """Where the part is that is called so."""
     return f"{PARTS}/{name[:2]}/{name}"
+
+
+def _check(found: str, name: str, key: str) -> None:
+    if found != name:
+        raise ImageError(errno.EIO, "its contents are not what it is called", key)
 
 
 def _version(meta: Any, key: str) -> tuple[int, str]:

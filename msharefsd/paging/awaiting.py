@@ -29,9 +29,14 @@ class Awaiting:
         """Of which it was not said yet that somebody waits, and where; the oldest first."""
         self.heard = time.monotonic()
         """When somebody who brings was heard of last; or when we began."""
+        self._begun = self.heard
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
+
+    def is_younger(self, seconds: float) -> bool:
+        """Whether we began less than so long ago."""
+        return time.monotonic() - self._begun < seconds
 
     def add(self, window: Window, offset: int) -> bool:
         """A thread waits for a page there; False if nobody is to wait there any more."""

@@ -35,6 +35,7 @@ from msharefsd.paging.addressspace import (
     let_go_of_plain,
     to_the_end,
 )
+from msharefsd.paging.awaiting import PIECE
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.populate import Populate, Source
 from msharefsd.paging.server import PageServer
@@ -48,6 +49,8 @@ from msharefsd.threads.pool import Threads
 _AGAIN_SECONDS: Final = 0.01
 _PATIENCE: Final = 1000
 """How often it is tried to put what a window does not take, or keeps from being protected."""
+_MOST_IDLE: Final = 2
+"""So many pieces of memory are kept for the next one: new memory costs as much as the reading."""
 
 
 class Bringing:
@@ -61,6 +64,7 @@ class Bringing:
         self._server = server
         self._populate: Populate = server.populate
         self._spaces = spaces
+        self._idle: list[bytearray] = []
 
     async def fill(
         self, sharer: Sharer, offset: int, length: int, memory: int, close: Callable[[int], None]
@@ -76,15 +80,18 @@ class Bringing:
         """
         region = sharer.region
         self._spaces.check(region, offset, length)
-        piece, end, at, breath = pages_of(region).piece, offset + length, offset, Breath()
+        piece, end, at, breath = max(PIECE, region.page), offset + length, offset, Breath()
         while (item := region.objects.first(at, end)) is not None:
             at = item.end
             if item.awaited:
                 start = item.offset
                 at = min(at, start - start % piece + piece)
-                data = await self._read(sharer, memory, start - offset, at - start, close)
+                data = self._idle.pop() if self._idle and piece == PIECE else bytearray(piece)
+                await self._read(sharer, memory, start - offset, data, at - start, close)
                 barrier("bring.read")
-                await self._fill(sharer, start, data, breath)
+                await self._fill(sharer, start, memoryview(data)[: at - start], breath)
+                if len(data) == PIECE and len(self._idle) < _MOST_IDLE:
+                    self._idle.append(data)
                 removal.alive(region)
             await breath.take()
         async with region.change:
@@ -100,19 +107,20 @@ class Bringing:
         sharer: Sharer,
         memory: int,
         offset: int,
+        data: bytearray,
         length: int,
         close: Callable[[int], None],
-    ) -> memoryview:
-        # Not into a buffer: a thread that nobody waits for any more would go on with that.
-        data = memoryview(bytearray(length))
+    ) -> None:
+        # Not into a buffer: a thread that nobody waits for any more would go on with that.  It
+        # does so with `data`, which nobody uses again then.
+        view = memoryview(data)[:length]
         try:
-            read = partial(files.read, buffer=data, offset=offset, page=sharer.region.page)
+            read = partial(files.read, buffer=view, offset=offset, page=sharer.region.page)
             got = await files.apart(self._threads, sharer.uid, memory, read, close)
         except OSError as error:
             raise Refused(error.errno or errno.EIO, f"the contents: {error.strerror}") from error
         if got < length:
             raise Refused(errno.EINVAL, "the contents end before the range does")
-        return data
 
     async def _fill(self, sharer: Sharer, start: int, data: memoryview, breath: Breath) -> None:
         """Put what is awaited of a piece: it may be many objects by now."""
@@ -145,16 +153,16 @@ class Bringing:
 
         Nothing awaits here.
         """
-        region, buffers = window.region, self._populate.buffers
+        region = window.region
         check_objects(region, _more_objects(region, item))
         if not self._is_room(window, item):
             return False
-        buffer = buffers.take(len(data))
-        try:
-            buffer.view[: len(data)] = data
-            outcome = self._populate_all(window, item, buffer.address)
-        finally:
-            buffers.give_back(buffer)
+        outcome, step = Outcome.DONE, pages_of(region).piece
+        for at in range(0, item.length, step):
+            part = item.part(item.offset + at, min(item.offset + at + step, item.end))
+            outcome = self._put_part(window, part, data[at : at + part.length])
+            if outcome not in (Outcome.DONE, Outcome.PRESENT):
+                break
         if outcome is Outcome.RETRY:
             return False
         if outcome is Outcome.NO_MEMORY:
@@ -164,6 +172,16 @@ class Bringing:
         barrier("bring.put")
         self._is_there(region, item)
         return True
+
+    def _put_part(self, window: Window, part: Object, data: memoryview) -> Outcome:
+        # One buffer for each: what is copied late must never see what comes next.
+        buffers = self._populate.buffers
+        buffer = buffers.take(len(data))
+        try:
+            buffer.view[: len(data)] = data
+            return self._populate_all(window, part, buffer.address)
+        finally:
+            buffers.give_back(buffer)
 
     def _is_room(self, window: Window, item: Object) -> bool:
         """Whether there is memory for it, or False if there may be some in a moment.

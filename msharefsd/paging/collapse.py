@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FEWEST_SHARERS: Final = 2
+FILLING_SECONDS: Final = 10.0
+"""So long a region is left alone while its contents come: who waits for these comes first."""
 LARGE: Final = 64 << 20
 """A region of so many bytes does not wait for a second sharer."""
 SHARE_OF_A_PROCESSOR: Final = 0.5
@@ -279,6 +281,8 @@ def _whole(fd: int, chunks: Iterable[int]) -> list[int]:
 
 def _worth_it(region: Region) -> bool:
     """Whether it is of small pages, and who shares it, or will share it."""
+    if region.objects.awaited() and pages_of(region).awaiting.is_younger(FILLING_SECONDS):
+        return False
     fewest = 1 if region.size >= LARGE else FEWEST_SHARERS
     return isinstance(region.backing, ShmBacking) and len(region.sharers) >= fewest
 

@@ -7,12 +7,15 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
 
 from msharefsd.linux import features
-from msharefsd.paging import collapse
+from msharefsd.memory.shmbacking import ShmBacking
+from msharefsd.paging import awaiting, collapse
 
 CHUNKS = 8
 SIZE = CHUNKS * ALIGNMENT
@@ -211,3 +214,25 @@ def test_it_can_be_switched_off(
         for _ in range(20):
             assert second.do("load", BASE) == "1"
         assert daemon.metric("collapsed_chunks_total") == 0
+
+
+def test_what_is_being_filled_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the rest comes first; but a pull may go on for hours."""
+    now = [1000.0]
+    monkeypatch.setattr(awaiting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    paging, left = SimpleNamespace(awaiting=awaiting.Awaiting()), [1]
+    monkeypatch.setattr(collapse, "pages_of", lambda _region: paging)
+    region: Any = SimpleNamespace(
+        size=collapse.LARGE,
+        sharers={},
+        backing=ShmBacking.__new__(ShmBacking),
+        objects=SimpleNamespace(awaited=lambda: left[0]),
+    )
+    region.sharers[1] = None
+    assert not collapse._worth_it(region)
+    now[0] += collapse.FILLING_SECONDS
+    assert collapse._worth_it(region)
+    now[0] -= 1
+    assert not collapse._worth_it(region)
+    left[0] = 0
+    assert collapse._worth_it(region)
