@@ -11,7 +11,8 @@ medians is that of the fastest tenths.
 
 What a page costs is also measured of plain shared memory whose page faults go to the least
 server there can be (least.c), a page or 64 KiB at a time: no daemon and no policy has them for
-less.
+less.  And so is what attaching and creating cost: of the least daemon (least_daemon.py) whose
+names are files and whose sharers show them, asked by a program in C (least_client.c).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -40,8 +41,11 @@ from benchmarks import results, service
 from benchmarks.plot import PEER
 from benchmarks.table import Table
 from benchmarks.worker import compile_program
+from msharefsd.linux import mounts
+from msharefsd.mount import mounting
 
 WORKER: Final = Path(__file__).with_name("paths_worker.py")
+LEAST_SCRIPT: Final = Path(__file__).with_name("least_daemon.py")
 ALIGNMENT: Final = 2 << 20
 MiB: Final = 1 << 20
 USERS: Final = (64101, 64102)
@@ -49,6 +53,11 @@ USERS: Final = (64101, 64102)
 BEFORE: Final = "before"
 LEAST: Final = {"least, 4 KiB": 4 << 10, "least, 64 KiB": 64 << 10}
 """What the least server populates for a fault, in bytes."""
+LEAST_DAEMON: Final = {"least": 0.0, "least, names cached": 3600.0}
+"""How long the kernel believes what the least daemon has told it of a name, in seconds: not at
+all, as names of regions come and go by messages that the kernel does not see; or for ever."""
+CALLS: Final = ("attach", "create, unlink, close")
+"""What that is measured of."""
 NAME: Final = f"paths-{os.getpid()}"
 """Of memory; SharedMemory's names are everybody's."""
 END_SECONDS: Final = 10.0
@@ -102,25 +111,20 @@ class Side:
     """One of those that are compared."""
 
     name: str
-    python: Path
-    mountpoint: Path | None
+    command: Sequence[str | Path]
+    """Its worker."""
     stack: contextlib.ExitStack
-    least: Path | None = None
-    """The server of its page faults, if that is the least there can be."""
+    mountpoint: Path | None = None
+    """Of msharefs."""
 
     def start(self, uid: int = 0) -> Process:
         """A worker of a user's, which lives as long as the side does."""
-        command = [str(self.python), str(WORKER), f"--uid={uid}"]
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         environment.pop("MSHARE_ROOT", None)
-        if self.least is not None:
-            command += [f"--least={self.least}", f"--chunk={LEAST[self.name]}"]
-        elif self.mountpoint is None:
-            command.append("--peer")
-        else:
+        if self.mountpoint is not None:
             environment["MSHARE_ROOT"] = str(self.mountpoint)
         process = subprocess.Popen(
-            command,
+            [*self.command, *([f"--uid={uid}"] if uid else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -202,7 +206,20 @@ def tables(document: results.Document) -> list[Table]:
             ]
         rows.append(cells)
     caption = f"What a process waits for. {results.conditions(document)}"
-    return [Table(caption, head, rows, words={0, 5, 9}), _faults_table(document)]
+    return [
+        Table(caption, head, rows, words={0, 5, 9}),
+        _calls_table(document),
+        _faults_table(document),
+    ]
+
+
+def _calls_table(document: results.Document) -> Table:
+    """What a call costs that a daemon has to be asked for."""
+    caption = (
+        "What attaching and creating cost.  Least is a daemon of pyfuse3 and trio in one process,\n"
+        "which does nothing else, and a program in C (benchmarks/least_daemon.py, least_client.c)."
+    )
+    return _beside_peer(document, caption, CALLS, ["ours", *LEAST_DAEMON])
 
 
 def _faults_table(document: results.Document) -> Table:
@@ -212,18 +229,27 @@ def _faults_table(document: results.Document) -> Table:
         "memory whose page faults another process answers with so much memory, doing nothing else\n"
         "(benchmarks/least.c)."
     )
-    others = ["ours", *LEAST]
+    measures = [row["measure"] for row in document["rows"] if LEAST.keys() <= row["medians"].keys()]
+    return _beside_peer(document, caption, measures, ["ours", *LEAST])
+
+
+def _beside_peer(
+    document: results.Document, caption: str, measures: Collection[str], sides: Sequence[str]
+) -> Table:
+    """The medians of those sides, and how many times the peer's they are."""
     head = ["measure", f"{PEER} us"]
-    for side in others:
+    for side in sides:
         head += [f"{side} us", "ratio"]
     rows = []
     for row in document["rows"]:
+        if row["measure"] not in measures:
+            continue
         medians = row["medians"]
-        if LEAST.keys() <= medians.keys():
-            cells = [row["measure"], f"{medians[PEER]:,.1f}"]
-            for side in others:
-                cells += [f"{medians[side]:,.1f}", f"{medians[side] / medians[PEER]:.1f}"]
-            rows.append(cells)
+        cells = [row["measure"], f"{medians[PEER]:,.1f}"]
+        for side in sides:
+            took = medians.get(side)
+            cells += ["-", "-"] if took is None else [f"{took:,.1f}", f"{took / medians[PEER]:.1f}"]
+        rows.append(cells)
     return Table(caption, head, rows, words={0})
 
 
@@ -231,8 +257,9 @@ class Bench:
     """The sides, and what is measured of them."""
 
     def __init__(self, sides: list[Side], plan: Plan) -> None:
-        self._all = sides
-        self._sides = [side for side in sides if side.name not in LEAST]
+        self._sides = [side for side in sides if side.name not in {*LEAST, *LEAST_DAEMON}]
+        self._servers = [side for side in sides if side.name in LEAST]
+        self._daemons = [side for side in sides if side.name in LEAST_DAEMON]
         self._ours = [side for side in self._sides if side.name != PEER]
         self._plan = plan
 
@@ -253,34 +280,38 @@ class Bench:
         makers = {side.name: side.start() for side in self._sides}
         for maker in makers.values():
             maker.do("make", NAME, 64 * MiB, "666")
+        workers |= {side.name: side.start() for side in self._daemons}
+        for side in self._daemons:
+            workers[side.name].do("make", NAME, 64 * MiB)
+        attaching, creating = CALLS
         yield self._in_turns(
-            Row("attach", 20.0, 1.2),
-            self._sides,
+            Row(attaching, 20.0, 1.2),
+            self._sides + self._daemons,
             lambda side, _: workers[side.name].do("attach", NAME, count),
         )
         yield self._in_turns(
-            Row("create, unlink, close", 40.0, None),
-            self._sides,
+            Row(creating, 40.0, None),
+            self._sides + self._daemons,
             lambda side, _: workers[side.name].do("create", MiB, count),
         )
-        for worker in workers.values():
-            worker.do("hold", NAME)
+        for side in self._sides:
+            workers[side.name].do("hold", NAME)
         yield self._in_turns(
             Row("fork with one attached, and exit", None, 1.0),
             self._sides,
             lambda side, _: workers[side.name].do("fork", count),
         )
-        for worker in workers.values():
-            worker.do("drop", NAME)
-        workers |= {side.name: side.start() for side in self._all if side.name in LEAST}
+        for side in self._sides:
+            workers[side.name].do("drop", NAME)
+        workers |= {side.name: side.start() for side in self._servers}
         yield self._in_turns(
             Row("first touch at a random place", 8.0, 1.0),
-            self._all,
+            self._sides + self._servers,
             lambda side, number: self._faults(workers[side.name], workers[side.name], number),
         )
         yield self._in_turns(
             Row("first touch of all in random order, a page", None, 1.0),
-            self._all,
+            self._sides + self._servers,
             lambda side, number: self._shuffled(workers[side.name], number),
             per=1e3 * self._plan.touched / 4096,
         )
@@ -336,15 +367,36 @@ class Bench:
         return [taken // len(pair)]
 
 
-def _python_of(environment: Path) -> Path:
-    return environment / "bin" / "python"
+@contextlib.contextmanager
+def _least_daemon(python: str, directory: Path, lifetime: float) -> Iterator[tuple[Path, Path]]:
+    """Where it is mounted, and its socket."""
+    directory.mkdir()
+    mountpoint, socket = directory / "mshare", directory / "socket"
+    mountpoint.mkdir()
+    daemon = subprocess.Popen(
+        [python, str(LEAST_SCRIPT), str(mountpoint), str(socket), str(lifetime)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        text=True,
+    )
+    try:
+        assert daemon.stdout is not None
+        if daemon.stdout.readline() != "ready\n":
+            raise service.ServiceError("the least daemon did not start")
+        yield mountpoint, socket
+    finally:
+        _end(daemon)
+        mount = mounts.top_mount(str(mountpoint))
+        if mount is not None:  # it had to be killed
+            mounting.unmount(str(mountpoint))
 
 
 @contextlib.contextmanager
 def _sides(directory: Path, against: Path | None) -> Iterator[list[Side]]:
     with contextlib.ExitStack() as stack:
         own = Path(sys.executable).parent.parent
-        sides = [Side(PEER, Path(sys.executable), None, stack)]
+        sides = [Side(PEER, (sys.executable, WORKER, "--peer"), stack)]
         for name, environment in (("ours", own), (BEFORE, against)):
             if environment is None:
                 continue
@@ -357,9 +409,18 @@ def _sides(directory: Path, against: Path | None) -> Iterator[list[Side]]:
                 service.running(place, ALIGNMENT, *words, daemon=str(daemon))
             )
             workers = stack.enter_context(contextlib.ExitStack())
-            sides.append(Side(name, _python_of(environment), running.mountpoint, workers))
+            python = environment / "bin" / "python"
+            sides.append(Side(name, (python, WORKER), workers, running.mountpoint))
         least = compile_program("least.c", directory / "least")
-        sides += [Side(name, _python_of(own), None, stack, least) for name in LEAST]
+        for name, chunk in LEAST.items():
+            worker = (sys.executable, WORKER, f"--least={least}", f"--chunk={chunk}")
+            sides.append(Side(name, worker, stack))
+        client = compile_program("least_client.c", directory / "least_client")
+        for number, (name, lifetime) in enumerate(LEAST_DAEMON.items()):
+            place = directory / f"least-{number}"
+            where = stack.enter_context(_least_daemon(sys.executable, place, lifetime))
+            workers = stack.enter_context(contextlib.ExitStack())
+            sides.append(Side(name, (client, *where), workers))
         timer = threading.Timer(WATCHDOG_SECONDS, lambda: os.kill(os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()

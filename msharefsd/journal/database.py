@@ -165,6 +165,20 @@ class Database:
         finally:
             self._depth -= 1
 
+    def write(self, statement: str, row: tuple[object, ...]) -> None:
+        """One statement, which is a transaction of its own, or a part of the one it is in.
+
+        Raises Refused(ENOSPC) when it cannot be written.
+        """
+        if self._depth:
+            self._database.execute(statement, row)
+            return
+        try:
+            self._database.execute(statement, row)
+        except sqlite3.Error as error:
+            self._complain(error)
+            raise Refused(errno.ENOSPC, f"cannot write {self._path}: {error}") from error
+
     def when_written(self, call: Callable[[], object]) -> None:
         """Call it when what is being written is there: at once, or after the transaction."""
         if self._depth:

@@ -25,9 +25,11 @@ who repeats it is told so.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Final
 
+from msharefsd.errors import Refused
 from msharefsd.journal.database import Database, marks
 from msharefsd.journal.rows import SavedFile, SavedObject, SavedRegion, SavedSharer
 
@@ -213,16 +215,12 @@ class Journal(Database):
 
     def save_sharer(self, row: SavedSharer) -> None:
         """Write a new sharer."""
-        with self.transaction():
-            self._database.execute(
-                f"INSERT INTO sharers VALUES ({marks(row)})",  # noqa: S608 - marks
-                row,
-            )
+        self.write(f"INSERT INTO sharers VALUES ({marks(row)})", row)  # noqa: S608 - marks
 
     def forget_sharer(self, sharer: int) -> None:
         """It is detached."""
-        with self.at_any_rate():
-            self._database.execute("DELETE FROM sharers WHERE number = ?", (sharer,))
+        with contextlib.suppress(Refused):  # see at_any_rate()
+            self.write("DELETE FROM sharers WHERE number = ?", (sharer,))
 
     def add_dirty(self, region: int, page: int) -> None:
         """Somebody is about to write to a page that goes to a file.  Raises Refused(ENOSPC)."""

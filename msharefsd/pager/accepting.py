@@ -29,14 +29,13 @@ import trio
 from msharefsd.control.connection import MOST_UNCLOSED, UNCLOSED_SECONDS
 from msharefsd.control.connection import Connection as ClientConnection
 from msharefsd.control.control import Control
-from msharefsd.control.receiving import CREDENTIALS_ROOM, drain, has_descriptors
+from msharefsd.control.receiving import CREDENTIALS_ROOM, drain
 from msharefsd.errors import Refused
 from msharefsd.linux import syscalls
 from msharefsd.linux.credentials import credentials
 from msharefsd.linux.syscalls import FileIdentity
 from msharefsd.region.region import Region
 from msharefsd.telemetry.seldom import Seldom
-from msharefsd.threads.breath import Breath
 from msharefsd.threads.disposal import Disposal
 
 log = logging.getLogger(__name__)
@@ -44,6 +43,8 @@ log = logging.getLogger(__name__)
 AGAIN_SECONDS: Final = 0.1
 _ROOM: Final = CREDENTIALS_ROOM + socket.CMSG_LEN(4)
 """For who has sent a message, and one descriptor."""
+_NO_FILE: Final = FileIdentity(0, 0, 0, 0)
+"""What a message shows that has no descriptor."""
 _LOOK: Final = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
 
@@ -71,49 +72,51 @@ class Accepting:
 
     async def accept(self, listener: socket.socket) -> None:
         """Serve who connects to a socket that does not block; forever."""
-        breath = Breath()
         with listener:
             async with trio.open_nursery() as nursery:
-                while True:
-                    try:
-                        sock, _ = listener.accept()
-                    except BlockingIOError:
-                        await trio.lowlevel.wait_readable(listener)
-                        continue
-                    except OSError as error:
-                        if self._seldom.now(error.errno):
-                            log.error("cannot accept a connection: %s", error.strerror)
-                        await trio.sleep(AGAIN_SECONDS)
-                        continue
-                    sock.setblocking(False)
-                    await self._accepted(nursery, sock)
-                    await breath.take()
+                nursery.start_soon(self._next, nursery, listener)
 
-    async def _accepted(self, nursery: trio.Nursery, sock: socket.socket) -> None:
-        """Who has too many waits in line until the one that is too many has been told."""
-        counted = contextlib.ExitStack()
+    async def _next(self, nursery: trio.Nursery, listener: socket.socket) -> None:
+        """Serve who connects next.
+
+        It is done by who has accepted, at once; to look for another one, or to wait for one, is
+        another task's.  Who has too many waits in line until the one that is too many has been
+        told.
+        """
+        sock = await self._connected(listener)
         ours = trio.Event()
         ours.set()
-        try:
-            account = self.control.regions.limits.account(credentials(sock)[1])
-            counted.enter_context(account.connection())
-        except Refused as refused:
-            await self.serve(sock, None, refused, ours)
-            return
-        self._show(1)
-        counted.callback(self._show, -1)
-        nursery.start_soon(self._counted, sock, counted, ours)
+        with contextlib.ExitStack() as counted:
+            try:
+                account = self.control.regions.limits.account(credentials(sock)[1])
+                counted.enter_context(account.connection())
+            except Refused as refused:
+                await self.serve(sock, None, refused, ours)
+                nursery.start_soon(self._next, nursery, listener)
+                return
+            nursery.start_soon(self._next, nursery, listener)
+            self._show(1)
+            counted.callback(self._show, -1)
+            await self.look(sock, ours)
+
+    async def _connected(self, listener: socket.socket) -> socket.socket:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(listener)
+            except OSError as error:
+                if self._seldom.now(error.errno):
+                    log.error("cannot accept a connection: %s", error.strerror)
+                await trio.sleep(AGAIN_SECONDS)
+            else:
+                sock.setblocking(False)
+                return sock
 
     def _show(self, by: int) -> None:
         board = self.control.regions.board
         if board is not None:
             board.connected(by)
-
-    async def _counted(
-        self, sock: socket.socket, counted: contextlib.ExitStack, ours: trio.Event
-    ) -> None:
-        with counted:
-            await self.look(sock, ours)
 
     # -- what it is about --
 
@@ -127,14 +130,13 @@ class Accepting:
                 await self._pass_on(sock, None)
                 return
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            carries = await self._first_message(sock)
-            if carries is None:  # it has hung up, and there was nothing in it
+            identity = await self._first_message(sock)
+            if identity is None:  # it has hung up, and there was nothing in it
                 await ours.wait()
                 sock.close()
                 return
             region = None
-            if carries:
-                identity = self._file_of(sock)
+            if identity is not _NO_FILE:
                 self._front.catch_up()
                 region = self.control.region_of(identity)
                 if region is None:
@@ -150,32 +152,44 @@ class Accepting:
             raise
         await self.serve(sock, region, None, ours)
 
-    async def _first_message(self, sock: socket.socket) -> bool | None:
-        """Whether it comes with descriptors; None if there is none."""
+    async def _first_message(self, sock: socket.socket) -> FileIdentity | None:
+        """Which file its first descriptor is of, _NO_FILE without one; None if there is none.
+
+        Raises OSError.
+        """
         while True:
             while self.control.unclosed(self._uid) >= MOST_UNCLOSED:
                 await trio.sleep(UNCLOSED_SECONDS)
             with contextlib.suppress(BlockingIOError):
-                return has_descriptors(sock)
+                return self._look_at(sock)
             await trio.lowlevel.wait_readable(sock)
 
-    def _file_of(self, sock: socket.socket) -> FileIdentity:
-        """Which file the first descriptor of the message that waits is of.  Raises OSError."""
-        with contextlib.suppress(ConnectionResetError):  # what came before it is there
-            sock.recv(0, _LOOK)
+    def _look_at(self, sock: socket.socket) -> FileIdentity | None:
+        """The same of the message that waits, of which one descriptor is received, and closed.
+
+        The end reads as an empty message does; but with SO_PASSCRED each message says whose it
+        is, and the end does not.  Raises BlockingIOError when there is none.
+        """
+        try:
+            _, ancillary, flags, _ = sock.recvmsg(1, _ROOM, _LOOK)
+        except ConnectionResetError:  # its end; what came before is there
+            _, ancillary, flags, _ = sock.recvmsg(1, _ROOM, _LOOK)
         fds = [
             fd
-            for level, kind, payload in sock.recvmsg(1, _ROOM, _LOOK)[1]
+            for level, kind, payload in ancillary
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
             for fd in array.array("i", payload[: len(payload) - len(payload) % 4])
         ]
+        if not fds:
+            if flags & socket.MSG_CTRUNC:  # there is one, and no room for it
+                return FileIdentity(0, 0, 0, 0)
+            return _NO_FILE if ancillary else None
         identity = FileIdentity(0, 0, 0, 0)
         try:
-            if fds:
-                identity = syscalls.identify(fds[0])
+            identity = syscalls.identify(fds[0])
         finally:
             # A socket waits for its last close, and that is not ours: the message has it.
-            if fds and (stat.S_ISSOCK(identity.mode) or self.control.is_ours(identity)):
+            if stat.S_ISSOCK(identity.mode) or self.control.is_ours(identity):
                 os.close(fds.pop(0))
             self.control.close_all(fds, self._uid)
         return identity

@@ -751,7 +751,7 @@ def test_a_donor_that_dies_with_the_daemon_leaves_no_name(stage: Stage) -> None:
     donor.kill()
     daemon.start()
     assert "its donor is gone" in daemon.log()
-    assert not (daemon.mount / "given").exists()
+    eventually(lambda: not (daemon.mount / "given").exists(), "the name is gone")
     stage.check()
     stage.leave()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import TESTS, eventually
 
-from benchmarks import plot, report, story
+from benchmarks import paths, plot, report, story
 from benchmarks.huge_pages import reserved_huge_pages
 from msharefsd.linux import mounts, syscalls
 from msharefsd.mount import mounting
@@ -162,6 +162,8 @@ def test_the_paths_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
     for row in rows:
         assert row["measure"] in printed
         assert {"ours", "before"} <= row["medians"].keys()
+        has = paths.LEAST_DAEMON.keys() <= row["medians"].keys()
+        assert has == (row["measure"] in paths.CALLS)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
