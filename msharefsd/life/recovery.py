@@ -50,7 +50,7 @@ from msharefsd.memory.kept import Files
 from msharefsd.memory.names import MemoryNames
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
-from msharefsd.paging.lanes import Lanes
+from msharefsd.paging.lanes import Lanes, Waits
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.window import window_of
@@ -273,8 +273,9 @@ async def adopt_sharers(
         regions.adopt_sharer(sharer)
         pages.poison.marks.restore(window_of(sharer), journal.poisoned(sharer.number))
     barrier("recovery.sharers")
+    waits = Waits()
     for region in list(regions.alive()):
-        await _put_right(journal, region, pages, spaces)
+        await _put_right(journal, region, pages, spaces, waits)
     barrier("recovery.protected")
     for sharer, pidfd in adopted:
         orphans.add(sharer, pidfd)
@@ -454,13 +455,13 @@ def _fetch_far(sharer: Sharer) -> int:
 
 
 async def _put_right(
-    journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
+    journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces, waits: Waits
 ) -> None:
     pages, breath = pages_of(region), Breath()
     # Before anything comes there, and before who has called mmap() learns that it is done.
     mapping = journal.clearing(region.id, mapping=True)
     for offset, length in mapping:
-        await server.poison.clear(pages, offset, length, empty=True)
+        await server.poison.clear(pages, offset, length, empty=True, waits=waits)
     journal.cleared(region.id)
     failed = await _protect(region, spaces)
     await protection.settled(pages)
@@ -471,7 +472,7 @@ async def _put_right(
         if found is not None and found.file is not None and found.written_back:
             pages.dirty.add(page, found.file)
         await breath.take()
-    await server.poison.clear(pages, 0, region.size)
+    await server.poison.clear(pages, 0, region.size, waits=waits)
     with trio.move_on_after(_FILE_SECONDS):  # who has called mmap() may touch what it mapped
         for offset, length in mapping:
             await server.fills.finished(pages, offset, offset + length)
