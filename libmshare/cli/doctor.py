@@ -34,6 +34,7 @@ _DESCRIPTORS_A_SHARER: Final = 3
 _SILENCE: Final = re.compile(
     r'^msharefs_pager_silent_seconds\{pid="(\d+)",uid="(\d+)"\} ([\d.e+-]+)$', re.MULTILINE
 )
+_LOST_FILES: Final = re.compile(r"^msharefs_lost_files_total ([\d.e+-]+)$", re.MULTILINE)
 _MARK: Final = re.compile(rf"({MARK}[0-9a-f]{{8}}-[0-9a-f]{{16}})-\d+-")
 _SILENT_SECONDS: Final = 3.0
 _GIB: Final = 1 << 30
@@ -143,7 +144,9 @@ def _mounts(timeout: float) -> Iterator[Finding]:
         unit = bounded(lambda: _ask(root), timeout)
         found = f"{printable(root)}, alignment {output.size(unit)}; its daemon answers"
         yield Finding("mount", Status.OK, found)
-        yield from _pagers(bounded(lambda: _silence(root), timeout))
+        text = bounded(lambda: _metrics(root), timeout)
+        yield from _pagers(_silence(text))
+        yield from _state(text)
     except CommandError as failure:
         yield Finding("mount", Status.FAIL, printable(root) if root else "none", str(failure))
     others = {mount.target for mount in mounts.mounts() if mount.fstype == mounting.FSTYPE}
@@ -182,12 +185,29 @@ def _graft(timeout: float) -> Iterator[Finding]:
         )
 
 
-def _silence(root: str) -> list[tuple[str, str, float]]:
-    """User, process and seconds without an answer of each pager.  Raises CommandError."""
+def _metrics(root: str) -> str:
+    """What the daemon counts.  Raises CommandError."""
     try:
-        text = Path(f"{root}/.metrics").read_text(encoding="utf-8")
+        return Path(f"{root}/.metrics").read_text(encoding="utf-8")
     except OSError as error:
         raise explain(error, b".metrics") from None
+
+
+def _state(text: str) -> Iterator[Finding]:
+    """Whether the next daemon will find what this one knows."""
+    lost = _LOST_FILES.search(text)
+    if lost is not None and float(lost[1]) > 0:
+        yield Finding(
+            "state",
+            Status.FAIL,
+            f"{float(lost[1]):.0f} files of the run directory were removed under the daemon",
+            "its log names them.  Regions go on while it runs, and the next one will not know "
+            "them: save what they hold, end the programs that use them, and start it anew",
+        )
+
+
+def _silence(text: str) -> list[tuple[str, str, float]]:
+    """User, process and seconds without an answer of each pager."""
     return [(uid, pid, float(seconds)) for pid, uid, seconds in _SILENCE.findall(text)]
 
 

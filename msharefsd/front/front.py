@@ -39,13 +39,16 @@ from msharefsd.front.setting_up import (
 from msharefsd.front.starter import Kind, Main, Starter
 from msharefsd.front.status import Status
 from msharefsd.journal.names import NamesJournal
+from msharefsd.life import lock
 from msharefsd.life.limiting import make_limits
+from msharefsd.life.lookout import Lookout
 from msharefsd.life.notify import Manager
 from msharefsd.life.selfcheck import SelfCheck
 from msharefsd.life.signals import Signals
 from msharefsd.linux import cgroups, features, priority
 from msharefsd.linux.mounts import Mount, top_mount
 from msharefsd.memory.hugetlb import HugetlbBacking
+from msharefsd.memory.names import IDENTITY_FILE
 from msharefsd.mount import graft, mounting
 from msharefsd.mount.asking import Asking
 from msharefsd.mount.controls import Controls
@@ -164,9 +167,13 @@ class _Front:
                     log.info(
                         "ready: %s, alignment %d bytes", config.mountpoint, config.alignment_bytes
                     )
+                    nursery.start_soon(Lookout(_state(directory), metrics).run)
                     nursery.start_soon(exporter.keep, self.starter, config.metrics_address)
-                    status = partial(_status, config.mountpoint, names, pagers)
-                    nursery.start_soon(manager.run, status, check.answers)
+                    nursery.start_soon(
+                        manager.run,
+                        partial(_status, config.mountpoint, names, pagers),
+                        check.answers,
+                    )
             manager.stopping()
             if not ending.hands_over():
                 await rest(pagers, self.signals, ending)
@@ -235,6 +242,11 @@ class _Asked:
 
     def status(self, uid: int) -> bytes:
         return self._about.text(uid)
+
+
+def _state(directory: Path) -> list[Path]:
+    """What another front would need."""
+    return [*NamesJournal.lies_in(directory), directory / lock.FILE, directory / IDENTITY_FILE]
 
 
 def _silence(pagers: list[Pager]) -> Metric:

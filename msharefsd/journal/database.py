@@ -218,6 +218,11 @@ class Database:
             self.discard(self._path.parent)
 
     @classmethod
+    def lies_in(cls, directory: Path) -> list[Path]:
+        """What an open one is in; its log is there from the first write on."""
+        return [directory / f"{cls.file}{suffix}" for suffix in ("", "-wal")]
+
+    @classmethod
     def exists(cls, directory: Path) -> bool:
         """Whether there is one with anything in it."""
         try:

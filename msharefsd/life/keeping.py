@@ -27,6 +27,7 @@ from setproctitle import setproctitle
 
 from msharefsd.errors import StartError
 from msharefsd.life import keeper
+from msharefsd.life.lookout import file_at
 from msharefsd.threads.breath import Breath
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class Keeper:
         self._held: dict[int, int] = {}
         """What it should have: key to a descriptor of ours that stays open meanwhile, or -1."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._file: tuple[int, int] | None = None
+        """Which file its socket's name was, by which the next pager finds it."""
         self._removed: list[int] = []
         self._work = trio.Event()
         self._sending = trio.Lock()
@@ -64,6 +67,7 @@ class Keeper:
         except OSError:  # there is none
             sock.close()
             return None
+        self._file = file_at(self._path)
         return sock
 
     def _start(self) -> socket.socket:
@@ -71,6 +75,7 @@ class Keeper:
             os.unlink(self._path)
         with _socket() as listener:
             listener.bind(str(self._path))  # in a directory that is ours alone
+            self._file = file_at(self._path)
             listener.listen(1)
             try:
                 # No file of the daemon's, the log neither: who reads it waits for its end.
@@ -95,6 +100,11 @@ class Keeper:
                 sock.close()
                 raise
         return sock
+
+    def lost(self) -> list[Path]:
+        """Its socket, if that has been removed; a new one may just be on its way."""
+        there = self._file is None or self._sending.locked() or file_at(self._path) == self._file
+        return [] if there else [self._path]
 
     def take(self) -> dict[int, int]:
         """What it has; it keeps it."""

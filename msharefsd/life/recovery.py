@@ -50,7 +50,8 @@ from msharefsd.memory.kept import Files
 from msharefsd.memory.names import MemoryNames
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
-from msharefsd.paging.lanes import Lanes
+from msharefsd.paging.background import AGAIN_SECONDS
+from msharefsd.paging.lanes import Lanes, Waits
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.window import window_of
@@ -194,8 +195,9 @@ def _lose_hidden(journal: Journal, region: Region, memory: Backing) -> None:
                 lost += start - at
             at = end
     region.stashed = False
-    save_objects(journal, region)
-    journal.save_region(region_row(region))
+    with contextlib.suppress(Refused):  # on a full disk the next pager finds it out anew
+        save_objects(journal, region)
+        journal.save_region(region_row(region))
     log.error(
         "region %s: somebody has removed the memory that its hidden pages were in: %d bytes that "
         "are PROT_NONE are a hole now",
@@ -267,14 +269,15 @@ async def adopt_sharers(
     """
     for region in regions.alive():
         if region.backing is not None and journal.watched(region.id):
-            pages.watching.adopt(region)
+            await _written(partial(pages.watching.adopt, region))
     adopted = await _adopt_guarded(journal, regions, guards, guarded, pages.lanes)
     for sharer, _ in adopted:
         regions.adopt_sharer(sharer)
         pages.poison.marks.restore(window_of(sharer), journal.poisoned(sharer.number))
     barrier("recovery.sharers")
+    waits = Waits()
     for region in list(regions.alive()):
-        await _put_right(journal, region, pages, spaces)
+        await _put_right(journal, region, pages, spaces, waits)
     barrier("recovery.protected")
     for sharer, pidfd in adopted:
         orphans.add(sharer, pidfd)
@@ -454,14 +457,14 @@ def _fetch_far(sharer: Sharer) -> int:
 
 
 async def _put_right(
-    journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces
+    journal: Journal, region: Region, server: PageServer, spaces: AddressSpaces, waits: Waits
 ) -> None:
     pages, breath = pages_of(region), Breath()
     # Before anything comes there, and before who has called mmap() learns that it is done.
     mapping = journal.clearing(region.id, mapping=True)
     for offset, length in mapping:
-        await server.poison.clear(pages, offset, length, empty=True)
-    journal.cleared(region.id)
+        await server.poison.clear(pages, offset, length, empty=True, waits=waits)
+    await _written(partial(journal.cleared, region.id))
     failed = await _protect(region, spaces)
     await protection.settled(pages)
     await server.watching.put_right(region, failed)
@@ -471,13 +474,29 @@ async def _put_right(
         if found is not None and found.file is not None and found.written_back:
             pages.dirty.add(page, found.file)
         await breath.take()
-    await server.poison.clear(pages, 0, region.size)
+    await server.poison.clear(pages, 0, region.size, waits=waits)
     with trio.move_on_after(_FILE_SECONDS):  # who has called mmap() may touch what it mapped
         for offset, length in mapping:
             await server.fills.finished(pages, offset, offset + length)
     for window in list(pages.refused):
         for start, end in list(window.poisoned):
             server.starve(window, start, end)
+
+
+async def _written(write: Callable[[], object]) -> None:
+    """Nothing goes on before that is written down: nobody may write before, nor be served.
+
+    Where there is no room for it (a full disk) it waits for some, as a call does.
+    """
+    while True:
+        try:
+            write()
+        except Refused as refused:
+            if refused.errno != errno.ENOSPC:
+                raise
+            await trio.sleep(AGAIN_SECONDS)
+        else:
+            return
 
 
 async def _protect(region: Region, spaces: AddressSpaces) -> Ranges:

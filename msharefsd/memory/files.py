@@ -146,8 +146,10 @@ class MappedFile:
         """
         fd = self._descriptor()
         try:
-            left = memoryview(content)[: max(0, os.fstat(fd).st_size - offset)]
-            while left:
+            left = memoryview(content)
+            # Looked at before each write, and nothing in between: there is none that leaves
+            # the size as it is, and a file that is truncated in this moment is long again.
+            while left := left[: max(0, os.fstat(fd).st_size - offset)]:
                 done = os.pwrite(fd, left, offset)
                 left, offset = left[done:], offset + done
         except OSError as error:

@@ -35,6 +35,7 @@ from msharefsd.journal.journal import Journal
 from msharefsd.life import lock, recovery, unknown
 from msharefsd.life.keeping import Keeper
 from msharefsd.life.limiting import make_limits
+from msharefsd.life.lookout import Lookout
 from msharefsd.life.saving import Saver, held_by
 from msharefsd.link.channel import Channel
 from msharefsd.link.messages import FromFront, Held
@@ -291,6 +292,7 @@ class _Pager:
                 priority.give_back()
                 nursery.start_soon(writeback.run, regions.alive)
                 nursery.start_soon(saver.run, regions.alive)
+                nursery.start_soon(Lookout(self._state(), self._metrics, self._keeper.lost).run)
                 if config.collapse and found.collapse:
                     collapser = Collapser(self._metrics, pages.fresh, config.collapse_seconds)
                     nursery.start_soon(collapser.run, regions.alive)
@@ -307,6 +309,10 @@ class _Pager:
                     self._journal.close()  # all of it is in one file then
                 else:
                     self._remove_state()
+
+    def _state(self) -> list[Path]:
+        """What another pager would need, and is the same as long as we live."""
+        return [*Journal.lies_in(self._directory), self._directory / lock.FILE]
 
     def _remove_state(self) -> None:
         """There is nothing that another pager would need it for."""

@@ -30,6 +30,7 @@ from msharefsd.linux.features import Capabilities
 from msharefsd.linux.syscalls import HUGE_PAGE
 from msharefsd.paging import protection, removal
 from msharefsd.paging.background import AGAIN_SECONDS
+from msharefsd.paging.lanes import Waits
 from msharefsd.paging.pages import Pages, pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.watch import is_plain
@@ -84,7 +85,7 @@ class AddressSpaces:
         self._check_prot(new, errno.EPERM)
         if replace:
             await self._write_back(region, new.offset, new.end)
-        pages = pages_of(region)
+        pages, waits = pages_of(region), Waits()
         async with region.change:
             occupied = region.objects.first(new.offset, new.end) is not None
             if occupied and not replace:
@@ -104,27 +105,30 @@ class AddressSpaces:
                     # A page that was there before, or is poison, must not show through.
                     await self._finish_removal(region, new.offset, new.length, removed)
                     removal.alive(region)
-                    await self._server.poison.clear(pages, new.offset, new.length, empty=True)
+                    await self._server.poison.clear(
+                        pages, new.offset, new.length, empty=True, waits=waits
+                    )
                     await self._cleared(region)
                     await let_go_of_plain(region, new)
-        if new.file is not None and new.accessible:
-            await self._read_what_is_poisoned(pages, new)
+        if new.accessible:
+            await self._bring_where_poison_is(pages, new, waits)
 
-    async def _read_what_is_poisoned(self, pages: Pages, new: Object) -> None:
-        """Who maps a file may touch it when that returns.  Nobody else waits for the file.
+    async def _bring_where_poison_is(self, pages: Pages, new: Object, waits: Waits) -> None:
+        """Who may write to what is mapped may touch it when that returns.
 
-        What cannot be put there just now is tried again some times; and then by hunger.py.
+        What is left to do is to read a file, which nobody else waits for; and what was late in
+        processes of other users.  What cannot be put there just now is tried again some times;
+        and then by hunger.py.
         """
+        readers = new.file is not None  # who come with it; and are not waited for
+        if not _are_starved(pages, new, waits) and not (readers and _are_poisoned(pages, new)):
+            return  # and what others read there is not waited for
         for _ in range(_TRIES):
-            if not any(any(each.poisoned.within(new.offset, new.end)) for each in pages.refused):
-                return  # and what others read there is not waited for
-            await self._server.poison.clear(pages, new.offset, new.length)
+            await self._server.poison.clear(
+                pages, new.offset, new.length, readers=readers, waits=waits
+            )
             await self._server.fills.finished(pages, new.offset, new.end)
-            if not any(
-                any(each.starved.within(new.offset, new.end))
-                for each in pages.refused
-                if each.writable
-            ):
+            if not _are_starved(pages, new, waits):
                 return
             await trio.sleep(_PAUSE)
 
@@ -247,7 +251,7 @@ class AddressSpaces:
         async with region.change:
             if prot == syscalls.PROT_NONE:
                 await _check_awaited(region, offset, length)
-            at, end, breath = offset, offset + length, Breath()
+            at, end, breath, waits = offset, offset + length, Breath(), Waits()
             while (item := region.objects.first(at, end)) is not None and item.offset == at:
                 new = replace(item, prot=prot)
                 self._check_prot(new, errno.EACCES)
@@ -257,14 +261,16 @@ class AddressSpaces:
                     check_objects(region, (whole.offset < item.offset) + (item.end < whole.end))
                 if new.written_back and new.writable and item.file and not item.file.may_write:
                     raise Refused(errno.EACCES, "the file was not opened O_RDWR")
-                await self._protect(region, item, prot, by if item.end == end else None)
+                await self._protect(region, item, prot, by if item.end == end else None, waits)
                 at = item.end
                 await breath.take()
                 removal.alive(region)
             if at != end:
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
 
-    async def _protect(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
+    async def _protect(
+        self, region: Region, item: Object, prot: int, by: Sharer | None, waits: Waits
+    ) -> None:
         if item.prot == prot:
             return
         if prot == syscalls.PROT_NONE and item.written_back:
@@ -272,10 +278,11 @@ class AddressSpaces:
                 await self._write_back(region, item.offset, item.end)
         removal.alive(region)
         with to_the_end():
-            await self._apply(region, item, prot, by)
+            await self._apply(region, item, replace(item, prot=prot), by, waits)
 
-    async def _apply(self, region: Region, item: Object, prot: int, by: Sharer | None) -> None:
-        new = replace(item, prot=prot)
+    async def _apply(
+        self, region: Region, item: Object, new: Object, by: Sharer | None, waits: Waits
+    ) -> None:
         watch = pages_of(region).watch
         if new.guarded:
             self._prepare_to_protect(region, new)
@@ -284,12 +291,14 @@ class AddressSpaces:
         if watch is not None and not new.accessible:
             watch.hiding.add(new.offset, new.end)
         try:
-            await self._change(region, item, new, by)
+            await self._change(region, item, new, by, waits)
         finally:
             if watch is not None:
                 watch.hiding.remove(new.offset, new.end)
 
-    async def _change(self, region: Region, item: Object, new: Object, by: Sharer | None) -> None:
+    async def _change(
+        self, region: Region, item: Object, new: Object, by: Sharer | None, waits: Waits
+    ) -> None:
         prot = new.prot
         region.objects.protect(item.offset, item.length, prot)
         try:
@@ -299,7 +308,7 @@ class AddressSpaces:
             raise
         barrier("mprotect")
         if not new.accessible:
-            await self._server.poison.clear(pages_of(region), new.offset, new.length)
+            await self._server.poison.clear(pages_of(region), new.offset, new.length, waits=waits)
             removal.alive(region)
             try:
                 await self.hide(region, new)
@@ -315,7 +324,7 @@ class AddressSpaces:
             await protection.unprotect(pages_of(region), new.offset, new.end)
         if new.accessible and not item.accessible:
             removal.alive(region)
-            await self._server.poison.clear(pages_of(region), new.offset, new.length)
+            await self._server.poison.clear(pages_of(region), new.offset, new.length, waits=waits)
             removal.alive(region)
         await let_go_of_plain(region, new)
 
@@ -397,6 +406,19 @@ class AddressSpaces:
                     private = rest
             if not region.objects.covers(offset, length):
                 raise Refused(errno.ENOMEM, "part of the range is not mapped")
+
+
+def _are_poisoned(pages: Pages, new: Object) -> bool:
+    return any(any(each.poisoned.within(new.offset, new.end)) for each in pages.refused)
+
+
+def _are_starved(pages: Pages, new: Object, waits: Waits) -> bool:
+    """Whether a writer lacks something of what has been mapped, and is waited for."""
+    return any(
+        any(each.starved.within(new.offset, new.end))
+        for each in pages.refused
+        if each.writable and (waits.left(each.sharer.uid) if each.far else new.file)
+    )
 
 
 def to_the_end() -> trio.CancelScope:

@@ -12,6 +12,8 @@ a lane.  What comes of a call that is not back in a moment:
   Until then the window is *behind*; what must not be before waits for it, for PATIENCE.
 - Then the process that the lane hangs in is *given up*: it is killed, it is no sharer any
   more, and another thread goes on with what is asked of the user's other processes.
+- What a call is to have done before it answers, and nobody relies on, is done *in turn*: waited
+  for as long as the call waits for that user's processes at all (Waits).
 
 Why that is right for everybody else: docs/concurrency.md.
 """
@@ -21,10 +23,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import trio
@@ -64,6 +67,31 @@ MOST_ARRIVED: Final = 16
 """How often something of a process is read before it is answered."""
 MOST_UNCLOSED: Final = 256
 """How many userfaultfds of a user may wait to be closed, when there comes another one."""
+
+
+class Waits:
+    """How long one call waits for processes of other users, whatever these do.
+
+    That is PATIENCE for all of a user's together, so that nobody has a part of another user's.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[int, float] = {}
+        """By user."""
+
+    def left(self, uid: int) -> float:
+        """How long it may still be waited for that user's (seconds)."""
+        return self._left.get(uid, PATIENCE)
+
+    @contextlib.contextmanager
+    def on(self, uid: int) -> Iterator[None]:
+        """What waits for that user's; it is cut off when their time is over."""
+        left, since = self.left(uid), trio.current_time()
+        try:
+            with trio.move_on_after(left):
+                yield
+        finally:
+            self._left[uid] = max(0.0, left - (trio.current_time() - since))
 
 
 class Far:
@@ -251,6 +279,13 @@ class Far:
             low, high = self._wake[0], sum(self._wake)
             low, high = min(low, start), max(high, start + length)
             self._wake = low, high - low
+
+    async def in_turn(self, function: Callable[[int], T]) -> T:
+        """What comes of `function` of its descriptor, when its turn comes: see Waits.
+
+        Who does not wait for it any more has it done all the same.  Raises OSError.
+        """
+        return await self._lane.ask(self, self._on(function), math.inf)
 
     # -- what others rely on --
 

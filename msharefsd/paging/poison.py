@@ -12,6 +12,9 @@ UFFDIO_POISON leaves a marker in the sharer's page table.  What holds of markers
   before the call returns that maps it: from all writers, and from readers as far as
   they are few.  A reader with more than that has them taken away by and by (hunger.py):
   it is not to make its region's owner wait.
+- In a writer of another user that goes in turn, when its lane does not do it in a moment,
+  and is waited for so long (lanes.py, Waits).  Hence it is done with the page that stays
+  there: what is there for a moment only would be seen meanwhile.  A reader's goes by and by.
 - In a hole nothing is ever put to clear one: others could see it.  Nor zeros where a file
   is mapped: what takes the marker's place there is the page, as it was read or brought.
 - Between the look at the map and the ioctl nothing awaits.  So a repair needs no lock.
@@ -25,7 +28,9 @@ import contextlib
 import errno
 import logging
 import os
-from typing import Final
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, NamedTuple
 
 from msharefsd.barriers import barrier
 from msharefsd.errors import Refused
@@ -36,10 +41,11 @@ from msharefsd.memory.backing import Backing
 from msharefsd.paging import protection
 from msharefsd.paging.fills import Fills
 from msharefsd.paging.hunger import Hunger
+from msharefsd.paging.lanes import Waits
 from msharefsd.paging.marks import Marks
 from msharefsd.paging.pages import Pages, Waiting, pages_of
 from msharefsd.paging.populate import Part, Populate
-from msharefsd.paging.window import Window
+from msharefsd.paging.window import Mapping, Window
 from msharefsd.region.objects import Object
 from msharefsd.telemetry.seldom import Seldom
 from msharefsd.threads.breath import Breath
@@ -80,6 +86,7 @@ class Poison:
         if outcome is Outcome.PRESENT and self._forget_protection(window, offset, end):
             outcome = self.fleeting(window, offset)
         if outcome is Outcome.DONE:
+            window.markers += 1
             if not remembered and self._seldom.now((window.sharer.uid, "poisoned")):
                 log.warning(
                     "process %d touches holes of region %s all over: some of them stay holes "
@@ -115,7 +122,16 @@ class Poison:
 
     # -- repair --
 
-    async def clear(self, pages: Pages, offset: int, length: int, *, empty: bool = False) -> None:
+    async def clear(
+        self,
+        pages: Pages,
+        offset: int,
+        length: int,
+        *,
+        empty: bool = False,
+        readers: bool = True,
+        waits: Waits | None = None,
+    ) -> None:
         """Make sharers ask again for pages of objects in the range that raise SIGBUS.
 
         The kernel has no call for that; a page that comes into a sharer takes the
@@ -125,15 +141,21 @@ class Poison:
         page itself, which may have to be read: Fills.finished().  In a hole SIGBUS is right,
         and others could see what is put there.
 
+        `readers`: whether theirs, too.  `waits`: for how long it may wait for processes of
+        other users.  What is not cleared then hunger.py goes on with, and with what is late
+        where the range is being mapped.
+
         The region may be gone when this returns.
         """
         end = offset + length
         left = READERS_RANGES
+        waits = waits or Waits()
         breath = Breath()
-        for window in list(pages.refused):
+        for window in [each for each in pages.refused if readers or each.writable]:
             at = offset
             if window.writable and any(window.poisoned.within(offset, end)):
-                await window.level()
+                with waits.on(window.sharer.uid):
+                    await window.level()
             while window.attached and (part := next(window.poisoned.within(at, end), None)):
                 if not window.writable:
                     left -= 1
@@ -143,6 +165,8 @@ class Poison:
                             await breath.take()
                         break
                 at = self._clear_first(window, *part, empty=empty)
+                if not empty:
+                    await self._in_turn(window, part[0], at, waits)
                 await breath.take()
 
     def clear_page(self, window: Window, offset: int) -> None:
@@ -162,7 +186,11 @@ class Poison:
         if empty:
             end = min(end, start - start % piece + piece)
             contents = start if found is None else _contents(found, window.region.page)
-            return min(end, contents) if start < contents else self._clear(window, start, end)
+            if start >= contents:
+                return self._clear(window, start, end)
+            end = min(end, contents)
+            self._hunger.notice(window, start, end)  # should nobody read it before
+            return end
         if found is None:
             return end
         start, end = found.offset, min(found.end, found.offset - found.offset % piece + piece)
@@ -316,20 +344,84 @@ class Poison:
                 return True
         if not self._capabilities.map_present:
             return True
+        page = region.page
+        return all(_continue(window, page, part) for part in self._parts(window, start, end))
+
+    @staticmethod
+    def _parts(window: Window, start: int, end: int) -> list[_Part]:
+        region, pages = window.region, pages_of(window.region)
         found = region.objects.find(start)
         guarded = found is not None and found.guarded
         # What nobody may touch is armed and protected when it is hidden.
         armed = list(pages.armed.within(start, end)) if window.writable else []
         plain = list(pages.armed.gaps(start, end)) if window.writable else [(start, end)]
-        for low, high in armed:
-            if not _continue(window, low, high, Mode.WP, protect=guarded):
-                return False
-        return all(_continue(window, low, high, Mode(0), protect=False) for low, high in plain)
+        return [_Part(low, high, Mode.WP, guarded) for low, high in armed] + [
+            _Part(low, high, Mode(0), protect=False) for low, high in plain
+        ]
+
+    async def _in_turn(self, window: Window, start: int, end: int, waits: Waits) -> None:
+        """What is there of [start, end) comes into another user's process, in place of poison.
+
+        It was late, and that is no reason for SIGBUS in what a call has mapped.
+        """
+        if window.far is None or not window.writable:
+            return
+        at = start
+        while (
+            window.attached
+            and waits.left(window.sharer.uid)
+            and (part := next(window.starved.within(at, end), None))
+        ):
+            at = part[1]
+            region, backing = window.region, window.region.backing
+            assert backing is not None
+            pages_of(region).clean(*part)
+            low, high = next(iter(backing.data(part[0], at - part[0])), (at, at))
+            found = region.objects.find(low)
+            if low < at and found is not None and found.accessible:
+                at = min(high, at, found.end)
+                await self._mapped_in_turn(window, low, at, waits)
+
+    async def _mapped_in_turn(self, window: Window, start: int, end: int, waits: Waits) -> None:
+        """As `mapped`.  What is asked of that lane later comes after it, protection too."""
+        far, page = window.far, window.region.page
+        assert far is not None
+        call = partial(_continue_all, window.start, page, self._parts(window, start, end))
+        markers, done = window.markers, False
+        with contextlib.suppress(OSError), waits.on(window.sharer.uid):
+            done = await far.in_turn(call)
+        if done and window.attached and window.markers == markers:
+            self.marks.strike(window, start, end)
 
 
-def _continue(window: Window, start: int, end: int, mode: Mode, *, protect: bool) -> bool:
-    """Map what is in the backing, in place of markers; False if that is late."""
-    page = window.region.page
+class _Part(NamedTuple):
+    """What of a piece is registered for the same, and so mapped at one time."""
+
+    start: int
+    end: int
+    mode: Mode
+    protect: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Descriptor:
+    """A userfaultfd, by its number in the lane that uses it."""
+
+    uffd: int
+
+
+def _continue_all(at: int, page: int, parts: list[_Part], fd: int) -> bool:
+    """As Poison._map, in a lane: in the window at `at`, and nothing may be absent."""
+    window = Mapping(_Descriptor(fd), at)
+    return all(_continue(window, page, part, strict=True) for part in parts)
+
+
+def _continue(window: Mapping, page: int, part: _Part, *, strict: bool = False) -> bool:
+    """Map what is in the backing, in place of markers; False if that is late.
+
+    `strict`: or if something is not there, any more, and has its marker still.
+    """
+    start, end, mode, protect = part
     try:
         # Registering anew for MINOR takes away every mode that is not asked for again
         # (userfaultfd_register_range(), mm/userfaultfd.c).
@@ -340,21 +432,27 @@ def _continue(window: Window, start: int, end: int, mode: Mode, *, protect: bool
             return True
         half = _half(start, end, page)
         if half < end:
-            first = _continue(window, start, half, mode, protect=protect)
-            return first and _continue(window, half, end, mode, protect=protect)
+            return _continue(window, page, part._replace(end=half), strict=strict) and _continue(
+                window, page, part._replace(start=half), strict=strict
+            )
         return error.errno != errno.ENOMEM  # no room for another VMA now
-    return _map_all(window, start, end, protect=protect)
+    return _map_all(window, page, start, end, protect=protect, strict=strict)
 
 
-def _map_all(window: Window, start: int, end: int, *, protect: bool) -> bool:
-    page = window.region.page
+def _map_all(
+    window: Mapping, page: int, start: int, end: int, *, protect: bool, strict: bool
+) -> bool:
     while start < end:
         done, outcome = window.map_present(start, end, protect=protect)
         if outcome in (Outcome.GONE, Outcome.LATE):
             return outcome is Outcome.GONE
+        if strict and outcome is Outcome.NO_MEMORY and not done:
+            return False
         if outcome is Outcome.RETRY and not done:
             half = _half(start, end, page)
-            if half == end or not _map_all(window, start, half, protect=protect):
+            if half == end or not _map_all(
+                window, page, start, half, protect=protect, strict=strict
+            ):
                 return False  # the address space is changing
             start = half  # it lies in several VMAs
         else:

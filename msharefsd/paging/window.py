@@ -158,6 +158,8 @@ class Window(Mapping):
         """Threads as we number them, by their own numbers: see thread.py."""
         self.huge = True
         """Whether its process may have huge pages, as far as is known: see collapse.py."""
+        self.markers = 0
+        """How many of these have been put, to see whether any has been meanwhile."""
         self.ready = False
         """It has asked for what is protected since it mapped its window."""
         self.served = False

@@ -63,6 +63,9 @@ class Metrics:
         self.intruded = self._counter("intruded_pages", "pages that a reader made, taken out")
         self.attaches = self._counter("attaches", "sharers attached")
         self.refused = self._counter("refused", "calls turned down", "errno")
+        self.lost_files = self._counter(
+            "lost_files", "files of the run directory that were removed under the daemon"
+        )
         self.limited = self._counter("limited", "calls that met a user's limit", "limit")
         self.service = _ServiceTimes()
         self._registry.register(self.service)

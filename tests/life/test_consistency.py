@@ -31,6 +31,7 @@ from test_restart import (
     dies_at,
     series_for,
     small_file_system,
+    touch_everything,
 )
 from test_restart import series_fixture as _series_fixture  # noqa: F401 - what the tests ask for
 from test_restart import step_fixture as _step_fixture  # noqa: F401 - the same
@@ -139,6 +140,43 @@ def test_there_is_no_room_for_its_journal_at(
         filler.unlink()
 
     dies_at(cramped, barrier, MATRIX[barrier], go_on, arm, may_refuse="-28")
+
+
+@pytest.mark.parametrize(
+    ("barrier", "next_one"),
+    [
+        ("mmap", "recovery.sharers"),  # what was to be cleared is
+        ("backing.stashed", "recovery.regions"),  # what was being moved is where it was
+    ],
+)
+def test_there_is_no_room_when_the_next_one_takes_over(
+    cramped: Stage, cramped_series: Series, barrier: str, next_one: str
+) -> None:
+    """It waits for some, and does not fail."""
+    daemon = cramped.daemon
+    if barrier == "backing.stashed":  # written down where somebody untrusted reads
+        daemon.expected.append("where none belong")
+        end = touch_everything(daemon)
+
+    def go_on(daemon: Daemon) -> None:
+        reached(daemon)
+        daemon.kill()
+        checkpoint(daemon)  # a log of some length has room
+        arm(daemon, next_one)
+        daemon.launch()
+        reached(daemon)
+        said = daemon.log().count("cannot be written")
+        filler = fill(cramped_series.disk)
+        daemon.thaw()
+        eventually(lambda: daemon.log().count("cannot be written") > said, "there is no room")
+        filler.unlink()
+
+    try:
+        dies_at(cramped, barrier, MATRIX[barrier], go_on, arm)
+    finally:
+        if barrier == "backing.stashed":
+            end()
+    assert "the pager has failed" not in daemon.log()
 
 
 def test_a_write_that_goes_to_a_file_waits_for_room(

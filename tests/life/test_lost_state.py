@@ -9,12 +9,13 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from bare import in_child
-from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
+from conftest import ALIGNMENT, BASE, BIN, Client, Daemon, clients, eventually
 from test_restart import ANONYMOUS, FIXED, SHARED, Stage
 from test_restart import stage_fixture as _stage_fixture  # noqa: F401 - what the tests ask for
 
@@ -257,6 +258,43 @@ def test_memory_that_loses_its_name_is_saved(stage: Stage) -> None:
     daemon.start()
     stage.check()
     stage.leave()
+
+
+def test_a_run_directory_that_is_removed_is_noticed(stage: Stage) -> None:
+    """As long as everything can be saved: that goes on."""
+    daemon = stage.daemon
+    daemon.expected.append("somebody has removed")
+    state = [
+        *(daemon.run / name for name in ("identity", "lock", "names.sqlite")),
+        *(journals(daemon) / name for name in ("journal.sqlite", "keeper", "lock")),
+    ]
+    assert all(path.exists() for path in state)
+    assert daemon.metric("lost_files_total") == 0
+    assert "run directory were removed" not in doctor(daemon)
+    subprocess.run(["rm", "-rf", daemon.run], check=False)  # a mount in it stays
+    assert not any(path.exists() for path in state)
+    eventually(
+        lambda: all(f"{path}" in daemon.log() for path in state), "that each of them is missed"
+    )
+    told = daemon.log().count("somebody has removed")
+    assert "save what they hold" in daemon.log()
+    assert daemon.metric("lost_files_total") >= len(state)
+    assert "run directory were removed" in doctor(daemon)
+    stage.check()
+    stage.leave()
+    assert daemon.log().count("somebody has removed") == told, "once is enough"
+
+
+def doctor(daemon: Daemon) -> str:
+    """What it says of this daemon."""
+    done = subprocess.run(
+        [BIN / "mshare", "doctor"],
+        env={**os.environ, "MSHARE_ROOT": str(daemon.mount)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout
 
 
 def test_memory_that_lost_its_name_without_a_daemon_is_had_from_who_has_it(

@@ -17,10 +17,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import trio
+import trio.testing
 from test_cancel import READ, WRITE, some_region
 from test_races import dirty, mapped, shared
 
@@ -32,7 +33,7 @@ from msharefsd.memory.buffers import Buffers
 from msharefsd.paging import lanes as lanes_module
 from msharefsd.paging import protection
 from msharefsd.paging.addressspace import AddressSpaces
-from msharefsd.paging.lanes import Far, Lanes
+from msharefsd.paging.lanes import Far, Lanes, Waits
 from msharefsd.paging.pages import pages_of
 from msharefsd.paging.server import PageServer
 from msharefsd.paging.window import Window, window_of
@@ -559,6 +560,148 @@ async def test_only_that_process_is_given_up_which_holds_up_others(
     other_fault = Fault(other.start, write=False, protected=False, minor=False, thread=0)
     world.server._answer(other, other_fault)
     assert world.has(0)
+
+
+def poisoned(world: World, *pages: int) -> None:
+    """The process has touched them while they were a hole."""
+    for page in pages:
+        world.touch(page * PAGE)
+        assert world.window.poisoned.contains(page * PAGE)
+
+
+def without_credit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for a moment any more: the lanes have been late too often."""
+    monkeypatch.setattr(Lane, "_left", lambda _: 0.0)
+
+
+async def first_bytes(world: World, *pages: int) -> list[bytes]:
+    """What the kernel reads there for the process; SIGBUS is EFAULT."""
+    read = [partial(read_by_kernel, world.window.start + page * PAGE) for page in pages]
+    return [await trio.to_thread.run_sync(each) for each in read]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+async def test_what_is_mapped_where_another_user_touched_holes_is_there_when_that_returns(
+    world: World, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, *, hidden: bool
+) -> None:
+    nursery.start_soon(world.server.serve, world.region.sharers[1])
+    poisoned(world, 0, 1, 5)
+    without_credit(monkeypatch)
+    new = Object(0, 16 * PAGE, syscalls.PROT_NONE if hidden else BOTH, private=False)
+    await world.spaces.mmap(world.region, new, replace=False)
+    if hidden:
+        await world.spaces.mprotect(world.region, 0, 16 * PAGE, BOTH)
+    assert await first_bytes(world, 0, 1, 5, 7) == [bytes(4)] * 4
+    assert not world.window.poisoned
+    assert not world.window.starved
+
+
+async def test_a_file_is_there_when_it_has_been_mapped_where_another_user_touched_holes(
+    world: World, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    path = directory / "file"
+    path.write_bytes(b"7" * 16 * PAGE)
+    nursery.start_soon(world.server.serve, world.region.sharers[1])
+    poisoned(world, 0, 1, 5)
+    without_credit(monkeypatch)
+    # Private: nothing has to be protected before it is there, for which credit is needed.
+    new = Object(0, 16 * PAGE, BOTH, private=True, file=mapped(path))
+    await world.spaces.mmap(world.region, new, replace=False)
+    assert await first_bytes(world, 0, 1, 5, 7) == [b"7777"] * 4
+    assert not world.window.poisoned
+
+
+async def test_who_is_killed_while_it_maps_a_file_leaves_nobody_with_sigbus(
+    world: World, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    """What it would have waited for is done all the same."""
+    path = directory / "file"
+    path.write_bytes(b"7" * 16 * PAGE)
+    nursery.start_soon(world.server.serve, world.region.sharers[1])
+    poisoned(world, 0, 1, 5)
+    right, call = world.server.poison.clear, trio.CancelScope()
+
+    async def clear(*arguments: Any, **named: Any) -> None:
+        if not named.get("empty"):
+            call.cancel()
+            await trio.lowlevel.checkpoint()
+        await right(*arguments, **named)
+
+    monkeypatch.setattr(world.server.poison, "clear", clear)
+    new = Object(0, 16 * PAGE, BOTH, private=True, file=mapped(path))
+    with call:
+        await world.spaces.mmap(world.region, new, replace=False)
+    assert call.cancelled_caught
+    await until(lambda: not world.window.poisoned)
+    assert await first_bytes(world, 0, 1, 5, 7) == [b"7777"] * 4
+
+
+async def test_who_maps_does_not_wait_for_another_users_process_that_hangs(
+    world: World, lock: Lock, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs whenever its page is to come, which nobody can know before."""
+    right, hung = uffd.map_present, []
+
+    def hang(fd: int, start: int, length: int, *, protect: bool = False) -> tuple[int, Outcome]:
+        hung.append(start)
+        lock.wait()
+        return right(fd, start, length, protect=protect)
+
+    poisoned(world, *range(0, 16, 2))
+    without_credit(monkeypatch)
+    monkeypatch.setattr(uffd, "map_present", hang)
+    await world.spaces.mmap(world.region, Object(0, 16 * PAGE, BOTH, private=False), replace=False)
+    assert len(hung) == 1, "it is waited for once, and not for each of its pages"
+    assert world.window.starved, "and it is gone on with later"
+    assert seen.given_up == []
+
+
+async def test_what_was_poisoned_again_while_its_page_came_stays_known(
+    world: World, lock: Lock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unmapped, and touched once more: only who knows of the marker can take it away."""
+    monkeypatch.setattr(lanes_module, "PATIENCE", HANG_SECONDS)
+    right, begun = uffd.map_present, threading.Event()
+
+    def slowly(fd: int, start: int, length: int, *, protect: bool = False) -> tuple[int, Outcome]:
+        result = right(fd, start, length, protect=protect)
+        begun.set()
+        lock.wait()
+        return result
+
+    poisoned(world, 0)
+    without_credit(monkeypatch)
+    monkeypatch.setattr(uffd, "map_present", slowly)
+    new = Object(0, PAGE, BOTH, private=False)
+    async with trio.open_nursery() as calls:
+        calls.start_soon(partial(world.spaces.mmap, world.region, new, replace=False))
+        await until(begun.is_set)
+        await world.spaces.munmap(world.region, 0, PAGE)
+        # What the lane does after that is done by hand.
+        poison, done = world.window.poison, Outcome.DONE
+        monkeypatch.setattr(world.window, "poison", lambda *_: done)
+        poisoned(world, 0)
+        monkeypatch.setattr(world.window, "poison", poison)
+        lock.opened.set()
+    assert world.window.poisoned.contains(0)
+
+
+def test_no_user_takes_the_time_that_is_another_users() -> None:
+    async def wait() -> None:
+        waits = Waits()
+        for _ in range(3):
+            with waits.on(OTHER):
+                await trio.sleep_forever()
+        assert trio.current_time() - since == lanes_module.PATIENCE
+        assert waits.left(OTHER) == 0.0
+        assert waits.left(OTHER + 1) == lanes_module.PATIENCE
+        with waits.on(OTHER + 1):
+            await trio.sleep(0.5)
+        assert waits.left(OTHER + 1) == lanes_module.PATIENCE - 0.5
+
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    since = clock.current_time()
+    trio.run(wait, clock=clock)
 
 
 async def test_who_hurts_nobody_is_left_alone(world: World, lock: Lock, seen: Seen) -> None:

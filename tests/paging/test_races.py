@@ -167,6 +167,26 @@ async def test_a_page_that_is_in_the_stash_is_written_back(
         nursery.cancel_scope.cancel()
 
 
+def test_a_file_that_is_truncated_between_two_writes_stays_short(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write may take less than it was given: a signal, a limit, a file system's own affair."""
+    path, write, written = directory / "file", os.pwrite, list[int]()
+    path.write_bytes(b"old" * PAGE)
+    file = mapped(path)
+
+    def write_a_part(fd: int, content: bytes, offset: int) -> int:
+        written.append(write(fd, content[:PAGE], offset))
+        if len(written) == 1:
+            os.truncate(path, PAGE + 5)
+        return written[-1]
+
+    monkeypatch.setattr(os, "pwrite", write_a_part)
+    file.write(b"n" * 3 * PAGE, 0)
+    assert path.read_bytes() == b"n" * (PAGE + 5)
+    file.let_go()
+
+
 async def test_a_file_that_is_unmapped_while_another_is_written_is_closed_once(
     directory: Path, slow_write: Gate, nursery: trio.Nursery
 ) -> None:
