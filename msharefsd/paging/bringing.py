@@ -49,6 +49,8 @@ from msharefsd.threads.pool import Threads
 _AGAIN_SECONDS: Final = 0.01
 _PATIENCE: Final = 1000
 """How often it is tried to put what a window does not take, or keeps from being protected."""
+_AT_ONCE: Final = 4 << 20
+"""So much is put before others have their turn (bytes)."""
 _MOST_IDLE: Final = 2
 """So many pieces of memory are kept for the next one: new memory costs as much as the reading."""
 
@@ -89,7 +91,9 @@ class Bringing:
                 data = self._idle.pop() if self._idle and piece == PIECE else bytearray(piece)
                 await self._read(sharer, memory, start - offset, data, at - start, close)
                 barrier("bring.read")
-                await self._fill(sharer, start, memoryview(data)[: at - start], breath)
+                view, step = memoryview(data)[: at - start], max(_AT_ONCE, region.page)
+                for low in range(0, len(view), step):
+                    await self._fill(sharer, start + low, view[low : low + step], breath)
                 if len(data) == PIECE and len(self._idle) < _MOST_IDLE:
                     self._idle.append(data)
                 removal.alive(region)
