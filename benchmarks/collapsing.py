@@ -12,8 +12,6 @@ them (rmap_walk_file(), mm/rmap.c).  Takes root, or CAP_SYS_NICE and CAP_SYS_PTR
 
 from __future__ import annotations
 
-import argparse
-import signal
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import results, service, story
 from benchmarks.huge_pages import HUGE
+from benchmarks.options import Options
 from benchmarks.table import Table
 from benchmarks.worker import WorkerError
 
@@ -96,21 +95,8 @@ def tables(document: results.Document) -> list[Table]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="less memory")
-    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument(
-        "--results", type=Path, default=results.RESULTS, help="directory for the files"
-    )
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
-    # As exceptions, so that everything is taken down.
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.alarm(story.LONGEST)
+    options = Options(__doc__, (FULL, QUICK, SMOKE), "less memory")
+    arguments, plan = options.parse(story.LONGEST)
     try:
         with results.Run("collapsing") as run:
             points = list(_measured(plan))

@@ -14,7 +14,6 @@ is `rclone mount` where there is no rclone.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import mmap
@@ -41,6 +40,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import results, service, table
 from benchmarks.huge_pages import HUGE, NoHugePagesError, free_huge_pages, huge_pages
+from benchmarks.options import Options
 from msharefsd.mount import mounting
 
 if TYPE_CHECKING:
@@ -537,19 +537,8 @@ def tables(document: results.Document) -> list[table.Table]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="fewer rounds, less memory")
-    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument(
-        "--results", type=Path, default=results.RESULTS, help="directory for the JSON"
-    )
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
-    # As an exception, so that everything is taken down.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    options = Options(__doc__, (FULL, QUICK, SMOKE), "fewer rounds, less memory")
+    arguments, plan = options.parse()
     directory = Path(tempfile.mkdtemp(prefix="mshare-images-"))
     rows = []
     try:

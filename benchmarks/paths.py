@@ -17,7 +17,6 @@ names are files and whose sharers show them, asked by a program in C (least_clie
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -38,6 +37,7 @@ from typing import Any, Final
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import results, service
+from benchmarks.options import Options
 from benchmarks.plot import PEER
 from benchmarks.table import Table
 from benchmarks.worker import compile_program
@@ -430,22 +430,11 @@ def _sides(directory: Path, against: Path | None) -> Iterator[list[Side]]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="fewer rounds")
-    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument(
+    options = Options(__doc__, (FULL, QUICK, SMOKE), "fewer rounds")
+    options.parser.add_argument(
         "--against", type=Path, metavar="VENV", help="the virtual environment of another version"
     )
-    parser.add_argument(
-        "--results", type=Path, default=results.RESULTS, help="directory for the JSON"
-    )
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
-    # As an exception, so that everything is taken down.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    arguments, plan = options.parse()
     directory = Path(tempfile.mkdtemp(prefix="mshare-paths-"))
     directory.chmod(0o755)
     rows = []

@@ -21,7 +21,6 @@ has is checked.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -44,6 +43,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.crowd import kib
 from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
+from benchmarks.options import Options
 from benchmarks.postgres import NoPostgresError, Postgres
 from msharetables import proc, survey
 
@@ -337,20 +337,11 @@ def _ratio(ours: list[int] | list[float], theirs: list[int] | list[float]) -> st
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="512 MB, one round")
-    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument("--rounds", type=int, help="instead of the plan's")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--crashes", action="store_true", help="kill things, and check")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
-    for number in (signal.SIGTERM, signal.SIGALRM):  # as exceptions: everything is taken down
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    options = Options(__doc__, (FULL, QUICK, SMOKE), "512 MB, one round")
+    options.parser.add_argument("--rounds", type=int, help="instead of the plan's")
+    options.parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    options.parser.add_argument("--crashes", action="store_true", help="kill things, and check")
+    arguments, plan = options.parse()
     directory = Path(tempfile.mkdtemp(prefix="mshare-bench-"))
     directory.chmod(0o755)
     server: Postgres | None = None

@@ -10,11 +10,9 @@ the machine does; ratios much less.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from typing import Final
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measures, results, service, table, worker
+from benchmarks.options import Options
 
 WATCHDOG_SECONDS: Final = 600.0
 
@@ -115,23 +114,10 @@ def tables(document: results.Document) -> list[table.Table]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = Options(
+        __doc__, (measures.FULL, measures.QUICK, measures.SMOKE), "fewer rounds, less memory"
     )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="fewer rounds, less memory")
-    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument(
-        "--results", type=Path, default=results.RESULTS, help="directory for the JSON"
-    )
-    arguments = parser.parse_args()
-    plan = measures.FULL
-    if arguments.quick:
-        plan = measures.QUICK
-    if arguments.smoke:
-        plan = measures.SMOKE
-    # As an exception, so that everything is taken down.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    arguments, plan = options.parse()
     _check_memory(plan)
     try:
         with results.Run("peers") as run:

@@ -13,11 +13,9 @@ is left out.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +33,7 @@ from benchmarks import results, service
 from benchmarks.crowd import Crowd, CrowdError, compile_crowd, crowd, end, kib
 from benchmarks.huge_pages import HUGE, NoHugePagesError, huge_pages
 from benchmarks.memory_group import NoMemoryGroupError, memory_group
+from benchmarks.options import Options
 from benchmarks.table import Table
 from benchmarks.worker import WorkerError
 from msharefsd.linux import syscalls
@@ -382,25 +381,14 @@ def _told(*errors: type[Exception]) -> Iterator[None]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = Options(__doc__, (FULL, QUICK, SMOKE), "less memory, fewer processes")
+    options.parser.add_argument(
+        "--processes", type=int, nargs="+", help="so many, one after the other"
     )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="less memory, fewer processes")
-    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument(
-        "--results", type=Path, default=results.RESULTS, help="directory for the files"
-    )
-    parser.add_argument("--processes", type=int, nargs="+", help="so many, one after the other")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
+    arguments, plan = options.parse(LONGEST)
     if arguments.processes is not None:
         counts = tuple(sorted(arguments.processes))
         plan = replace(plan, counts=counts, crash_processes=min(counts[-1], plan.crash_processes))
-    # As exceptions, so that everything is taken down.
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.alarm(LONGEST)
     try:
         with results.Run("story") as run:
             points, crashes = _measure(plan)

@@ -11,11 +11,9 @@ for want of a processor.  The attacks are those of tests/support/hostile.py.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +32,7 @@ from hostile import ATTACKS, Attack
 from victim import SOURCE, Kind, StuckError, Victim
 
 from benchmarks import results, service
+from benchmarks.options import Options
 from benchmarks.table import Table
 from benchmarks.worker import library_flags
 from libmshare import core
@@ -239,20 +238,9 @@ def _bench() -> Iterator[Bench]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a second for each side")
-    size.add_argument("--smoke", action="store_true", help="to see that everything runs")
-    parser.add_argument("--only", default="", help="attacks that have this in their name")
-    parser.add_argument(
-        "--results", type=Path, default=results.RESULTS, help="directory for the JSON"
-    )
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else SMOKE if arguments.smoke else FULL
-    # As an exception, so that everything is taken down.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    options = Options(__doc__, (FULL, QUICK, SMOKE), "a second for each side")
+    options.parser.add_argument("--only", default="", help="attacks that have this in their name")
+    arguments, plan = options.parse()
     attacks = [attack for name, attack in ATTACKS.items() if arguments.only in name]
     rows: list[Row] = []
     with results.Run("walls") as run, _bench() as bench:
