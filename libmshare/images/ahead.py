@@ -43,7 +43,8 @@ class Ahead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
+        # (If a signal's handler raised while it was being started, it may be none yet.)
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join(_TIDY)
 
     def begin(self) -> None:

@@ -76,7 +76,7 @@ class _Crew(Generic[T]):
                     self._failures.get_nowait()  # which keeps what it was about
             deadline = time.monotonic() + _TIDY
             for thread in self._threads:
-                if thread.ident is not None:
+                if thread.is_alive():  # or it was not started, or not to the end
                     thread.join(max(0.0, deadline - time.monotonic()))
             self._threads.clear()  # what was not started keeps us
         tick()

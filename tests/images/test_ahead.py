@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, temporary
+from conftest import Daemon, eventually, temporary
 from machines import SIZE, named
 from machines import both_fixture as _both  # noqa: F401 - a fixture
 from machines import here_fixture as _here  # noqa: F401 - a fixture
@@ -138,6 +139,45 @@ def test_a_first_part_that_is_gone(image: Image) -> None:
     assert caught.value.errno == errno.ENOENT
     image.misdeed = lambda _handler, _path: False
     image.check()
+
+
+class EnoughError(Exception):
+    """What a signal's handler raises."""
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["ahead", "first", "second"])
+def test_a_signal_while_a_thread_begins(
+    image: Image, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """The thread is there, and has not said so yet: then nobody can wait for its end."""
+    over = threading.Event()
+    begun: list[threading.Thread] = []
+
+    class Late(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            eventually(lambda: begun[which].ident is not None, "a thread")
+            raise EnoughError
+
+        def set(self) -> None:
+            over.wait()
+            super().set()
+
+    class Thread(threading.Thread):
+        def start(self) -> None:
+            if threading.current_thread() is threading.main_thread():
+                begun.append(self)
+                if len(begun) == which + 1:
+                    self._started = Late()
+            super().start()
+
+    monkeypatch.setattr(threading, "Thread", Thread)
+    try:
+        with pytest.raises(EnoughError):
+            Region.pull(image.url)
+    finally:
+        over.set()
+    assert len(begun) == which + 1
+    eventually(lambda: not begun[which].is_alive() and begun[which]._started.is_set(), "its end")  # type: ignore[attr-defined] # Python's own
 
 
 def test_nothing_is_left_of_what_was_in_a_memory_before() -> None:
