@@ -35,7 +35,7 @@ from machines import SIZE, named, on
 from machines import both_fixture as _both  # noqa: F401 - a fixture
 from machines import here_fixture as _here  # noqa: F401 - a fixture
 from machines import there_fixture as _there  # noqa: F401 - a fixture
-from objectstores import KEY, READER, READER_SECRET, S3, SECRET, rclone, seaweedfs
+from objectstores import KEY, READER, READER_SECRET, S3, SECRET, rclone
 from objectstores import s3_fixture as _s3  # noqa: F401 - a fixture
 from objectstores import sources_fixture as _sources  # noqa: F401 - a fixture
 from pages import DOCS, blocks
@@ -398,28 +398,29 @@ def test_nothing_secret_is_seen(here: Daemon, s3: S3, sources: Sources, director
         assert caught.value.errno == errno.EINVAL
 
 
-def test_a_store_that_stops_for_a_while(here: Daemon, sources: Sources) -> None:
+def test_a_store_that_stops_for_a_while(here: Daemon, s3: S3, sources: Sources) -> None:
     """In the middle of it: it goes on when the store does."""
-    with seaweedfs() as store:
-        sources(store.source())
-        with Region.create("r", SIZE) as region:
-            region.buf[:] = random.Random(2).randbytes(SIZE)
-            expected = bytes(region.buf)
-            region.push("s3://images/r.img")
-            region.unlink()
-        told: list[int] = []
+    sources(s3.source())
+    with Region.create("r", SIZE) as region:
+        region.buf[:] = random.Random(2).randbytes(SIZE)
+        expected = bytes(region.buf)
+        region.push("s3://images/stops/r.img")
+        region.unlink()
+    told: list[int] = []
 
-        def progress(done: int, _: int) -> None:
-            if not told:
-                store.pause()
-            told.append(done)
-            if len(told) == 5:
-                store.go_on()
+    def progress(done: int, _: int) -> None:
+        if not told:
+            s3.pause()
+        told.append(done)
+        if len(told) == 5:
+            s3.go_on()
 
-        with Region.pull("s3://images/r.img", progress=progress) as region:
+    try:
+        with Region.pull("s3://images/stops/r.img", progress=progress) as region:
             assert bytes(region.buf) == expected
             region.unlink()
-        store.go_on()
+    finally:
+        s3.go_on()
 
 
 def test_a_server_that_ignores_conditions(here: Daemon, sources: Sources) -> None:
