@@ -13,6 +13,7 @@
 # make deb     Debian packages, with Debian's tools, into dist/
 # make dist    the sdist and the wheel, into dist/
 # make test-packages   the Debian packages in a Debian with nothing else (debootstrap)
+# make test-ceph   images, in a store of Debian's Ceph (unpacked, not installed)
 # make test-ray   libmshare.ray at length, on three nodes: what fails, comes and goes
 # make pythons  what the tests of the client want in each other Python that is here
 # make lock    choose the versions of what is installed, and their hashes; UPGRADE=1: the newest
@@ -31,7 +32,7 @@ SOURCES := pyproject.toml meson.build meson_options.txt README.md LICENSE \
 	$(shell find msharefsd libmshare msharetables completions -type f -not -path '*/__pycache__/*')
 
 .PHONY: setup pythons demo test lint check bench bench-postgres bench-programs fuzz kills oracle \
-	soak stress docs deb dist test-packages test-ray lock clean
+	soak stress docs deb dist test-packages test-ceph test-ray lock clean
 
 setup: $(VENV)/.project
 
@@ -124,6 +125,12 @@ dist: $(VENV)/.dependencies
 
 test-packages: setup
 	MSHARE_TEST_DEBOOTSTRAP=1 $(BIN)/pytest tests/packages/test_packages.py
+
+build/ceph/made: scripts/ceph
+	scripts/ceph
+
+test-ceph: setup build/ceph/made
+	MSHARE_TEST_STORE=ceph $(BIN)/pytest tests/images/test_images.py tests/images/test_stores.py
 
 test-ray: setup
 	$(BIN)/pytest tests/cluster/ray_in_short.py tests/cluster/ray_at_length.py

@@ -1,7 +1,7 @@
 """Object stores for the tests: real S3 servers, on the loopback device, and one that is bad.
 
 SeaweedFS and rclone come as packages of programs (requirements/dev.txt, by hash).  They run as
-nobody, in a directory of their own, and tell nobody anything.
+nobody, in a directory of their own, and tell nobody anything.  (Ceph: ceph.py.)
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ NOBODY = 65534
 KEY, SECRET = "MSHARETESTKEY", "secret-that-must-be-seen-nowhere"
 READER, READER_SECRET = "MSHARETESTREADER", "another-that-must-be-seen-nowhere"
 READY_SECONDS = 60.0
+STORE = os.environ.get("MSHARE_TEST_STORE", "seaweedfs")
+"""What the tests have for S3: they are one corpus for all."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -70,25 +72,28 @@ class S3:
         os.killpg(self.process.pid, signal.SIGCONT)
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """Of requirements/dev.txt."""
     found = shutil.which(name, path=str(Path(sys.executable).parent))
     assert found, f"{name} is in requirements/dev.txt"
     return found
 
 
 @contextlib.contextmanager
-def _running(
-    program: str, arguments: list[str], directory: Path, port: int, **environment: str
-) -> Iterator[S3]:
-    """A server in `directory`, until it answers, and then until the end."""
-    log = directory / "log"
-    # By descriptor: nobody may not be able to enter where it lies.
-    fd = os.open(program, os.O_RDONLY)
+def as_nobody(
+    words: list[str],
+    directory: Path,
+    log: Path,
+    executable: str,
+    descriptors: list[int],
+    environment: dict[str, str],
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in `directory`, which has descriptors of ours, until the end."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [program, *arguments],
-            executable=f"/proc/self/fd/{fd}",
-            pass_fds=[fd],
+            words,
+            executable=executable,
+            pass_fds=descriptors,
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -101,17 +106,35 @@ def _running(
             extra_groups=[],
             preexec_fn=_end_with_us,  # noqa: PLW1509 - one system call
         )
-    os.close(fd)
     try:
-        deadline = time.monotonic() + READY_SECONDS
-        while not _answers(port):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        yield S3(process, port)
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> S3:
+    """The server, as soon as it answers."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not _answers(port):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    return S3(process, port)
+
+
+@contextlib.contextmanager
+def _running(name: str, arguments: list[str], directory: Path, port: int) -> Iterator[S3]:
+    """A server in `directory`, until it answers, and then until the end."""
+    log = directory / "log"
+    with contextlib.ExitStack() as held:
+        # By descriptor: nobody may not be able to enter where it lies.
+        fd = os.open(program(name), os.O_RDONLY)
+        held.callback(os.close, fd)
+        process = held.enter_context(
+            as_nobody([name, *arguments], directory, log, f"/proc/self/fd/{fd}", [fd], {})
+        )
+        yield wait_for(process, port, log)
 
 
 _libc = ctypes.CDLL(None)
@@ -175,7 +198,7 @@ def seaweedfs() -> Iterator[S3]:
             *(f"-{name}={port}" for name, port in zip(names.split(), ports, strict=True)),
         ]
         try:
-            with _running(_program("weed"), arguments, directory, ports[6]) as server:
+            with _running("weed", arguments, directory, ports[6]) as server:
                 yield server
         finally:
             # It makes sockets in /tmp, whatever TMPDIR says, and leaves them.
@@ -198,7 +221,7 @@ def rclone() -> Iterator[S3]:
             "serve", "s3", str(data), "--addr", f"127.0.0.1:{port}",
             "--auth-key", f"{KEY},{SECRET}", "--vfs-cache-mode", "off",
         ]  # fmt: skip
-        with _running(_program("rclone"), arguments, directory, port) as server:
+        with _running("rclone", arguments, directory, port) as server:
             yield server
 
 
@@ -283,8 +306,12 @@ def serving(server: Bad) -> Iterator[None]:
 
 @pytest.fixture(scope="session", name="s3")
 def s3_fixture() -> Iterator[S3]:
-    """SeaweedFS, once for all tests."""
-    with seaweedfs() as server:
+    """SeaweedFS or Ceph (`make test-ceph`), once for all tests."""
+    if STORE == "ceph":
+        from ceph import ceph as store  # which imports us
+    else:
+        store = {"seaweedfs": seaweedfs}[STORE]
+    with store() as server:
         yield server
 
 
