@@ -4,7 +4,7 @@ The daemon starts it as a script, `keeper.py LISTENER`, with a listening socket 
 descriptor, and connects to it (keeping.py).
 
 One daemon at a time is served.  Its messages are one byte and a key of eight; STORE
-and BELL carry a descriptor.  Only TAKE is answered: a daemon that is killed must not find its
+carries a descriptor.  Only TAKE is answered: a daemon that is killed must not find its
 last STORE refused because an answer was never read (unix(7): ECONNRESET).
 
 It ends when it is told to, or when nobody can find it any more: its socket is gone.  It
@@ -17,7 +17,6 @@ import _thread
 import array
 import contextlib
 import os
-import select
 import signal
 import socket
 import struct
@@ -29,18 +28,13 @@ STORE: Final = b"s"
 REMOVE: Final = b"r"
 TAKE: Final = b"t"
 """Answered with a HELD, and the descriptor, for each; and an END."""
-BELL: Final = b"b"
-"""An eventfd(2).  From then on what is sent wakes nobody: we look when that rings, or at the
-end.  To wake a process costs who sends more than the message does, and somebody waits for that."""
 STOP: Final = b"q"
 HELD: Final = b"h"
 END: Final = b"e"
-HAS_BELL: Final = 1
-"""The key of END; that of a keeper that knows no BELL is 0."""
 MESSAGE: Final = struct.Struct("=cQ")
 LOOK_SECONDS: Final = 5.0
 NAP_SECONDS: Final = 0.005
-"""How long messages gather without a bell.
+"""How long messages gather: waking us costs who sends more than the message does.
 
 What is on its way is kept as well as what is here: a descriptor in a message stays open as
 long as our end of the connection, whatever becomes of its sender.
@@ -81,46 +75,19 @@ def _close(fds: list[int]) -> None:
         _thread.start_new_thread(os.close, (fd,))
 
 
-class Messages:
-    """What one daemon sends; what comes after a pause is not looked at at once."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._bell = -1
-
-    def wait_for(self, bell: int) -> None:
-        """From now on look when that rings."""
-        self.close()
-        self._bell = bell
-
-    def next(self) -> tuple[bytes, int, list[int]]:
-        """As `receive`."""
-        with contextlib.suppress(BlockingIOError):
-            return receive(self.sock, socket.MSG_DONTWAIT)
-        if self._bell < 0:
-            time.sleep(NAP_SECONDS)
-            return receive(self.sock)
-        waiter = select.poll()
-        waiter.register(self.sock, 0)  # its end alone
-        waiter.register(self._bell, select.POLLIN)
-        while True:
-            waiter.poll()
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._bell)
-            with contextlib.suppress(BlockingIOError):
-                return receive(self.sock, socket.MSG_DONTWAIT)
-
-    def close(self) -> None:
-        """Let go of the bell."""
-        if self._bell >= 0:
-            os.close(self._bell)
-            self._bell = -1
+def _next(sock: socket.socket) -> tuple[bytes, int, list[int]]:
+    """As `receive`, but what comes after a pause is not looked at at once."""
+    try:
+        return receive(sock, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        time.sleep(NAP_SECONDS)
+        return receive(sock)
 
 
-def serve(messages: Messages, held: dict[int, int]) -> bool:
+def _serve(sock: socket.socket, held: dict[int, int]) -> bool:
     """One daemon's connection to its end; whether to go on."""
     while True:
-        kind, key, fds = messages.next()
+        kind, key, fds = _next(sock)
         if kind == STORE and len(fds) == 1:
             old = held.get(key)
             held[key] = fds.pop()
@@ -130,10 +97,8 @@ def serve(messages: Messages, held: dict[int, int]) -> bool:
             _close([held.pop(key)])
         elif kind == TAKE:
             for each, fd in held.items():
-                send(messages.sock, HELD, each, fd)
-            send(messages.sock, END, HAS_BELL)
-        elif kind == BELL and len(fds) == 1:
-            messages.wait_for(fds.pop())
+                send(sock, HELD, each, fd)
+            send(sock, END)
         elif kind in (STOP, b""):
             return kind != STOP
         _close(fds)
@@ -161,10 +126,10 @@ def main(listener: socket.socket) -> None:
                 pass
             return
         sock.settimeout(None)
-        with sock, contextlib.closing(Messages(sock)) as messages:
+        with sock:
             go_on = True
             with contextlib.suppress(BrokenPipeError):
-                go_on = serve(messages, held)
+                go_on = _serve(sock, held)
             if not go_on:
                 return
 

@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 KEEPER_SOCKET: Final = "keeper"
 ANSWER_SECONDS: Final = 10.0
 AGAIN_SECONDS: Final = 1.0
-RING_SECONDS: Final = 0.01
-"""How long what it is to look at gathers."""
+REMOVE_SECONDS: Final = 0.01
+"""How long what is to be removed gathers."""
 
 
 class Keeper:
@@ -53,8 +53,6 @@ class Keeper:
         self._removed: list[int] = []
         self._work = trio.Event()
         self._sending = trio.Lock()
-        self._bell = -1
-        """What wakes it; -1 as long as each message does."""
         self._sock = self._find()
         self._started = trio.Event()
         if self._sock is not None:
@@ -117,8 +115,6 @@ class Keeper:
             while True:
                 kind, key, fds = keeper.receive(self._sock)
                 if kind != keeper.HELD or len(fds) != 1:
-                    if kind == keeper.END and key == keeper.HAS_BELL:
-                        self._give_bell(self._sock)
                     break
                 found[key] = fds[0]
         except TimeoutError:
@@ -132,25 +128,6 @@ class Keeper:
             self._sock.setblocking(False)
         self._held = dict(found)
         return found
-
-    def _give_bell(self, sock: socket.socket) -> None:
-        """Have it wait for that, and not for what is sent; without one it does as before."""
-        if self._bell >= 0:
-            os.close(self._bell)
-            self._bell = -1
-        with contextlib.suppress(OSError):
-            bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            try:
-                keeper.send(sock, keeper.BELL, fd=bell)
-            except OSError:
-                os.close(bell)
-                raise
-            self._bell = bell
-
-    def _ring(self) -> None:
-        if self._bell >= 0:
-            with contextlib.suppress(BlockingIOError):  # it has not looked yet
-                os.eventfd_write(self._bell, 1)
 
     async def put(self, key: int, fd: int, *, stays: bool = True) -> None:
         """A duplicate goes over; what is sent is there, whatever happens to us.
@@ -166,8 +143,8 @@ class Keeper:
             if not self._send_now(keeper.STORE, key, fd):
                 await self._send(keeper.STORE, key, fd)
         except OSError:
-            pass  # It has died.  run() sees that, too, and brings everything to a new one.
-        self._work.set()
+            # It has died.  run() sees that, too, and brings everything to a new one.
+            self._work.set()
 
     def closes(self, key: int) -> None:
         """It is not ours any more; the keeper has it."""
@@ -178,7 +155,6 @@ class Keeper:
         if self._sock is None:
             self._sock = await trio.to_thread.run_sync(self._start)
             self._sock.setblocking(False)
-            self._give_bell(self._sock)
             self._started.set()
 
     def _send_now(self, kind: bytes, key: int, fd: int | None = None) -> bool:
@@ -197,7 +173,6 @@ class Keeper:
                 try:
                     keeper.send(self._sock, kind, key, fd)
                 except BlockingIOError:
-                    self._ring()
                     await trio.lowlevel.wait_writable(self._sock)
                 else:
                     return
@@ -209,13 +184,13 @@ class Keeper:
             self._work.set()
 
     async def run(self) -> None:
-        """Have it look at what was sent; send what is to be removed; replace it when it dies."""
+        """Send what is to be removed; replace the process when it dies."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
             breath = Breath()
             while True:
                 await self._work.wait()
-                await trio.sleep(RING_SECONDS)
+                await trio.sleep(REMOVE_SECONDS)
                 self._work = trio.Event()
                 while self._removed:
                     key = self._removed.pop()
@@ -223,7 +198,6 @@ class Keeper:
                         if not self._send_now(keeper.REMOVE, key):
                             await self._send(keeper.REMOVE, key)
                     await breath.take()
-                self._ring()
 
     async def _watch(self) -> None:
         await self._started.wait()
@@ -248,18 +222,13 @@ class Keeper:
                     log.error("cannot start it: %s", error.strerror)
                     await trio.sleep(AGAIN_SECONDS)
             self._sock.setblocking(False)
-            self._give_bell(self._sock)
         for key in list(self._held):
             if self._held.get(key, -1) >= 0:
                 with contextlib.suppress(OSError):
                     await self._send(keeper.STORE, key, self._held[key])
-        self._work.set()
 
     def close(self, *, for_good: bool) -> None:
         """It stays for the next pager, or ends."""
-        if self._bell >= 0:
-            os.close(self._bell)
-            self._bell = -1
         if self._sock is None:
             return
         with self._sock:
