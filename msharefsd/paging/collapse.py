@@ -67,6 +67,7 @@ MOST_NAMES: Final = 8
 
 _ALL: Final = int.from_bytes(b"\1" * (HUGE_PAGE // syscalls.PAGE), "big")
 
+_NOT_NOW: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 # It has no huge pages, or what it has mapped has changed meanwhile; it is gone.
 _NOT_THIS_ONE: Final = frozenset({Outcome.REFUSED, Outcome.GONE})
 
@@ -97,10 +98,16 @@ class Collapser:
             while True:
                 with trio.move_on_at(look):
                     await self._fresh.ripe()
-                await self._newest()
-                if trio.current_time() >= look:
-                    await self._look(list(regions()))
-                    look = trio.current_time() + self._interval
+                try:
+                    await self._newest()
+                    if trio.current_time() >= look:
+                        await self._look(list(regions()))
+                        look = trio.current_time() + self._interval
+                except OSError as error:
+                    if error.errno not in _NOT_NOW:
+                        raise
+                    # Sharers have taken all descriptors: theirs come first.
+                    await trio.sleep_until(max(look, trio.current_time() + self._interval))
         except PermissionError:
             log.warning(
                 "no right to process_madvise(2) on sharers (CAP_SYS_NICE): their page "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -11,11 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from conftest import ALIGNMENT, BASE, Client, Daemon, clients, eventually
 
 from msharefsd.linux import features
 from msharefsd.memory.shmbacking import ShmBacking
 from msharefsd.paging import awaiting, collapse
+from msharefsd.paging.fresh import Fresh
+from msharefsd.region.region import Region
+from msharefsd.telemetry.metrics import Metrics
 
 CHUNKS = 8
 SIZE = CHUNKS * ALIGNMENT
@@ -236,3 +241,22 @@ def test_what_is_being_filled_is_left_alone_for_a_while(monkeypatch: pytest.Monk
     assert not collapse._worth_it(region)
     left[0] = 0
     assert collapse._worth_it(region)
+
+
+def test_it_waits_for_descriptors() -> None:
+    """Sharers may have all that there are, and nobody fails for that."""
+    looks: list[int] = []
+
+    def regions() -> list[Region]:
+        looks.append(len(looks))
+        if len(looks) <= 3:
+            raise OSError((errno.EMFILE, errno.ENFILE, errno.ENOMEM)[looks[-1]], "not now")
+        raise OSError(errno.EBADF, "this one is a defect")
+
+    async def run() -> None:
+        with trio.fail_after(60):
+            await collapse.Collapser(Metrics(tuple), Fresh(), 0.001).run(regions)
+
+    with pytest.raises(OSError, match="a defect"):
+        trio.run(run)
+    assert len(looks) == 4

@@ -75,6 +75,13 @@ def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def filled(crowd: Crowd) -> Crowd:
+    """Make its memory, all of it there."""
+    crowd.do("create")
+    crowd.do("fill")
+    return crowd
+
+
 def faults(touches: Sequence[Touch | None]) -> list[int]:
     """The minor faults of each process; none of them was killed."""
     assert None not in touches
@@ -158,7 +165,7 @@ def test_further_sharers_cost_nothing(make: Callable[..., Daemon], crowds: Crowd
     size, sharers = largest(), 200
     with huge_pages(size // HUGE):
         daemon = make("hugetlb")
-        crowds(size, daemon).do("create")
+        filled(crowds(size, daemon))
         served = daemon.metric('faults_total{kind="anonymous"}')
         assert served >= size // (16 * MiB)
         many = crowds(size, daemon)
@@ -373,7 +380,7 @@ def test_1500_sharers(make: Callable[..., Daemon], crowds: Crowds) -> None:
     sharers, batch, size = 1500, 300, 2 * GiB
     with huge_pages(size // HUGE):
         daemon = make("hugetlb")
-        crowds(size, daemon).do("create")
+        filled(crowds(size, daemon))
         served = daemon.metric('faults_total{kind="anonymous"}')
         many = crowds(size, daemon)
         answers: list[str] = []
@@ -416,7 +423,7 @@ def test_small_pages_cost_each_process_2_mib_a_gib(
 ) -> None:
     processes = 10
     daemon = make("shm", "--no-collapse") if ours else None
-    crowds(GiB, daemon).do("create")
+    filled(crowds(GiB, daemon))
     many = crowds(GiB, daemon)
     start = many.tables()
     many.do("idle", processes)
