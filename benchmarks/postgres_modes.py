@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -131,14 +131,14 @@ class Bench:
             self.server.start(settings, wrapper)
             stack.callback(self.server.stop)
             self.server.prewarm()
-            if mode == "watched":
-                self.samples[mode].seconds.append(_until_all_is_huge())
             yield
 
     def round(self, mode: str) -> None:
         """Measure one mode once."""
         found = self.samples.setdefault(mode, Samples())
         with self.running(mode):
+            if mode == "watched":
+                found.seconds.append(_until_all_is_huge())
             if mode == "collapsed":
                 with self.server.sessions(self.plan.connections):
                     self._collapse(found)
@@ -342,6 +342,7 @@ def main() -> None:
     options.parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     options.parser.add_argument("--crashes", action="store_true", help="kill things, and check")
     arguments, plan = options.parse()
+    plan = replace(plan, rounds=arguments.rounds or plan.rounds)
     directory = Path(tempfile.mkdtemp(prefix="mshare-bench-"))
     directory.chmod(0o755)
     server: Postgres | None = None
@@ -351,7 +352,7 @@ def main() -> None:
         server.load(plan.scale)
         server.stop()
         bench = Bench(server, plan)
-        _run(bench, arguments.modes, arguments.rounds or plan.rounds)
+        _run(bench, arguments.modes, plan.rounds)
         print(render(bench.samples, plan))
         if arguments.crashes:
             for line in bench.crashes():

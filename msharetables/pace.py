@@ -23,6 +23,8 @@ LOOK_SECONDS: Final = 0.2
 LEFT_ALONE: Final = 0.25
 """Of an idle processor: so much is left for whoever wants to start something."""
 SLOW_SECONDS: Final = 0.05
+MOST_SLOW: Final = 16
+"""After so many users nobody's: one who has many numbers is slow once with each."""
 MOST_VMAS: Final = 512
 """What 512 pages are looked for in: about SLOW_SECONDS."""
 
@@ -41,7 +43,8 @@ class Haste:
     def call(self, function: Callable[[], T], user: int | None, vmas: int) -> T:
         """Call it; it is about memory of `user` that so many VMAs map."""
         before = time.thread_time()
-        hurries = user not in self._slow and vmas <= MOST_VMAS and _before_others()
+        may = user not in self._slow and len(self._slow) < MOST_SLOW and vmas <= MOST_VMAS
+        hurries = may and _before_others()
         try:
             return function()
         finally:
@@ -56,7 +59,8 @@ def _before_others() -> bool:
     if os.sched_getscheduler(0) != os.SCHED_OTHER:
         return False  # whoever has started us has chosen
     try:
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        # (Not RESET_ON_FORK: who has RLIMIT_RTPRIO alone could not take that back.)
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     except OSError:
         return False  # no CAP_SYS_NICE, or RestrictRealtime=
     return True
