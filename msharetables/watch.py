@@ -28,6 +28,8 @@ LONGEST_REST: Final = 64.0
 """How long an object is left alone at most of which nothing could be had back (seconds)."""
 SCARED: Final = 3
 """A process that has not answered so often is not asked again."""
+MOST_UNPAUSED: Final = 0.05
+"""So much processor time is spent on looking at processes between two pauses (seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Watcher:
         self._known: dict[int, _Known] = {}
         self._rests: dict[Key, _Rest] = {}
         self._memory: dict[Key, _Memory] = {}
+        self._paused_for = time.process_time()
         self.totals = Totals()
 
     def close(self) -> None:
@@ -126,45 +129,35 @@ class Watcher:
 
         Returns the objects that are large enough.  Raises OSError: EPERM, see `collapse`.
         """
-        before = time.process_time()
         objects = self._look()
         for each in objects:
-            self._pause(before)
-            before = time.process_time()
+            self._pause()
             if self._rested(each):
                 also = self._filled(each)
                 if also or each.reclaimable:
                     self._have_back(each, also, done, step)
-                before = time.process_time()
-        self._pause(before)
+        self._pause()
         self.totals.processor = time.process_time()
         return objects
 
-    def _pause(self, before: float) -> None:
-        time.sleep(self._pace.pause(time.process_time() - before))
+    def _unpaused(self) -> float:
+        """Processor time that no pause has been made for yet, whatever it was spent on."""
+        return time.process_time() - self._paused_for
 
-    def _rest(self) -> Callable[[], None]:
-        """A function that pauses after what has been done since it was called last."""
-        before = time.process_time()
-
-        def rest() -> None:
-            nonlocal before
-            self._pause(before)
-            before = time.process_time()
-
-        return rest
+    def _pause(self) -> None:
+        taken = self._unpaused()
+        self._paused_for += taken
+        time.sleep(self._pace.pause(taken))
 
     def _look(self) -> list[Object]:
         self.totals.looks += 1
         known: dict[int, _Known] = {}
-        before = time.process_time()
         for pid in self._pids():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 if (found := self._process(pid)) is not None:
                     known[pid] = found
-            if time.process_time() - before > 0.05:
-                self._pause(before)
-                before = time.process_time()
+            if self._unpaused() > MOST_UNPAUSED:
+                self._pause()
         self._known = known
         self.totals.processes = len(known)
         self.totals.silent = sum(each.scares > 0 for each in known.values())
@@ -238,11 +231,12 @@ class Watcher:
         done: Callable[[Plan, Result], None],
         step: Callable[[Step], None] | None,
     ) -> None:
-        made = collapse.plan(each, self._limits.filled, self._patience, self._rest(), also)
+        made = collapse.plan(each, self._limits.filled, self._patience, self._pause, also)
         result = Result()
         if made.chunks:
             before = tables_of(each)
             result = collapse.carry_out(made, self._pace, self._patience, step)
+            self._paused_for += result.processor
             self.totals.back += max(before - tables_of(each), 0)
             done_now = [at for at, what in result.last.items() if what is Outcome.DONE]
             self._memory[each.key].done.update(done_now)

@@ -95,7 +95,11 @@ class Attaching:
         if region is None:
             raise Refused(errno.EPERM, "the descriptor is of no region on this mount")
         begun = self._state.region
-        if begun is not None and begun is not region and begun.id == region.id:
+        if begun is None:
+            # Nobody knew it when the connection was looked at: one that was about to go, and
+            # that another connection has had us learn of again.
+            begun = self._state.region = region
+        if begun is not region and begun.id == region.id:
             # It ended since, and the front, which had not heard of that, sent somebody else.
             raise Refused(errno.ENOENT, "the region is gone")
         if region is not begun:

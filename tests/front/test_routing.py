@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 import trio
+from bare import Bare
+from conftest import ALIGNMENT, Daemon
+from hostile import START
 from test_puppets import ALICE, MALLORY, Puppeteer, begun, extent_of, sleeps
 
 from msharefsd.config import LimitSettings
+from msharefsd.control.wire import Op, RequestFlag
 from msharefsd.front.pagers import Pagers
 from msharefsd.front.router import Router
 from msharefsd.link.board import Board
@@ -31,6 +35,7 @@ from msharefsd.link.messages import (
     Moved,
     Ready,
 )
+from msharefsd.linux import uffd
 from msharefsd.mount.names import Names
 from msharefsd.region.limits import Limits
 from msharefsd.region.region import INODES
@@ -245,3 +250,33 @@ async def test_a_name_without_memory_goes_to_its_new_owners_pager() -> None:
         assert told(before, Done) == [Done(3, errno.ENOTCONN)]
         assert (name.size, name.home) == (0, ALICE)
         assert pager.extents == set()
+
+
+def test_who_shows_nothing_at_first_begins_with_what_it_shows_then(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    """So does who shows what its pager had forgotten, and has heard of again meanwhile."""
+    daemon = make_daemon(f"--alignment={ALIGNMENT}").start()
+    path = daemon.mount / "late"
+    proof = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        one = Bare(daemon.mount)
+        assert one.call(Op.USERFAULTFD).error == errno.EINVAL
+        answer = one.call(
+            Op.ATTACH,
+            proof,
+            uffd.open_new(),
+            start=START,
+            size=ALIGNMENT,
+            oflags=os.O_CREAT | os.O_RDWR,
+            flags=RequestFlag.HAS_MAPPINGS,
+        )
+        assert (answer.error, answer.message) == (0, "")
+        one.sock.close()
+        other = Bare(daemon.mount)
+        assert other.call(Op.USERFAULTFD).error == errno.EINVAL
+        path.unlink()
+        assert other.call(Op.ATTACH, proof, uffd.open_new()).error == errno.ENOENT
+        other.sock.close()
+    finally:
+        os.close(proof)
