@@ -23,10 +23,18 @@ LOOK_SECONDS: Final = 0.2
 LEFT_ALONE: Final = 0.25
 """Of an idle processor: so much is left for whoever wants to start something."""
 SLOW_SECONDS: Final = 0.05
+MOST_SHARE: Final = 0.25
+MOST_OF_ALL: Final = 1 / 16
+"""What others lose of the time of all processors is about what they lose of their throughput."""
 MOST_SLOW: Final = 16
 """After so many users nobody's: one who has many numbers is slow once with each."""
 MOST_VMAS: Final = 512
 """What 512 pages are looked for in: about SLOW_SECONDS."""
+
+
+def moderate() -> float:
+    """The share of one processor that a server under full load hardly notices."""
+    return min(MOST_SHARE, MOST_OF_ALL * len(os.sched_getaffinity(0)))
 
 
 class Haste:

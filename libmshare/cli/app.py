@@ -246,7 +246,7 @@ def collapse(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(metavar="PART", help="how much of one processor to take from others [25%]"),
+        typer.Option(metavar="PART", help="how much of one processor to take from others [auto]"),
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="keep running, and do it as memory is filled")

@@ -16,10 +16,12 @@ from libmshare.cli.errors import CommandError
 from libmshare.cli.exits import Exit
 from libmshare.cli.output import printable, printable_line
 from msharefsd.config import ConfigError, parse_size
+from msharetables.pace import moderate
 from msharetables.proc import Status
 from msharetables.survey import Object, unit
 from msharetables.watch import Limits
 
+AUTO: Final = "auto"
 _PART: Final = re.compile(r"(\d{1,3}(?:\.\d+)?)%")
 
 
@@ -35,7 +37,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     min_size: str = "64M"
     min_filled: str = "50%"
     min_sharers: Annotated[int, msgspec.Meta(ge=1)] = 2
-    budget: str = "25%"
+    budget: str = AUTO
     """Of one processor."""
     interval: Annotated[float, msgspec.Meta(ge=0.05, le=86400)] = 1.0
     metrics: str = ""
@@ -47,9 +49,9 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
     def share(self) -> float:
         """Of one processor.  Raises CommandError."""
-        share = part(self.budget)
+        share = moderate() if self.budget == AUTO else part(self.budget)
         if not share:
-            raise CommandError("a budget of 0% does nothing: write 1% to 100%", Exit.USAGE)
+            raise CommandError("a budget of 0% does nothing: write 1% to 100%, or auto", Exit.USAGE)
         return share
 
     def of(self, status: Status, cgroup: str) -> bool:

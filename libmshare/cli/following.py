@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from msharetables.survey import Object
 
 INTERVAL: Final = 1.0
-SHARE: Final = 0.25
 FILLED: Final = 0.5
 FIRST: Final = 0.2
 """A program that ends within so many seconds is not followed."""
@@ -104,7 +103,7 @@ def _ended(pidfd: int, seconds: float) -> bool:
 def _watch(tree: Tree, smallest: int, *, aligned: bool) -> None:
     """Raises OSError: EPERM."""
     # The program does not wait for these.
-    from msharetables.pace import Pace, hurry  # noqa: PLC0415
+    from msharetables.pace import Pace, hurry, moderate  # noqa: PLC0415
     from msharetables.watch import Limits, Watcher  # noqa: PLC0415
 
     members: Sequence[int] = ()
@@ -114,7 +113,7 @@ def _watch(tree: Tree, smallest: int, *, aligned: bool) -> None:
         members = tree.members()
         return members
 
-    watcher = Watcher(Limits(smallest, FILLED), Pace(SHARE), pids=pids)
+    watcher = Watcher(Limits(smallest, FILLED), Pace(moderate()), pids=pids)
     told: set[object] = set()
     hurry()
     ended = False

@@ -24,6 +24,7 @@ sys.path.append(str(TESTS.parent))
 from benchmarks.memory_group import MemoryGroup, NoMemoryGroupError, memory_group
 from msharefsd.linux import features
 from msharetables import proc, survey
+from msharetables.pace import moderate
 
 MiB = 1 << 20
 HUGE = 2 * MiB
@@ -192,6 +193,16 @@ def test_without_the_right_it_names_the_capability(sharers: Sharers) -> None:
     assert "CAP_SYS_NICE" in done.stderr
     assert done.stderr.count("\n") == 1
     assert vmpte(program.pid) == before
+
+
+def test_the_budget_is_right_for_the_machine_unless_it_is_said(sharers: Sharers) -> None:
+    program = sharers(FILL)
+    estimates = []
+    for more in ((), ("--budget", "auto"), ("--budget", f"{moderate():.2%}"), ("--budget", "1%")):
+        done = mshare("collapse", "--min-size=4M", "--dry-run", "--pid", program.pid, *more)
+        assert (done.returncode, done.stderr) == (0, "")
+        estimates.append(done.stdout)
+    assert estimates[0] == estimates[1] == estimates[2] != estimates[3]
 
 
 def test_wrong_usage() -> None:

@@ -59,6 +59,14 @@ def test_what_nobody_wants_is_taken(machine: Machine, idle: float, share: float)
     assert one.pause(0.1) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize(("processors", "share"), [(1, 1 / 16), (2, 0.125), (4, 0.25), (256, 0.25)])
+def test_a_machine_loses_no_more_than_a_sixteenth(
+    processors: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    assert pace.moderate() == share
+
+
 @pytest.mark.parametrize("text", ["", "cpu  1 2\n", "cpu a b c d e f\n"])
 def test_where_nothing_is_known_nothing_is_idle(machine: Machine, text: str) -> None:
     machine(100)
