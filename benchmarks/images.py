@@ -65,6 +65,8 @@ OTHERS: Final = 2 << 30
 PAGE: Final = 4096
 LOOK_SECONDS: Final = 0.001
 PATIENCE: Final = 120.0
+Put = Callable[[int, memoryview], object]
+"""Takes what is fetched, and where it belongs (bytes)."""
 COME: Final = ".come"
 """Behind a file's name: a byte for each of its parts that is there."""
 
@@ -220,7 +222,7 @@ class Touchers:
 # -- the peer: a download by the same library --
 
 
-def _download(url: str, put: Callable[[int, memoryview], object]) -> None:
+def _download(url: str, put: Put) -> None:
     """The parts of an image, as many at one time as we fetch; checked by their hash, as ours."""
     import obstore  # noqa: PLC0415 - an extra
 
@@ -256,25 +258,60 @@ def _first_part(url: str) -> None:
         raise BenchmarkError("a part is wrong")
 
 
-def _into(file: Path, size: int, url: str, begun: Callable[[], object] = lambda: None) -> None:
-    """`begun` is called when the file is there, and that which says what of it is."""
-    come_file = f"{file}{COME}"
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    come = os.open(come_file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+@contextlib.contextmanager
+def _file(path: Path, size: int) -> Iterator[Put]:
+    """Write to a file; it stays."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+
+    def write(offset: int, data: memoryview) -> None:
+        while data:
+            done = os.pwrite(fd, data, offset)
+            data, offset = data[done:], offset + done
+
     try:
         os.truncate(fd, size)
+        yield write
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _huge_file(path: Path, size: int) -> Iterator[Put]:
+    """Write to a file of huge pages, of which `path` is a link until the end."""
+    import numpy as np  # noqa: PLC0415 - not at the start of every process
+
+    fd = os.memfd_create("least", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    path.symlink_to(f"/proc/{os.getpid()}/fd/{fd}")
+    try:
+        os.truncate(fd, size)
+        with mmap.mmap(fd, size) as mapped:
+            memory: list[np.ndarray[Any, np.dtype[np.uint8]]] = [np.frombuffer(mapped, np.uint8)]
+
+            def write(offset: int, data: memoryview) -> None:
+                # (A slice of the mapping would be written to with the GIL held.)
+                np.copyto(memory[0][offset : offset + len(data)], np.frombuffer(data, np.uint8))
+
+            try:
+                yield write
+            finally:
+                memory.clear()
+    finally:
+        os.close(fd)
+        path.unlink()
+
+
+def _bring(path: Path, write: Put, url: str, begun: Callable[[], object] = lambda: None) -> None:
+    """`begun` is called when the file beside `path` is there that says what has come."""
+    come = os.open(f"{path}{COME}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
         begun()
 
         def put(offset: int, data: memoryview) -> None:
-            number = offset // PART
-            while data:
-                done = os.pwrite(fd, data, offset)
-                data, offset = data[done:], offset + done
-            os.pwrite(come, b"x", number)
+            write(offset, data)
+            os.pwrite(come, b"x", offset // PART)
 
         _download(url, put)
     finally:
-        os.close(fd)
         os.close(come)
 
 
@@ -375,12 +412,14 @@ class Bench:
             plain.append((time.monotonic() - begun) * 1e3)
             try:
                 begun = time.monotonic()
-                _into(shared, size, store.url)
+                with _file(shared, size) as write:
+                    _bring(shared, write, store.url)
                 self._touchers.begin("file", str(shared))
                 file.append((self._touchers.end() - begun) * 1e3)
                 shared.unlink()
                 begun = time.monotonic()
-                _into(shared, size, store.url, partial(self._touchers.begin, "coming", str(shared)))
+                with _file(shared, size) as write:
+                    self._bring(shared, write, store)
                 least.append((self._touchers.end() - begun) * 1e3)
             finally:
                 shared.unlink(missing_ok=True)
@@ -453,17 +492,22 @@ class Bench:
         for kind in kinds:  # the machine has to have touched such memory before
             self._load(store, kind)
         ours: dict[str, list[float]] = {kind: [] for kind in kinds}
-        peers, plain = [], []
+        peers, plain, least = [], [], []
+        file = self._directory / "downloaded"
         for _ in range(max(1, self._plan.rounds // 2)):
             for kind in kinds:
                 ours[kind].append(self._load(store, kind))
-            file = self._directory / "downloaded"
+            if "hugetlb" in kinds:
+                begun = time.monotonic()
+                with _huge_file(file, size) as write:
+                    self._bring(file, write, store)
+                    least.append(self._touchers.end() - begun)
             begun = time.monotonic()
-            _into(file, size, store.url)
+            with _file(file, size) as write:
+                _bring(file, write, store.url)
             self._touchers.begin("file", str(file))
             peers.append(self._touchers.end() - begun)
             file.unlink()
-            Path(f"{file}{COME}").unlink(missing_ok=True)
             begun = time.monotonic()
             _download(store.url, lambda _offset, _data: None)
             plain.append(time.monotonic() - begun)
@@ -476,9 +520,15 @@ class Bench:
                 "a download to a file, mapped",
                 LOADED if kind == "hugetlb" else None,
             )
+        if least:
+            yield table.Row("the least there is, on hugetlb", "s", least, peers, "the same file")
         yield table.Row(
             f"{size // MiB} MiB downloaded to nowhere", "s", plain, peers, "the same file, mapped"
         )
+
+    def _bring(self, file: Path, write: Put, store: Store) -> None:
+        """It is touched part by part as it comes."""
+        _bring(file, write, store.url, partial(self._touchers.begin, "coming", str(file)))
 
     def _load(self, store: Store, kind: str) -> float:
         from libmshare import Region  # noqa: PLC0415 - as above
