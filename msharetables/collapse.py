@@ -39,6 +39,8 @@ SECONDS_A_SHARER: Final = 0.00007
 SECONDS_A_CHUNK: Final = 0.0004
 """What a chunk takes: the larger of this and the former for each sharer with tables there;
 measured with up to 400 of them."""
+MOST_NAMES: Final = 4
+"""In so many processes' names a chunk is asked for."""
 MOST_PAYERS: Final = 8
 """How many sharers' page tables are looked into for chunks: those with the most tables."""
 TRIES: Final = 5
@@ -144,6 +146,15 @@ class Chunk:
     address: int
     filled: int
     """How much of it is there (bytes)."""
+    others: Sequence[tuple[int, int]] = ()
+    """In whose name else, and where: a process may have huge pages forbidden for itself."""
+
+    def elsewhere(self) -> Chunk | None:
+        """The same, in another one's name."""
+        if not self.others:
+            return None
+        pid, address = self.others[0]
+        return Chunk(self.offset, pid, address, self.filled, self.others[1:])
 
 
 @dataclass(slots=True)
@@ -212,7 +223,7 @@ def plan(
         for vma, start, end in part.small:
             offsets += (at - vma.start + vma.offset for at in _chunks(vma, start, end))
         pause()
-    found = {offset: place for offset in offsets if (place := _place(payers, offset)) is not None}
+    found = {offset: places for offset in offsets if (places := _places(payers, offset))}
     offsets = sorted(found)
     for part_of in range(0, len(offsets), AT_ONCE_LOOKED):
         some = offsets[part_of : part_of + AT_ONCE_LOOKED]
@@ -223,7 +234,8 @@ def plan(
             break
         for offset in some:
             if filled.get(offset, 0) >= max(min_filled * HUGE_PAGE, 1):
-                made.chunks.append(Chunk(offset, *found[offset], filled[offset]))
+                first, *others = found[offset]
+                made.chunks.append(Chunk(offset, *first, filled[offset], others))
             else:
                 made.too_empty += 1
         pause()
@@ -242,13 +254,16 @@ def _chunks(vma: Vma, start: int, end: int) -> range:
     return range(low, high, HUGE_PAGE)
 
 
-def _place(payers: Sequence[tuple[int, Part]], offset: int) -> tuple[int, int] | None:
-    """In whose name a chunk can be asked for, and where that has it."""
+def _places(payers: Sequence[tuple[int, Part]], offset: int) -> list[tuple[int, int]]:
+    """In whose name a chunk can be asked for, and where those have it."""
+    found: dict[int, int] = {}
     for pid, part in payers:
         for vma in part.vmas:
             if is_congruent(vma) and vma.offset <= offset <= vma.offset + vma.size - HUGE_PAGE:
-                return pid, vma.start + offset - vma.offset
-    return None
+                found.setdefault(pid, vma.start + offset - vma.offset)
+        if len(found) == MOST_NAMES:
+            break
+    return list(found.items())
 
 
 def _fill(
@@ -363,20 +378,29 @@ def steps(made: Plan, patience: Patience, haste: Haste) -> Iterator[Step]:
             while waiting:
                 run = _run(waiting, batch.most)
                 del waiting[: len(run)]
+                elsewhere: list[Chunk] = []
                 for step in _step(run, ask_for):
                     yield step
                     if step.outcome is Outcome.BUSY and left:
                         again += step.chunks
+                    elsewhere += _elsewhere(step)
                     hopeless = hopeless + 1 if step.outcome is Outcome.NO_MEMORY else 0
                     if step.outcome is Outcome.DONE:
                         batch.took(len(step.chunks), step.processor)
                     if hopeless == HOPELESS:
                         return
+                waiting[:0] = elsewhere
             waiting = again
             if waiting and left:
                 time.sleep(AGAIN_SECONDS * 2 ** (TRIES - 1 - left))
     finally:
         processes.close()
+
+
+def _elsewhere(step: Step) -> Iterator[Chunk]:
+    """What is worth asking for in another one's name."""
+    if step.outcome in (Outcome.REFUSED, Outcome.GONE):
+        yield from filter(None, (chunk.elsewhere() for chunk in step.chunks))
 
 
 def _run(waiting: Sequence[Chunk], most: int) -> list[Chunk]:

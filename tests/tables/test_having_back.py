@@ -195,6 +195,15 @@ def test_without_the_right_it_names_the_capability(sharers: Sharers) -> None:
     assert vmpte(program.pid) == before
 
 
+def test_who_forbids_itself_huge_pages_forbids_them_to_nobody_else(sharers: Sharers) -> None:
+    """PR_SET_THP_DISABLE: it is done in the name of another one, who has it mapped as well."""
+    program = sharers(FILL + "\nlibc.prctl(41, 1, 0, 0, 0)")
+    before = vmpte(program.pid)
+    found = one("--pid", program.pid)
+    assert found["outcomes"].keys() == {"done"}
+    assert vmpte(program.pid) < before
+
+
 def test_the_budget_is_right_for_the_machine_unless_it_is_said(sharers: Sharers) -> None:
     program = sharers(FILL)
     estimates = []
