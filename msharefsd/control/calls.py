@@ -91,7 +91,8 @@ class Calls:
         may_write = files.check_mappable(fds[0], shared=not private, write=write)
         uid = self._state.peer.uid
         close = partial(self._control.disposal.close_fd, uid=uid)
-        await files.check_mapping(self._control.threads, uid, fds[0], close)
+        written = may_write and not private
+        await files.check_mapping(self._control.threads, uid, fds[0], close, written=written)
         file = await self._control.mapped_files.new(fds.pop(), uid, may_write=may_write)
         try:
             new = Object(item.offset, item.length, item.prot, private, file, item.file_offset)

@@ -16,6 +16,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
@@ -112,8 +113,8 @@ class MappedFile:
         """Whether nobody will ever write to it by this any more."""
         return self.fd < 0 or self._gone
 
-    def _descriptor(self) -> int:
-        """One to read and write with at any offset.
+    def _descriptor(self, otherwise: int = _OTHERWISE) -> int:
+        """One to read and write with at any offset, without those flags.
 
         pwrite(2) to an O_APPEND descriptor appends, and O_DIRECT wants everything
         aligned.  The client may set either at any time (F_SETFL), and they are not
@@ -123,7 +124,7 @@ class MappedFile:
         if self.fd < 0:
             raise OSError(errno.EIO, "its descriptor was lost when a daemon died")
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
-        if not flags & _OTHERWISE:
+        if not flags & otherwise:
             return self.fd
         with self._opening:
             if self._plain is None:
@@ -137,7 +138,8 @@ class MappedFile:
         Returns how many bytes are before the end, rounded up to pages of `page` bytes:
         the rest has no memory (SIGBUS, mmap(2)).  May block.  Raises OSError.
         """
-        return read(self._descriptor(), buffer, offset, page)
+        # (O_APPEND keeps nobody from reading, and of some files it cannot be left out.)
+        return read(self._descriptor(os.O_DIRECT), buffer, offset, page)
 
     def write(self, content: bytes, offset: int) -> None:
         """Write back, but nothing beyond the file's end: a mapping never extends it.
@@ -258,22 +260,47 @@ async def apart(
         raise
 
 
-async def check_mapping(threads: Threads, uid: int, fd: int, close: Callable[[int], None]) -> None:
-    """Raise Refused(ENODEV) for a file that mmap(2) would not map.  `close` may hang.
+async def check_mapping(
+    threads: Threads, uid: int, fd: int, close: Callable[[int], None], *, written: bool
+) -> None:
+    """Raise Refused for a file that mmap(2) would not map, or we could not write back.
+
+    `written`: what is written to the mapping is for the file.  `close` may hang.  ENODEV, and
+    EACCES for a file that can only be appended to.
 
     Files of /proc, /sys and the like are regular files, and some of them judge who
     reads or writes them at that moment: it would be us, not the client that opened
     them.  They cannot be mapped, so it is tried, in a thread of the user's.
     """
-    await apart(threads, uid, fd, _try_to_map, close)
+    await apart(threads, uid, fd, partial(_check_mapping, written=written), close)
 
 
-def _try_to_map(fd: int) -> None:
+def _check_mapping(fd: int, *, written: bool) -> None:
     try:
-        flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
-        at = syscalls.mmap(None, syscalls.PAGE, syscalls.PROT_NONE, flags, fd, 0)
+        _try_to_map(fd, syscalls.MAP_PRIVATE)
     except OSError as error:
         raise Refused(errno.ENODEV, f"the file cannot be mapped: {error.strerror}") from error
+    if not written:
+        return
+    try:
+        _try_to_map(fd, syscalls.MAP_SHARED)
+    except OSError as error:
+        if error.errno == errno.EACCES:  # IS_APPEND in do_mmap(), mm/mmap.c
+            raise Refused(
+                error.errno, "the file can only be appended to: map it MAP_PRIVATE"
+            ) from error
+    try:
+        os.pwrite(fd, b"", 0)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # hugetlbfs has no write(2)
+            raise Refused(
+                errno.ENODEV, "the file cannot be written to but by mapping it: map it MAP_PRIVATE"
+            ) from error
+
+
+def _try_to_map(fd: int, how: int) -> None:
+    flags = how | syscalls.MAP_NORESERVE
+    at = syscalls.mmap(None, syscalls.PAGE, syscalls.PROT_NONE, flags, fd, 0)
     try:
         syscalls.munmap(at, syscalls.PAGE)
     except OSError:  # of hugetlbfs: whole huge pages (mmap(2))

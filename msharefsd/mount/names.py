@@ -391,7 +391,7 @@ class Names:
         if name.size:
             raise Refused(errno.EINVAL, "the region has its range already")
         size = -(-length // self.alignment) * self.alignment
-        if length <= 0 or start % self.alignment or start + size > 1 << 63:
+        if length <= 0 or start % self.alignment or start + size >= 1 << 63:
             raise Refused(errno.EINVAL, f"a region begins at a multiple of {self.alignment} bytes")
         self.change(name, length=length)
         name.place = start, size

@@ -376,7 +376,7 @@ async def test_a_descriptor_of_a_look_that_nobody_waits_for_is_closed_once(
 
     with (tmp_path / "file").open("w+b") as file:
         with pytest.raises(RuntimeError):
-            await files.check_mapping(Late(), 0, file.fileno(), os.close)  # type: ignore[arg-type] # enough
+            await files.check_mapping(Late(), 0, file.fileno(), os.close, written=False)  # type: ignore[arg-type] # enough
         if begun:
             with pytest.raises(OSError, match="nobody waits"):
                 looks[0]()

@@ -137,6 +137,25 @@ async def test_a_region_is_found_by_its_identity(files: Any, regions: Names) -> 
         await fails(errno.ENOENT, files.lookup(ROOT, unknown, CONTEXT))
 
 
+def test_a_length_that_no_journal_has_room_for_is_refused(tmp_path: Path) -> None:
+    """And the name is as it was: it can be removed, and made again."""
+    journal = NamesJournal(tmp_path)
+    names = Names(UNIT, journal=journal)
+    name = names.create(b"x", 0o600, 1, 1)
+    for length in (1 << 63, (1 << 63) - 1, (1 << 64) - 1):
+        with pytest.raises(Refused) as caught:
+            names.keep_place(name, length, 0)
+        assert caught.value.code == errno.EINVAL
+        with pytest.raises(Refused) as caught:
+            names.find_place(name, length, 0)
+        assert caught.value.code == errno.ENOMEM
+    with pytest.raises(Refused):
+        names.create(b"sized", 0o600, 1, 1, length=10**19 - 1)
+    names.unlink(name)
+    names.create(b"x", 0o600, 1, 1)
+    journal.close(remove=True)
+
+
 def test_a_name_whose_maker_is_not_seen_is_there_for_the_next_daemon(tmp_path: Path) -> None:
     """In another pid namespace it has no number, and may live; who is known to be dead does not."""
     journal = NamesJournal(tmp_path)

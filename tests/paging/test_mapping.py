@@ -373,6 +373,32 @@ def test_the_files_own_rules_hold(pair: Pair, file: Path, directory: Path) -> No
     first.ok("mprotect", BASE, PAGE, BOTH)
 
 
+def test_a_file_that_cannot_be_written_back_is_not_mapped_to_be(pair: Pair, file: Path) -> None:
+    """What can only be appended to, and hugetlbfs, which has no write(2); both can be read."""
+    first, _ = pair
+
+    def attempt(flags: int, path: object, mode: int) -> str:
+        return first.do("mmap", BASE, PAGE, READ, flags | FIXED, path, mode, 0)
+
+    huge = os.memfd_create("huge", os.MFD_HUGETLB)
+    try:
+        os.ftruncate(huge, 2 << 20)
+        path = f"/proc/{os.getpid()}/fd/{huge}"
+        assert attempt(SHARED, path, os.O_RDWR) == minus(errno.ENODEV)
+        assert attempt(PRIVATE, path, os.O_RDWR) == "0"
+    finally:
+        os.close(huge)
+    if subprocess.run(["chattr", "+a", file], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no append-only files in this file system")
+    try:
+        appends = os.O_RDWR | os.O_APPEND
+        assert attempt(SHARED, file, appends) == minus(errno.EACCES)
+        assert attempt(PRIVATE, file, appends) == "0"
+        assert first.do("load", BASE) == str(file.read_bytes()[0])
+    finally:
+        subprocess.run(["chattr", "-a", file], check=True)
+
+
 def test_a_read_only_file_mapping_cannot_be_written(pair: Pair, file: Path) -> None:
     first, second = pair
     first.ok("mmap", BASE, 8 * PAGE, READ, SHARED | FIXED, file, os.O_RDWR, 0)
