@@ -64,7 +64,7 @@ static int attach_by(struct attachment *attachment, const struct root *root, boo
  * closed, they end nothing.  What cannot be attached stays reserved, so that
  * neither stale pointers nor other mappings meet there: a touch is SIGSEGV.
  */
-static void attach_again(struct attachment *attachment)
+static void attach_again(struct attachment *attachment, struct waiting *waiting)
 {
 	bool repeated = false;
 	struct root root;
@@ -85,17 +85,18 @@ static void attach_again(struct attachment *attachment)
 		attachment_hang_up(attachment);
 		repeated = true;
 	} while ((daemon_is_gone(errno) || errno == ENOENT) &&
-		 !attachment_was_purged(attachment) && wait_again(&attachment->waiting));
+		 !attachment_was_purged(attachment) && wait_again(waiting));
 }
 
 static void after_fork_in_child(void)
 {
+	struct waiting waiting = { 0 }; /* for all of them together: fork() is one call */
 	int saved = errno;
 
 	root_unlock();
 	attachment_alone();
 	for (struct attachment *each = attachment_first(); each; each = each->next)
-		attach_again(each);
+		attach_again(each, &waiting);
 	errno = saved;
 }
 

@@ -430,3 +430,38 @@ def test_an_alarm_at_any_moment_leaves_all_or_nothing(daemon: Daemon) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert [name for name in os.listdir(daemon.mount) if name.startswith("k")] == []
+
+
+MANY_AND_A_CHILD = """
+import os, sys
+from libmshare import Region
+regions = [Region.create(size="1M", ephemeral=True) for _ in range(30)]
+print("ready", flush=True)
+sys.stdin.readline()
+child = os.fork()
+print(os.waitpid(child, 0)[1] if child else "child", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_child_waits_once_for_all_its_regions(daemon: Daemon) -> None:
+    """fork() is one call, however many regions there are, and no daemon comes."""
+    daemon.expected.append("taking down the mount")
+    process = subprocess.Popen(
+        [sys.executable, "-c", MANY_AND_A_CHILD],
+        env={**os.environ, "MSHARE_RECONNECT_SECONDS": "2"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            daemon.kill()
+            # Two seconds, and not a minute.
+            assert process.communicate("go\n", timeout=30)[0] == "child\n0\n"
+        finally:
+            process.kill()
+            daemon.start()
