@@ -8,6 +8,7 @@ of by_reference() do not.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +18,12 @@ from typing import Any, Final, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from libmshare import holding
+from libmshare import errors, holding
 from libmshare.region import Identity, unpickle
 
 _ORDERS: Final = ("C", "F")
+_CASTS: Final = frozenset("cbB?hHiIlLqQnNefdP")
+"""Formats that memoryview.cast() knows (struct)."""
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -101,7 +104,11 @@ def by_reference(array: NDArray[_T]) -> NDArray[_T]:
     return array.view(ByReference)
 
 
-def reference(low: int, high: int, *, readonly: bool) -> tuple[Any, ...] | None:
+Where = tuple[Identity, str, bool, int, int]
+"""A region, its name, whether it is only read here; an offset and a length in bytes."""
+
+
+def reference(low: int, high: int) -> Where | None:
     """What rebuild() and its like find the bytes by, if they lie in a region; by addresses."""
     found = holding.holding(low, high) if high > low else None
     if found is None:
@@ -109,31 +116,37 @@ def reference(low: int, high: int, *, readonly: bool) -> tuple[Any, ...] | None:
     hold, _ = found
     region = hold.region
     identity = Identity(bytes(region.identity).hex(), region.root.decode())
-    readonly |= not region.writable
-    return identity, hold.name, readonly, low - region.start, high - low
+    return identity, hold.name, not region.writable, low - region.start, high - low
 
 
-def bytes_of(
-    identity: Identity,
-    name: str,
-    readonly: bool,  # noqa: FBT001 - from a tuple
-    offset: int,
-    length: int,
-) -> memoryview:
-    """The bytes that reference() told of."""
-    with unpickle(identity, name, readonly) as region:
-        return region.buf[offset : offset + length]
+def bytes_of(where: Where, *, readonly: bool) -> memoryview:
+    """The bytes that reference() told of.
+
+    The region is attached as it was: who only reads one array of it may write another one, and
+    a process has it attached once.  Unless this user may only read it.
+    """
+    identity, name, only_read, offset, length = where
+    try:
+        region = unpickle(identity, name, only_read)
+    except errors.AccessDenied:
+        if not readonly or only_read:
+            raise
+        region = unpickle(identity, name, True)
+    with region:
+        found = region.buf[offset : offset + length]
+    return found.toreadonly() if readonly else found
 
 
 def rebuild(
-    reference: tuple[Identity, str, bool, int, int],
+    where: Where,
+    readonly: bool,  # noqa: FBT001 - from a tuple
     offset: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> NDArray[Any]:
     """The array that _reduce() took apart; for pickle."""
-    return np.ndarray(shape, dtype, bytes_of(*reference), offset, strides)
+    return np.ndarray(shape, dtype, bytes_of(where, readonly=readonly), offset, strides)
 
 
 def rebuild_referring(*parts: Any) -> NDArray[Any]:
@@ -141,37 +154,84 @@ def rebuild_referring(*parts: Any) -> NDArray[Any]:
     return rebuild(*parts).view(ByReference)
 
 
+def rebuild_as(kind: type[NDArray[Any]], *parts: Any) -> NDArray[Any]:
+    """The same, of a class of its own: recarray, matrix; for pickle."""
+    return rebuild(*parts).view(kind)
+
+
+def rebuild_masked(
+    data: NDArray[Any], mask: NDArray[Any] | None, fill_value: Any, hard: Any
+) -> NDArray[Any]:
+    """A masked array, whose data lies in a region; for pickle."""
+    if mask is None:
+        return np.ma.MaskedArray(data, fill_value=fill_value, hard_mask=bool(hard))
+    return np.ma.MaskedArray(data, mask=mask, fill_value=fill_value, hard_mask=bool(hard))
+
+
+def rebuild_view(*parts: Any) -> memoryview:
+    """A memoryview of such an array; for pickle."""
+    return rebuild(*parts).data
+
+
 def rebuild_buffer(
-    reference: tuple[Identity, str, bool, int, int], kind: str, shape: tuple[int, ...]
+    where: Where,
+    readonly: bool,  # noqa: FBT001 - from a tuple
+    kind: str,
+    shape: tuple[int, ...],
 ) -> memoryview:
     """The memoryview that _reduce_buffer() took apart; for pickle."""
-    return bytes_of(*reference).cast(kind, shape)  # type: ignore[call-overload, no-any-return] # any
+    found = bytes_of(where, readonly=readonly)
+    return found.cast(kind, shape)  # type: ignore[call-overload, no-any-return] # any kind
 
 
-def _reduce(array: NDArray[Any], by: Callable[..., NDArray[Any]]) -> Any:
+def _reduce(array: NDArray[Any], by: Callable[..., object]) -> Any:
     """How pickle has `by` make it again, if it lies in a region."""
     if not array.size or array.dtype.hasobject:
         return None
     low, high = _bounds(array)
-    where = reference(low, high, readonly=not array.flags.writeable)
+    where = reference(low, high)
     if where is None:
         return None
     at = int(array.__array_interface__["data"][0]) - low
-    return by, (where, at, array.shape, array.strides, array.dtype)
+    readonly = not array.flags.writeable
+    return by, (where, readonly, at, array.shape, array.strides, array.dtype)
 
 
 def _reduce_array(array: NDArray[Any]) -> Any:
     return _reduce(array, rebuild) or array.__reduce__()
 
 
+def _reduce_kind(array: NDArray[Any]) -> Any:
+    found = _reduce(array, rebuild_as)
+    return array.__reduce__() if found is None else (found[0], (type(array), *found[1]))
+
+
+def _reduce_masked(array: np.ma.MaskedArray[Any, Any]) -> Any:
+    data = np.asarray(np.ma.getdata(array))
+    if _reduce(data, rebuild) is None:
+        return array.__reduce__()
+    mask = np.ma.getmask(array)
+    parts = None if mask is np.ma.nomask else mask
+    return rebuild_masked, (data, parts, array.fill_value, array.hardmask)
+
+
 def _reduce_buffer(view: memoryview) -> Any:
-    if view.c_contiguous and view.nbytes:
+    found = None
+    if view.nbytes and view.c_contiguous and view.format in _CASTS:
         low = int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
-        where = reference(low, low + view.nbytes, readonly=view.readonly)
+        where = reference(low, low + view.nbytes)
         if where is not None:
-            return rebuild_buffer, (where, view.format, view.shape)
-    raise TypeError("a memoryview that does not lie in a region cannot be pickled")
+            found = rebuild_buffer, (where, view.readonly, view.format, view.shape)
+    elif view.nbytes:
+        with contextlib.suppress(ValueError):  # of a format that numpy does not know
+            found = _reduce(np.asarray(view), rebuild_view)
+    if found is None:
+        raise TypeError("a memoryview that does not lie in a region cannot be pickled")
+    return found
 
 
 ForkingPickler.register(np.ndarray, _reduce_array)
+ForkingPickler.register(np.recarray, _reduce_kind)
+ForkingPickler.register(np.matrix, _reduce_kind)
+ForkingPickler.register(np.ma.MaskedArray, _reduce_masked)
 ForkingPickler.register(memoryview, _reduce_buffer)

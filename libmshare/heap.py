@@ -10,7 +10,7 @@ from typing import Any, Final, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from libmshare import arrays, core, waiting
+from libmshare import arrays, core, errors, waiting
 
 _T = TypeVar("_T")
 _WORTH_IT: Final = 1 << 20
@@ -49,16 +49,16 @@ class Heap:
         low, high = _span(array)
         page = mmap.PAGESIZE
         first, end = -(-low // page) * page, high // page * page
-        if array.nbytes >= _WORTH_IT:
-            try:
-                core.mshare_mmap(first, end - first, _READ_WRITE, _NEW)
-            except OSError:  # as huge pages, which are larger
-                first = end = high
-        else:
+        undo = partial(self.free, array)
+        if array.nbytes < _WORTH_IT or not waiting.interruptible(partial(_fresh, first, end), undo):
             first = end = high
-        bytes_of = self._buffer[low - self._region.start : high - self._region.start]
-        for begin, stop in ((low, first), (end, high)):
-            np.frombuffer(bytes_of[begin - low : stop - low], np.uint8)[:] = 0
+        try:
+            bytes_of = self._buffer[low - self._region.start : high - self._region.start]
+            for begin, stop in ((low, first), (end, high)):
+                np.frombuffer(bytes_of[begin - low : stop - low], np.uint8)[:] = 0
+        except BaseException:
+            undo()
+            raise
         return array
 
     def copy_in(self, source: ArrayLike) -> NDArray[Any]:
@@ -93,7 +93,11 @@ class Heap:
         """Give a piece back.  Raises OSError (EINVAL: it begins no piece)."""
         array = np.frombuffer(array, np.uint8) if isinstance(array, memoryview) else array
         low, _ = _span(array)
-        self._wait(partial(core.mshare_free, self._region, low))
+        give = partial(self._wait, partial(core.mshare_free, self._region, low))
+        if array.nbytes < _WORTH_IT:
+            give()
+        else:  # the daemon is asked
+            waiting.interruptible(give)
 
     def check(self) -> core.HeapInfo:
         """Whether it is whole, and what is in use.  Raises Corrupt."""
@@ -101,6 +105,15 @@ class Heap:
 
     def _wait(self, call: Callable[[int, str], _T]) -> _T:
         return waiting.until(lambda wait: call(wait, self._name), waiting.PATIENCE)
+
+
+def _fresh(first: int, end: int) -> bool:
+    """New memory there, of zeros; False for huge pages, which are larger."""
+    try:
+        core.mshare_mmap(first, end - first, _READ_WRITE, _NEW)
+    except errors.MshareError:
+        return False
+    return True
 
 
 def _span(array: NDArray[Any]) -> tuple[int, int]:

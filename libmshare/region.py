@@ -103,6 +103,10 @@ def parse_size(size: SupportsIndex | str) -> int:
     return int(value)
 
 
+_OURS: Final = frozenset({"_hold", "_memory", "_name", "_readonly", "_warn"})
+"""What an object has of ours, and does not travel."""
+
+
 class Region:
     """A region of memory that lies at one address in every process that attached it.
 
@@ -650,14 +654,15 @@ class Region:
         """
         return sync.Lock(self._named(name, core.Kind.LOCK, 0, recover=recover), recover=recover)
 
-    def semaphore(self, name: str, value: int = 1) -> sync.Semaphore:
+    def semaphore(self, name: str, value: SupportsIndex = 1) -> sync.Semaphore:
         """The semaphore of that name; `value` is that of a new one.
 
         Raises ValueError, and as lock().
         """
-        if not 0 <= value <= _MOST_POSTED:
-            raise ValueError(f"a semaphore is 0 to {_MOST_POSTED}, not {value}")
-        return sync.Semaphore(self._named(name, core.Kind.SEMAPHORE, value))
+        number = operator.index(value)
+        if not 0 <= number <= _MOST_POSTED:
+            raise ValueError(f"a semaphore is 0 to {_MOST_POSTED}, not {number}")
+        return sync.Semaphore(self._named(name, core.Kind.SEMAPHORE, number))
 
     def atomic(
         self, where: str | SupportsIndex | NDArray[Any], dtype: Any = "int64"
@@ -694,14 +699,17 @@ class Region:
             raise ValueError("the array does not lie in this region")
         return offset, array.dtype
 
-    def pin(self, offset: int = 0, length: int | None = None) -> Pin:
+    def pin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> Pin:
         """Keep the memory mapped until the pin is released or dropped; it tells the address."""
         memory = self._opened()
-        length = self.size - offset if length is None else length
-        return Pin(memory, self._place(offset, length), length)
+        at, size = self._part(offset, length)
+        return Pin(memory, self._place(at, size), size)
 
     def populate(
-        self, offset: int = 0, length: int | None = None, timeout: float | None = None
+        self,
+        offset: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+        timeout: float | None = None,
     ) -> None:
         """Have the memory of a part of the region, by default of all, there when this returns.
 
@@ -710,13 +718,12 @@ class Region:
         it is PROT_NONE, OSError if a file that is mapped there cannot be read, or nothing is.
         """
         memory = self._opened()
-        length = self.size - offset if length is None else length
-        address = self._place(offset, length)
+        at, size = self._part(offset, length)
         try:
             touching.populate(
                 memory,
-                address,
-                length,
+                self._place(at, size),
+                size,
                 timeout,
                 self.identity.root,
                 self._name,
@@ -728,12 +735,12 @@ class Region:
 
     def mmap(
         self,
-        offset: int,
-        length: int,
-        prot: int = mmap.PROT_READ | mmap.PROT_WRITE,
-        flags: int = mmap.MAP_SHARED,
+        offset: SupportsIndex,
+        length: SupportsIndex,
+        prot: SupportsIndex = mmap.PROT_READ | mmap.PROT_WRITE,
+        flags: SupportsIndex = mmap.MAP_SHARED,
         file: int | SupportsFileno | None = None,
-        file_offset: int = 0,
+        file_offset: SupportsIndex = 0,
     ) -> None:
         """Map memory, or a part of a file, into the region: for every sharer.
 
@@ -743,14 +750,15 @@ class Region:
 
         Raises OSError: EEXIST if something is mapped there, else as mmap(2).
         """
-        flags |= 0 if flags & core.MAP_FIXED else core.MAP_FIXED_NOREPLACE
+        how = operator.index(flags)
+        how |= 0 if how & core.MAP_FIXED else core.MAP_FIXED_NOREPLACE
         if file is None:
-            fd, flags = -1, flags | mmap.MAP_ANONYMOUS
+            fd, how = -1, how | mmap.MAP_ANONYMOUS
         else:
             fd = file if isinstance(file, int) else file.fileno()
-        self._call(core.mshare_mmap, offset, length, prot, flags, fd, file_offset)
+        self._call(core.mshare_mmap, offset, length, prot, how, fd, file_offset)
 
-    def munmap(self, offset: int, length: int) -> None:
+    def munmap(self, offset: SupportsIndex, length: SupportsIndex) -> None:
         """Unmap a part of the region for every sharer; its memory is freed.
 
         A touch of it is SIGBUS from now on, through buffers and arrays as well.
@@ -758,18 +766,23 @@ class Region:
         """
         self._call(core.mshare_munmap, offset, length)
 
-    def protect(self, offset: int, length: int, prot: int) -> None:
+    def protect(self, offset: SupportsIndex, length: SupportsIndex, prot: SupportsIndex) -> None:
         """Change the protection of a part of the region for every sharer.
 
         Raises OSError as mprotect(2).
         """
         self._call(core.mshare_mprotect, offset, length, prot)
 
-    def madvise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
+    def madvise(
+        self,
+        advice: SupportsIndex,
+        offset: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+    ) -> None:
         """madvise(2) on a part of the region, by default on all.  Raises OSError."""
         self._call(core.mshare_madvise, offset, length, advice)
 
-    def flush(self, offset: int = 0, length: int | None = None) -> None:
+    def flush(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
         """Have what was written to MAP_SHARED files in the files when this returns.
 
         Without arguments the whole region.  Raises OSError as msync(2); holes in the
@@ -782,18 +795,26 @@ class Region:
                 raise
 
     def _call(
-        self, function: Callable[..., object], offset: int, length: int | None, *more: int
+        self,
+        function: Callable[..., object],
+        offset: SupportsIndex,
+        length: SupportsIndex | None,
+        *more: SupportsIndex,
     ) -> None:
         """A call on a part of the region, which a signal handler may end."""
-        pin = self.pin(offset, length)  # as long as the call goes on
+        at, numbers = operator.index(offset), [operator.index(each) for each in more]
+        pin = self.pin(at, length)  # as long as the call goes on
         page = os.sysconf("SC_PAGESIZE")
-        if offset % page:
+        if at % page:
             raise errors.MshareError(
-                errno.EINVAL,
-                f"offset {offset} is not a multiple of the page size, {page}",
-                self._name,
+                errno.EINVAL, f"offset {at} is not a multiple of the page size, {page}", self._name
             )
-        waiting.interruptible(lambda: function(pin.address, pin.length, *more))
+        waiting.interruptible(lambda: function(pin.address, pin.length, *numbers))
+
+    def _part(self, offset: SupportsIndex, length: SupportsIndex | None) -> tuple[int, int]:
+        """Where a part begins, and its length, by default all of the rest.  Raises TypeError."""
+        at = operator.index(offset)
+        return at, self.size - at if length is None else operator.index(length)
 
     def _place(self, offset: int, length: int) -> int:
         region = self._hold.region
@@ -845,9 +866,13 @@ class Region:
                 source=self,
             )
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         self._opened()
-        return unpickle, (self.identity, self._name, self._readonly)
+        which = self.identity, self._name, self._readonly
+        if type(self) is Region:
+            return unpickle, which
+        own = {key: value for key, value in vars(self).items() if key not in _OURS}
+        return unpickle_as, (type(self), *which), own
 
     def __repr__(self) -> str:
         if self._memory is None:
@@ -869,6 +894,16 @@ def _access(*, readonly: bool) -> int:
 def unpickle(identity: Identity, name: str, readonly: bool) -> Region:  # noqa: FBT001 - pickle
     """The same region, or Stale; for pickle."""
     return Region._attach_identity(identity, name, readonly=readonly)
+
+
+def unpickle_as(
+    kind: type[Region],
+    identity: Identity,
+    name: str,
+    readonly: bool,  # noqa: FBT001 - pickle
+) -> Region:
+    """The same, of a class of the program's own; for pickle."""
+    return kind._attach_identity(identity, name, readonly=readonly)
 
 
 def unpickle_object(

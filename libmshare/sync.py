@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import operator
 import os
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, SupportsIndex
 
 from libmshare import core, errors, holding, waiting
 
@@ -21,6 +22,7 @@ The C library has them in a list, and follows it: they must not be unmapped.
 os.register_at_fork(after_in_child=_kept.clear)  # a child has none of them
 
 
+_MOST_AT_ONCE: Final = (1 << 31) - 1
 _INTEGERS: Final = {
     f"{sign}int{8 * width}": (width, sign == "") for sign in ("", "u") for width in (1, 2, 4, 8)
 }
@@ -161,9 +163,12 @@ class Semaphore(_Object):
             return False
         return True
 
-    def release(self, count: int = 1) -> None:
+    def release(self, count: SupportsIndex = 1) -> None:
         """Give so many.  Raises OSError (EOVERFLOW: more than 2 ** 31 - 1)."""
-        core.mshare_semaphore_post(self._place.address, count, self._place.name)
+        number = operator.index(count)
+        if number > _MOST_AT_ONCE:
+            raise errors.of(errno.EOVERFLOW, "", self._place.name)
+        core.mshare_semaphore_post(self._place.address, number, self._place.name)
 
     @property
     def value(self) -> int:
@@ -187,12 +192,18 @@ class Atomic(_Object):
         self._signed = signed
         self._readonly = readonly
 
-    def _do(self, operation: core.Operation, value: int = 0, expected: int = 0) -> int:
+    def _do(
+        self, operation: core.Operation, value: SupportsIndex = 0, expected: SupportsIndex = 0
+    ) -> int:
         if self._readonly and operation != core.Operation.LOAD:
             raise errors.AccessDenied(errno.EACCES, "the region is read-only", self._place.name)
         mask = (1 << 8 * self._width) - 1
         before = core.mshare_atomic(
-            operation, self._place.address, self._width, value & mask, expected & mask
+            operation,
+            self._place.address,
+            self._width,
+            operator.index(value) & mask,
+            operator.index(expected) & mask,
         )
         is_negative = self._signed and before >> (8 * self._width - 1)
         return before - mask - 1 if is_negative else before
@@ -201,35 +212,35 @@ class Atomic(_Object):
         """What it is."""
         return self._do(core.Operation.LOAD)
 
-    def store(self, value: int) -> None:
+    def store(self, value: SupportsIndex) -> None:
         """Have it be that.  Raises AccessDenied, as all that follow."""
         self._do(core.Operation.EXCHANGE, value)
 
-    def exchange(self, value: int) -> int:
+    def exchange(self, value: SupportsIndex) -> int:
         """Have it be that; what it was."""
         return self._do(core.Operation.EXCHANGE, value)
 
-    def add(self, value: int = 1) -> int:
+    def add(self, value: SupportsIndex = 1) -> int:
         """Add to it; what it was before."""
         return self._do(core.Operation.ADD, value)
 
-    def bit_and(self, value: int) -> int:
+    def bit_and(self, value: SupportsIndex) -> int:
         """Keep those bits; what it was before."""
         return self._do(core.Operation.AND, value)
 
-    def bit_or(self, value: int) -> int:
+    def bit_or(self, value: SupportsIndex) -> int:
         """Set those bits; what it was before."""
         return self._do(core.Operation.OR, value)
 
-    def bit_xor(self, value: int) -> int:
+    def bit_xor(self, value: SupportsIndex) -> int:
         """Change those bits; what it was before."""
         return self._do(core.Operation.XOR, value)
 
-    def compare_exchange(self, expected: int, value: int) -> bool:
+    def compare_exchange(self, expected: SupportsIndex, value: SupportsIndex) -> bool:
         """Have it be `value` if it is `expected`: whether it was."""
         mask = (1 << 8 * self._width) - 1
         before = self._do(core.Operation.COMPARE_EXCHANGE, value, expected)
-        return before & mask == expected & mask
+        return before & mask == operator.index(expected) & mask
 
     def __int__(self) -> int:
         return self.load()

@@ -16,10 +16,10 @@ from libmshare import arrays
 
 
 def rebuild(
-    where: tuple[Any, ...], dtype: torch.dtype, size: tuple[int, ...], strides: tuple[int, ...]
+    where: arrays.Where, dtype: torch.dtype, size: tuple[int, ...], strides: tuple[int, ...]
 ) -> torch.Tensor:
     """The tensor that _reduce() took apart; for pickle."""
-    flat = torch.frombuffer(arrays.bytes_of(*where), dtype=dtype)
+    flat = torch.frombuffer(arrays.bytes_of(where, readonly=False), dtype=dtype)
     return torch.as_strided(flat, size, strides)
 
 
@@ -39,7 +39,7 @@ def _reduce(tensor: torch.Tensor) -> Any:
         low = tensor.data_ptr()
         reach = sum((extent - 1) * each for extent, each in zip(size, strides, strict=True))
         high = low + (reach + 1) * tensor.element_size()
-        where = arrays.reference(low, high, readonly=False)
+        where = arrays.reference(low, high)
         if where is not None:
             return rebuild, (where, tensor.dtype, size, strides)
     return reductions.reduce_tensor(tensor)

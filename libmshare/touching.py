@@ -23,10 +23,20 @@ class _Populating:
         self._at = address
         self._end = address + length
         self.error = 0
+        self.failure: BaseException | None = None
         self.done = threading.Event()
         self.stop = False
 
     def run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # noqa: BLE001 - raised where it was called
+            self.failure = error
+        finally:
+            self._memory = None
+            self.done.set()
+
+    def _run(self) -> None:
         page = os.sysconf("SC_PAGESIZE")
         self._at -= self._at % page
         while self._at < self._end and not self.stop and not self.error:
@@ -36,8 +46,6 @@ class _Populating:
                 self._at += step
             elif code not in (errno.EAGAIN, errno.EINTR):
                 self.error = code
-        self._memory = None
-        self.done.set()
 
 
 def populate(
@@ -62,6 +70,8 @@ def populate(
         raise TimeoutError(
             errno.ETIMEDOUT, f"the memory was not there after {timeout} seconds", name
         )
+    if work.failure is not None:
+        raise work.failure
     if work.error:
         raise _why(work.error, address, length, root, name)
 

@@ -125,15 +125,20 @@ int robust_lock(struct robust *robust, int wait, bool *died)
 	return 0;
 }
 
+static bool is_owner(const struct robust *robust)
+{
+	uint32_t owner = (uint32_t)__atomic_load_n(&robust->mutex.__data.__lock, __ATOMIC_ACQUIRE);
+
+	return (owner & FUTEX_TID_MASK) == (uint32_t)raw_syscall(SYS_gettid, 0, 0, 0, 0, 0, 0);
+}
+
 int robust_unlock(struct robust *robust)
 {
-	uint32_t owner;
 	int result;
 
 	if (!is_lock(robust))
 		return unclean();
-	owner = (uint32_t)__atomic_load_n(&robust->mutex.__data.__lock, __ATOMIC_ACQUIRE);
-	if ((owner & FUTEX_TID_MASK) != (uint32_t)raw_syscall(SYS_gettid, 0, 0, 0, 0, 0, 0)) {
+	if (!is_owner(robust)) {
 		errno = EPERM;
 		return -1;
 	}
@@ -166,7 +171,9 @@ MSHARE_EXPORT void mshare_repaired(void *lock)
 {
 	struct robust *robust = lock;
 
-	__atomic_store_n(&robust->abandoned, 0, __ATOMIC_RELEASE);
+	/* Nobody else can know: a child that leaves its parent's block, say. */
+	if (is_owner(robust))
+		__atomic_store_n(&robust->abandoned, 0, __ATOMIC_RELEASE);
 }
 
 MSHARE_EXPORT int mshare_unlock(void *lock)

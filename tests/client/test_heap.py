@@ -370,6 +370,55 @@ def test_who_comes_after_the_dead_is_told(region: Region) -> None:
         pass
 
 
+def test_only_who_has_a_lock_says_that_all_is_well(region: Region) -> None:
+    """Not a release() too many, nor a child that leaves its parent's block."""
+
+    def die() -> None:
+        region.lock("l").acquire()
+        kill_myself()
+
+    def leave() -> None:
+        with pytest.raises(RuntimeError, match="does not have the lock"):
+            lock.release()
+
+    assert in_child(die) == signal.SIGKILL
+    lock = region.lock("l", recover=True)
+
+    def fail() -> None:
+        with lock:
+            assert in_child(leave) == 0
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    leave()
+    with pytest.raises(OwnerDied):
+        region.lock("l").acquire()
+    with region.lock("l", recover=True) as had:
+        assert had.owner_died
+    with region.lock("l"):
+        pass
+
+
+def test_numpys_integers_are_integers(region: Region) -> None:
+    one, two = np.int64(1), np.uint8(2)
+    semaphore = region.semaphore("s", np.int32(0))
+    semaphore.release(two)
+    assert semaphore.value == 2
+    with pytest.raises(OSError, match="too large") as caught:
+        semaphore.release(1 << 40)
+    assert caught.value.errno == errno.EOVERFLOW
+    number = region.atomic("n")
+    number.store(np.int32(-5))
+    assert number.add(np.ones(3, bool).sum()) == -5
+    assert number.compare_exchange(np.int8(-2), one) and number.load() == 1
+    for wrong in (0.5, "1"):
+        with pytest.raises(TypeError):
+            number.add(wrong)  # type: ignore[arg-type] # that is it
+        with pytest.raises(TypeError):
+            semaphore.release(wrong)  # type: ignore[arg-type] # that is it
+
+
 def test_a_thread_that_ends_with_a_lock_is_dead_too(region: Region) -> None:
     thread = threading.Thread(target=region.lock("l").acquire)
     thread.start()

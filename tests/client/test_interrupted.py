@@ -98,6 +98,28 @@ def test_a_handlers_error_ends_every_call(daemon: Daemon) -> None:
     eventually(lambda: not (daemon.mount / "r").exists(), "it has no name any more")
 
 
+def test_a_handlers_error_ends_the_calls_of_a_heap(daemon: Daemon) -> None:
+    """And a TimeoutError of its own is not taken for one of ours."""
+
+    def late() -> None:
+        ring_once()
+        raise TimeoutError
+
+    def ring_once() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    with Region.create(size="64M", heap=True, ephemeral=True) as region:
+        used = region.full(8 << 20, 1, "u1")
+        before = region.check_heap().pieces
+        with frozen(daemon):
+            with alarms(late), pytest.raises(TimeoutError):
+                region.zeros(8 << 20, "u1")
+            assert is_ended(lambda: region.zeros(8 << 20, "u1"))
+            assert is_ended(lambda: region.free(used))
+        eventually(lambda: region.check_heap().pieces == before - 1, "nothing is half done")
+        assert not region.zeros(8 << 20, "u1").any()
+
+
 def test_a_handler_that_only_runs_changes_nothing(daemon: Daemon) -> None:
     calls: list[Callable[[], Region]] = [
         lambda: Region.create("r", "1M"),

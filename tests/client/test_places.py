@@ -259,6 +259,27 @@ def test_a_region_is_not_made_over_another_one(daemon: Daemon) -> None:
         region.unlink()
 
 
+@pytest.mark.timeout(60)
+def test_offsets_and_lengths_are_any_integers() -> None:
+    page = np.int64(mmap.PAGESIZE)
+    with Region.create(size="1M", empty=True, ephemeral=True) as region:
+        region.mmap(page, 4 * page, np.int32(mmap.PROT_READ | mmap.PROT_WRITE))
+        region.populate(page, np.uint32(page))
+        region.flush(page, page)
+        region.protect(page, page, np.int8(mmap.PROT_READ))
+        region.madvise(np.int64(mmap.MADV_NORMAL), page, page)
+        region.munmap(2 * page, page)
+        calls: list[Callable[[Any], object]] = [
+            lambda size: region.populate(0, size),
+            lambda size: region.munmap(0, size),
+            region.flush,
+            lambda size: region.pin(0, size),
+        ]
+        for call in calls:
+            with pytest.raises(TypeError):
+                call(region.size / 2)
+
+
 def test_populating_what_may_not_be_written() -> None:
     with Region.create("r", "1M") as region:
         region.unlink()

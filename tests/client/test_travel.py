@@ -8,6 +8,7 @@ then.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -78,6 +79,98 @@ def test_every_view_travels_in_the_standard_library(region: Region) -> None:
         for view in views(region):
             assert pool.submit(where, view).result() == where(view)
             assert where(pool.submit(same, view).result()) == where(view)
+
+
+def is_written(array: NDArray[Any]) -> bool:
+    return array.flags.writeable
+
+
+def total(read: NDArray[Any], out: NDArray[Any]) -> float:
+    np.add(read, 1, out=out)
+    return float(out.sum())
+
+
+def test_who_only_reads_one_array_writes_another(region: Region) -> None:
+    """They are of one region, which a process has attached once."""
+    read, out = region.ndarray(10), region.ndarray(10, offset=4096)
+    read.flags.writeable = False
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert not pool.submit(is_written, read).result()
+        assert pool.submit(total, read, out).result() == 10.0
+        assert not pool.submit(is_written, np.broadcast_to(out[:1], 5)).result()
+    assert out.tolist() == [1.0] * 10
+
+
+def fill(array: Any) -> str:
+    array["x"][0] = 7
+    return type(array).__name__
+
+
+def test_classes_of_arrays_travel_too(region: Region) -> None:
+    record = region.ndarray(3, [("x", "f8")]).view(np.recarray)
+    masked = np.ma.MaskedArray(
+        region.ndarray(3, [("x", "f8")], 4096), mask=np.array([(0,), (1,), (0,)], [("x", "?")])
+    )
+    plain = np.ma.MaskedArray(region.ndarray(3, [("x", "f8")], 8192))
+    square = region.ndarray((2, 2), offset=12288).view(np.matrix)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(fill, record).result() == "recarray"
+        assert pool.submit(fill, masked).result() == "MaskedArray"
+        assert pool.submit(fill, plain).result() == "MaskedArray"
+        assert pool.submit(where, square).result() == where(square)
+        found: Any = pool.submit(same, masked).result()
+    assert (record.x[0], masked.data["x"][0], plain.data["x"][0]) == (7.0, 7.0, 7.0)
+    assert found.mask.tolist() == masked.mask.tolist()
+    assert found.fill_value == masked.fill_value
+    elsewhere = np.ma.MaskedArray(np.zeros(3), mask=[False, True, False])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(same, elsewhere).result().tolist() == [0.0, None, 0.0]
+        assert type(pool.submit(same, np.zeros(2).view(np.recarray)).result()) is np.recarray
+
+
+View = tuple[Any, Any, bytes, bool]
+
+
+def seen(view: memoryview) -> View:
+    return view.shape, view.strides, view.tobytes(), view.readonly
+
+
+def test_every_memoryview_travels(region: Region) -> None:
+    region.buf[:64] = bytes(range(64))
+    kinds = (complex, ">i4", "S5", [("a", "u1"), ("b", "<i2")], "?", "f4")
+    arrays = [region.ndarray(3, kind) for kind in kinds]
+    integers = (ctypes.c_int * 4).from_buffer(region.buf)
+    views = [
+        *(each.data for each in arrays),
+        memoryview(integers),
+        region.buf[:64:2],
+        region.buf[63::-1],
+    ]
+    views += [region.ndarray((3, 4), order="F").data, region.buf[:10].toreadonly()]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for view in views:
+            assert pool.submit(seen, view).result() == seen(view), view.format
+        with pytest.raises(TypeError, match="does not lie in a region"):
+            pool.submit(seen, memoryview(b"abc")[::2]).result()
+    del integers, views, view
+
+
+class Job(Region):
+    """A program's own."""
+
+    name_of_it: str
+
+    def hello(self) -> str:
+        return f"{self.name_of_it} {self[0]}"
+
+
+def test_a_class_of_the_programs_own_travels(root: None) -> None:
+    with Job.create(size="1M", ephemeral=True) as job:
+        job.name_of_it, job[0] = "mine", 3
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            assert pool.submit(Job.hello, job).result() == "mine 3"
+        with pickle.loads(pickle.dumps(job)) as again:
+            assert type(again) is Job and again.identity == job.identity
 
 
 def test_joblib_has_by_reference_what_is_said_to_be(region: Region) -> None:
