@@ -62,7 +62,7 @@ class _Pulled(Region):
     _image: _Image
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _arrived, (self._image, super().__reduce__()[1])
+        return _arrived, (self._image, self._which())
 
 
 class _Sent:

@@ -643,8 +643,7 @@ class Region:
 
     def _again(self, method: str, *where: Any, **arguments: Any) -> tuple[Any, tuple[Any, ...]]:
         """What pickle makes an object of this region with."""
-        which = (self.identity, self._name, self._readonly)
-        return unpickle_object, (which, method, where, arguments)
+        return unpickle_object, (self._which(), method, where, arguments)
 
     def lock(self, name: str, *, recover: bool = False) -> sync.Lock:
         """The lock of that name in the region, which has a heap; the first call makes it.
@@ -866,9 +865,13 @@ class Region:
                 source=self,
             )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def _which(self) -> tuple[Identity, str, bool]:
+        """What unpickle() finds this region by.  Raises ValueError when it is closed."""
         self._opened()
-        which = self.identity, self._name, self._readonly
+        return self.identity, self._name, self._readonly
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        which = self._which()
         if type(self) is Region:
             return unpickle, which
         own = {key: value for key, value in vars(self).items() if key not in _OURS}
