@@ -277,11 +277,15 @@ async def check_mapping(
 
 def _check_mapping(fd: int, *, written: bool) -> None:
     try:
-        _try_to_map(fd, syscalls.MAP_PRIVATE)
+        is_huge = _try_to_map(fd, syscalls.MAP_PRIVATE)
     except OSError as error:
         raise Refused(errno.ENODEV, f"the file cannot be mapped: {error.strerror}") from error
     if not written:
         return
+    if is_huge:  # it has no write(2); to try that might ask a file's server
+        raise Refused(
+            errno.ENODEV, "the file cannot be written to but by mapping it: map it MAP_PRIVATE"
+        )
     try:
         _try_to_map(fd, syscalls.MAP_SHARED)
     except OSError as error:
@@ -289,19 +293,15 @@ def _check_mapping(fd: int, *, written: bool) -> None:
             raise Refused(
                 error.errno, "the file can only be appended to: map it MAP_PRIVATE"
             ) from error
-    try:
-        os.pwrite(fd, b"", 0)
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # hugetlbfs has no write(2)
-            raise Refused(
-                errno.ENODEV, "the file cannot be written to but by mapping it: map it MAP_PRIVATE"
-            ) from error
 
 
-def _try_to_map(fd: int, how: int) -> None:
+def _try_to_map(fd: int, how: int) -> bool:
+    """Whether it is of hugetlbfs.  Raises OSError."""
     flags = how | syscalls.MAP_NORESERVE
     at = syscalls.mmap(None, syscalls.PAGE, syscalls.PROT_NONE, flags, fd, 0)
     try:
         syscalls.munmap(at, syscalls.PAGE)
-    except OSError:  # of hugetlbfs: whole huge pages (mmap(2))
+    except OSError:  # whole huge pages (mmap(2))
         syscalls.munmap(at, os.fstat(fd).st_blksize)
+        return True
+    return False
