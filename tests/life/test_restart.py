@@ -408,7 +408,7 @@ def dies_at(
     # It meets the daemon that will die, perhaps by waiting for it.
     client.send(*command)
     answer = None
-    if barrier == "poison.cleared":
+    if barrier in ("poison.cleared", "stash.copied"):
         answer = again_until_reached(daemon, client, command, result)
     end(daemon)
     other = stage.first if client is stage.second else stage.second
