@@ -657,6 +657,8 @@ def _outcome(call: Call, target: str, user: User) -> str:
     if call.times:
         held = os.open("f", os.O_PATH)
         os.dup2(held, 100)
+        if held != 100:
+            os.close(held)
         stamps = _stamps()
         time.sleep(0.02)  # longer than a tick of the clock that tmpfs reads
     with _being(user):
@@ -675,7 +677,6 @@ def _outcome(call: Call, target: str, user: User) -> str:
     if call.times:
         changed = zip("amc", stamps, _stamps(), strict=True)
         told.append("times " + "".join(letter for letter, was, now in changed if was != now))
-        os.close(held)
         os.close(100)
     return "; ".join(told)
 
