@@ -260,7 +260,8 @@ def _places(payers: Sequence[tuple[int, Part]], offset: int) -> list[tuple[int, 
     for pid, part in payers:
         for vma in part.vmas:
             if is_congruent(vma) and vma.offset <= offset <= vma.offset + vma.size - HUGE_PAGE:
-                found.setdefault(pid, vma.start + offset - vma.offset)
+                found[pid] = vma.start + offset - vma.offset
+                break
         if len(found) == MOST_NAMES:
             break
     return list(found.items())

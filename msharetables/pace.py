@@ -33,7 +33,7 @@ MOST_VMAS: Final = 512
 
 
 def moderate() -> float:
-    """The share of one processor that a server under full load hardly notices."""
+    """The share of one processor that is taken from a server under full load unless it is said."""
     return min(MOST_SHARE, MOST_OF_ALL * len(os.sched_getaffinity(0)))
 
 

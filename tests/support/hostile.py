@@ -163,18 +163,6 @@ def also(function: Callable[[], object], uid: int = 0) -> int:
     os._exit(1)
 
 
-def _again_if_busy(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """On a busy machine one of hers may be late, and so the next one be refused, for a moment."""
-    for _ in range(50):
-        try:
-            return prepare()
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-        time.sleep(0.1)
-    return prepare()
-
-
 def at_once(evil: Evil, prepares: Sequence[Callable[[], Callable[[], object]]]) -> None:
     """A process for each: what its `prepare` returns is done when all are prepared.
 
@@ -185,7 +173,7 @@ def at_once(evil: Evil, prepares: Sequence[Callable[[], Callable[[], object]]]) 
     begun, has_begun = os.pipe()
 
     def one(prepare: Callable[[], Callable[[], object]]) -> None:
-        act = _again_if_busy(prepare)
+        act = prepare()
         os.write(ready, b"x")
         os.read(may_begin, 1)
         act()
